@@ -1,0 +1,211 @@
+"""Shapes of Gemma 3's text models (Gemma 3 technical report 2025, section 2): 270M to 27B.
+
+Hub files omit most fields, so the defaults in `from_hf` decide; they are transformers'. The one thing a
+reader would get wrong: the window is 512 for 270M and 1B and 1024 above, and 27B scales its scores by
+168^-0.5, which is neither its head width nor what the other sizes do.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from llmprep_jax.models.hf_config import (
+    read_scaling,
+    refuse_unsupported,
+    require,
+    token_ids_from_hf,
+    token_ids_to_hf,
+    write_scaling,
+)
+from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.rope import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One Gemma 3 text model.
+
+    Attributes:
+      rope_base, rope_scaling: of the global layers. rope_local_base: of the local ones, never scaled.
+      query_scale: the scores are multiplied by query_scale^-0.5 (Hugging Face's query_pre_attn_scalar).
+      window: tokens that a local layer sees, the query included.
+      global_every: layer i is global when (i + 1) % global_every == 0.
+      is_local: says so layer by layer instead, if given.
+      logits_soft_cap: tanh cap of the logits, None in every release.
+      multimodal: whether the checkpoint is a multimodal one whose language model this is.
+    """
+
+    vocab_size: int
+    dim: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 256
+    max_seq_len: int = 131072
+    rope_base: float = 1_000_000.0
+    rope_scaling: RopeScaling | None = None
+    rope_local_base: float = 10_000.0
+    query_scale: float = 256.0
+    window: int = 512
+    global_every: int = 6
+    is_local: tuple[bool, ...] | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    logits_soft_cap: float | None = None
+    bos_id: int | None = 2
+    eos_ids: tuple[int, ...] = (1,)
+    pad_id: int | None = 0
+    model_type: str = "gemma3_text"
+    multimodal: bool = False
+    compute: Compute = Compute()
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) is no multiple of num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.is_local is not None and len(self.is_local) != self.num_layers:
+            raise ValueError(f"is_local has {len(self.is_local)} of {self.num_layers} layers")
+
+    def local_layers(self) -> tuple[bool, ...]:
+        """For each layer, whether it is a sliding-window one."""
+        if self.is_local is not None:
+            return self.is_local
+        return tuple((layer + 1) % self.global_every != 0 for layer in range(self.num_layers))
+
+
+_DEFAULTS = dict(
+    vocab_size=262208,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    max_position_embeddings=131072,
+    sliding_window=4096,
+    query_pre_attn_scalar=256,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    bos_token_id=2,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+
+
+def from_hf(hf: Mapping[str, Any]) -> Config:
+    """Reads a config.json of model_type gemma3_text, or the text part of one of gemma3.
+
+    Raises:
+      ValueError: a field asks for something that this family does not compute.
+    """
+    multimodal = hf["model_type"] == "gemma3"
+    if multimodal:
+        text = hf.get("text_config") or {}
+        tied = {k: hf[k] for k in ("tie_word_embeddings", "quantization_config") if k in hf}
+        hf = {**tied, **text}
+    hf = {**_DEFAULTS, **{name: value for name, value in hf.items() if value is not None}}
+    refuse_unsupported(
+        hf,
+        hidden_activation=("gelu_pytorch_tanh",),
+        attention_bias=(False,),
+        use_bidirectional_attention=(False,),
+    )
+    require(hf, *[name for name in list(_DEFAULTS)[:8]], "sliding_window")
+    base, scaling, local_base = _read_rope(hf)
+    kinds = hf.get("layer_types")
+    every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
+    return Config(
+        vocab_size=hf["vocab_size"],
+        dim=hf["hidden_size"],
+        mlp_dim=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf["num_key_value_heads"],
+        head_dim=hf["head_dim"],
+        max_seq_len=hf["max_position_embeddings"],
+        rope_base=base,
+        rope_scaling=scaling,
+        rope_local_base=local_base,
+        query_scale=float(hf["query_pre_attn_scalar"]),
+        window=hf["sliding_window"],
+        global_every=every,
+        is_local=None if kinds is None else tuple(kind == "sliding_attention" for kind in kinds),
+        norm_eps=hf["rms_norm_eps"],
+        tie_embeddings=hf["tie_word_embeddings"],
+        logits_soft_cap=hf.get("final_logit_softcapping"),
+        multimodal=multimodal,
+        **token_ids_from_hf(hf),
+    )
+
+
+def _read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float]:
+    """(global base, global scaling, local base) from either spelling."""
+    max_seq_len = hf["max_position_embeddings"]
+    new = hf.get("rope_parameters") or {}
+    if "full_attention" in new:
+        full, local = new["full_attention"], new.get("sliding_attention") or {}
+        base, local_base = full.get("rope_theta", 1e6), local.get("rope_theta", 1e4)
+        return float(base), read_scaling(full, max_seq_len), float(local_base)
+    scaling = read_scaling(hf.get("rope_scaling") or {}, max_seq_len)
+    return float(hf.get("rope_theta", 1e6)), scaling, float(hf.get("rope_local_base_freq", 1e4))
+
+
+def to_hf(cfg: Config) -> dict[str, Any]:
+    """The config.json of the text model, as transformers' Gemma3ForCausalLM reads it."""
+    kinds = ["sliding_attention" if local else "full_attention" for local in cfg.local_layers()]
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.dim,
+        "intermediate_size": cfg.mlp_dim,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": cfg.max_seq_len,
+        "rms_norm_eps": cfg.norm_eps,
+        "sliding_window": cfg.window,
+        "layer_types": kinds,
+        "query_pre_attn_scalar": cfg.query_scale,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": cfg.logits_soft_cap,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "rope_theta": cfg.rope_base,
+        "rope_local_base_freq": cfg.rope_local_base,
+        "rope_scaling": None if cfg.rope_scaling is None else write_scaling(cfg.rope_scaling),
+        "rope_parameters": {
+            "full_attention": {**write_scaling(cfg.rope_scaling), "rope_theta": cfg.rope_base},
+            "sliding_attention": {"rope_type": "default", "rope_theta": cfg.rope_local_base},
+        },
+        **token_ids_to_hf(cfg.bos_id, cfg.eos_ids, cfg.pad_id),
+    }
+
+
+_LONG = dict(window=1024, vocab_size=262208, rope_scaling=RopeScaling("linear", 8.0, 131072))
+
+PRESETS: dict[str, Config] = {
+    "gemma3-270m": Config(262144, 640, 2048, 18, 4, 1, max_seq_len=32768),
+    "gemma3-1b": Config(262144, 1152, 6912, 26, 4, 1, max_seq_len=32768),
+    "gemma3-4b": Config(
+        dim=2560, mlp_dim=10240, num_layers=34, num_heads=8, num_kv_heads=4, **_LONG
+    ),
+    "gemma3-12b": Config(
+        dim=3840, mlp_dim=15360, num_layers=48, num_heads=16, num_kv_heads=8, **_LONG
+    ),
+    "gemma3-27b": Config(
+        dim=5376,
+        mlp_dim=21504,
+        num_layers=62,
+        num_heads=32,
+        num_kv_heads=16,
+        head_dim=128,
+        query_scale=168.0,
+        **_LONG,
+    ),
+}

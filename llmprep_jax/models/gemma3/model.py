@@ -1,0 +1,224 @@
+"""Gemma 3's language model (Gemma 3 technical report 2025, section 2.1): five local layers to a global one.
+
+x <- x + norm(Attention(norm(x))); x <- x + norm(GeGLU(norm(x))), every norm scaling by 1 + w; queries and
+keys normed per head; local layers rotate by base 10k and see a window, global ones by base 1M and see all.
+The one thing a reader would get wrong: embeddings are multiplied by sqrt(D) rounded to the dtype of the
+weights (25.25 for 270M in bf16, not 25.298), the tied head is not.
+"""
+
+import functools
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llmprep_jax.models.gemma3.config import Config
+from llmprep_jax.nn.attention import NO_WINDOW, Attention, Tokens, place_tokens
+from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.linear import Embed, Head
+from llmprep_jax.nn.mlp import GatedMlp
+from llmprep_jax.nn.norm import RMSNorm
+from llmprep_jax.nn.rope import rope_angles, rope_frequencies
+from llmprep_jax.nn.stack import scan, stack
+from llmprep_jax.types import Array, Bool, Float, Int
+
+
+class Caches(NamedTuple):
+    """Keys and values of the local layers, a ring of the window's size, and of the global ones."""
+
+    local: KVCache
+    full: KVCache
+
+
+class Output(NamedTuple):
+    """Logits [B, T, V] in float32, and the caches if they were given."""
+
+    logits: Array
+    cache: Caches | None = None
+
+
+class Kind(NamedTuple):
+    """What differs between local and global layers: the rotation and the reach."""
+
+    rope: tuple[Array, Array]
+    window: int | Array | None
+
+    @classmethod
+    def select(cls, is_local: Array, local: Self, full: Self) -> Self:
+        """One kind by value, for layers that are scanned."""
+        full = full._replace(window=NO_WINDOW)
+        return jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local, full)
+
+
+class Block(nnx.Module):
+    """One decoder layer with norms before and after each of its halves."""
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        compute = cfg.compute
+        norm = functools.partial(
+            RMSNorm,
+            cfg.dim,
+            eps=cfg.norm_eps,
+            zero_centered=True,
+            param_dtype=compute.param_dtype,
+            rngs=rngs,
+        )
+        self.attn_norm, self.post_attn_norm = norm(), norm()
+        self.attn = Attention(
+            cfg.dim,
+            cfg.num_heads,
+            cfg.num_kv_heads,
+            cfg.head_dim,
+            qk_norm_eps=cfg.norm_eps,
+            scale=cfg.query_scale**-0.5,
+            compute=compute,
+            rngs=rngs,
+        )
+        self.mlp_norm, self.post_mlp_norm = norm(), norm()
+        self.mlp = GatedMlp(cfg.dim, cfg.mlp_dim, act="gelu_tanh", compute=compute, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        tokens: Tokens,
+        local: Kind,
+        full: Kind,
+        caches: Caches | None,
+        is_local: bool | np.bool_ | Bool[Array, ""],
+        slot: int | np.integer | Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], Caches | None]:
+        """`slot` is the layer's place among those of its kind, which is where its cache is."""
+        h_BTD, caches = self._attend(
+            self.attn_norm(x_BTD), tokens, local, full, caches, is_local, slot
+        )
+        x_BTD = x_BTD + self.post_attn_norm(h_BTD)
+        return x_BTD + self.post_mlp_norm(self.mlp(self.mlp_norm(x_BTD))), caches
+
+    def _attend(self, x_BTD, tokens, local, full, caches, is_local, slot):
+        def as_local(x_BTD, caches):
+            h_BTD, cache = self.attn(x_BTD, tokens, *local, caches and caches.local, slot)
+            return h_BTD, caches and caches._replace(local=cache)
+
+        def as_full(x_BTD, caches):
+            h_BTD, cache = self.attn(x_BTD, tokens, *full, caches and caches.full, slot)
+            return h_BTD, caches and caches._replace(full=cache)
+
+        if not isinstance(is_local, jax.Array):
+            return (as_local if is_local else as_full)(x_BTD, caches)
+        if caches is None:
+            return self.attn(x_BTD, tokens, *Kind.select(is_local, local, full))
+        return jax.lax.cond(is_local, as_local, as_full, x_BTD, caches)
+
+
+class Model(nnx.Module):
+    """Tokens to logits."""
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed = Embed(cfg.vocab_size, cfg.dim, compute=cfg.compute, rngs=rngs)
+        self.layers = stack(functools.partial(Block, cfg), cfg.num_layers, rngs=rngs)
+        self.norm = RMSNorm(
+            cfg.dim,
+            eps=cfg.norm_eps,
+            zero_centered=True,
+            param_dtype=cfg.compute.param_dtype,
+            rngs=rngs,
+        )
+        make_head = functools.partial(Head, cfg.dim, cfg.vocab_size, compute=cfg.compute)
+        self.head = None if cfg.tie_embeddings else make_head(rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: Caches | None = None,
+    ) -> Output:
+        """Logits of the token after each token.
+
+        Args:
+          tokens: ids.
+          positions: of each token in its document; by default counted from 0, or on from the cache.
+          segment_ids: documents of a packed row, from 1 on; 0 is padding.
+          mask: True for real tokens; an alternative to `segment_ids` for padded rows.
+          cache: from `init_cache` or an earlier call; the tokens come after what it holds.
+        """
+        x_BTD, cache = self.features(
+            tokens, positions=positions, segment_ids=segment_ids, mask=mask, cache=cache
+        )
+        return Output(self.unembed(x_BTD), cache)
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: Caches | None = None,
+    ) -> tuple[Float[Array, "B T D"], Caches | None]:
+        """The final hidden states, after the last norm; arguments as `__call__`."""
+        cfg = self.cfg
+        place, full_cache = place_tokens(tokens, positions, segment_ids, mask, cache and cache.full)
+        if cache is not None:
+            local_cache = cache.local.begin(place.positions_BT, place.segments_BT)
+            cache = Caches(local_cache, full_cache)
+        local, full = self._kinds(place)
+
+        def step(block, carry, is_local, slot):
+            return block(carry[0], place, local, full, carry[1], is_local, slot)
+
+        is_local_L = np.array(cfg.local_layers())
+        slot_L = np.where(is_local_L, np.cumsum(is_local_L), np.cumsum(~is_local_L)) - 1
+        x_BTD, cache = scan(
+            step,
+            self.layers,
+            (self._embed(tokens), cache),
+            is_local_L,
+            slot_L,
+            compute=cfg.compute,
+        )
+        return self.norm(x_BTD), cache and Caches(cache.local.end(), cache.full.end())
+
+    def _embed(self, tokens_BT):
+        x_BTD = self.embed(tokens_BT)
+        scale = jnp.asarray(self.cfg.dim**0.5, self.embed.w.dtype)
+        return x_BTD * scale.astype(x_BTD.dtype)
+
+    def _kinds(self, place: Tokens) -> tuple[Kind, Kind]:
+        cfg = self.cfg
+        local = rope_frequencies(cfg.head_dim, cfg.rope_local_base)
+        full = rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
+        return (
+            Kind(rope_angles(place.positions_BT, *local), cfg.window),
+            Kind(rope_angles(place.positions_BT, *full), None),
+        )
+
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Hidden states to logits, float32."""
+        logits_BTV = self.embed.unembed(x_BTD) if self.head is None else self.head(x_BTD)
+        cap = self.cfg.logits_soft_cap
+        return logits_BTV if cap is None else jnp.tanh(logits_BTV / cap) * cap
+
+    def init_cache(
+        self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
+    ) -> Caches:
+        """Empty caches for `max_len` tokens a row; local layers keep the last `window` of them."""
+        cfg = self.cfg
+        num_local = sum(cfg.local_layers())
+        create = functools.partial(
+            KVCache.create,
+            batch_size=batch_size,
+            num_kv_heads=cfg.num_kv_heads,
+            head_dim=cfg.head_dim,
+            dtype=dtype or cfg.compute.dtype,
+            per_layer=isinstance(self.layers, nnx.List),
+        )
+        return Caches(
+            create(num_local, num_slots=min(cfg.window, max_len), is_ring=True),
+            create(cfg.num_layers - num_local, num_slots=max_len),
+        )

@@ -1,0 +1,152 @@
+"""Llama (Touvron et al. 2023; Llama 3 herd, 2024): pre-norm decoder with RoPE, GQA and SwiGLU.
+
+x <- x + Attention(RMSNorm(x)); x <- x + SwiGLU(RMSNorm(x)), a final RMSNorm, and a head that may be the
+embedding itself. Qwen2 (2024) is the same with biases on q, k and v. The one thing a reader would get wrong:
+positions and segments travel beside the tokens, so packing, left padding and cached decoding are all the
+same forward pass.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llmprep_jax.models.llama.config import Config
+from llmprep_jax.nn.attention import NO_WINDOW, Attention, Tokens, place_tokens
+from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.linear import Embed, Head
+from llmprep_jax.nn.mlp import GatedMlp
+from llmprep_jax.nn.norm import RMSNorm
+from llmprep_jax.nn.rope import rope_angles, rope_frequencies
+from llmprep_jax.nn.stack import scan, stack
+from llmprep_jax.types import Array, Bool, Float, Int
+
+
+class Output(NamedTuple):
+    """What a language model returns: logits [B, T, V] in float32, and the cache if one was given."""
+
+    logits: Array
+    cache: KVCache | None = None
+
+
+class Block(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        compute = cfg.compute
+        norm = functools.partial(
+            RMSNorm, cfg.dim, eps=cfg.norm_eps, param_dtype=compute.param_dtype, rngs=rngs
+        )
+        self.attn_norm = norm()
+        self.attn = Attention(
+            cfg.dim,
+            cfg.num_heads,
+            cfg.num_kv_heads,
+            cfg.head_dim,
+            qkv_bias=cfg.qkv_bias,
+            out_bias=cfg.out_bias,
+            compute=compute,
+            rngs=rngs,
+        )
+        self.mlp_norm = norm()
+        self.mlp = GatedMlp(cfg.dim, cfg.mlp_dim, bias=cfg.mlp_bias, compute=compute, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        tokens: Tokens,
+        rope: tuple[Array, Array],
+        window: int | Int[Array, ""] | None = None,
+        cache: KVCache | None = None,
+        layer: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        h_BTD, cache = self.attn(self.attn_norm(x_BTD), tokens, rope, window, cache, layer)
+        x_BTD = x_BTD + h_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+
+class Model(nnx.Module):
+    """Tokens to logits."""
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed = Embed(cfg.vocab_size, cfg.dim, compute=cfg.compute, rngs=rngs)
+        self.layers = stack(functools.partial(Block, cfg), cfg.num_layers, rngs=rngs)
+        self.norm = RMSNorm(
+            cfg.dim, eps=cfg.norm_eps, param_dtype=cfg.compute.param_dtype, rngs=rngs
+        )
+        tied = cfg.tie_embeddings
+        make_head = functools.partial(Head, cfg.dim, cfg.vocab_size, compute=cfg.compute)
+        self.head = None if tied else make_head(rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Output:
+        """Logits of the token after each token.
+
+        Args:
+          tokens: ids.
+          positions: of each token in its document; by default counted from 0, or on from the cache.
+          segment_ids: documents of a packed row, from 1 on; 0 is padding.
+          mask: True for real tokens; an alternative to `segment_ids` for padded rows.
+          cache: from `init_cache` or an earlier call; the tokens come after what it holds.
+        """
+        x_BTD, cache = self.features(
+            tokens, positions=positions, segment_ids=segment_ids, mask=mask, cache=cache
+        )
+        return Output(self.unembed(x_BTD), cache)
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """The final hidden states, after the last norm; arguments as `__call__`."""
+        cfg = self.cfg
+        place, cache = place_tokens(tokens, positions, segment_ids, mask, cache)
+        inv_freq, factor = rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
+        rope = rope_angles(place.positions_BT, inv_freq, factor)
+
+        def step(block, carry, layer, window):
+            x_BTD, cache = carry
+            window = None if cfg.window is None else window
+            return block(x_BTD, place, rope, window, cache, layer)
+
+        layers = np.arange(cfg.num_layers)
+        windows = np.where(layers >= cfg.first_window_layer, cfg.window or NO_WINDOW, NO_WINDOW)
+        x_BTD, cache = scan(
+            step, self.layers, (self.embed(tokens), cache), layers, windows, compute=cfg.compute
+        )
+        return self.norm(x_BTD), None if cache is None else cache.end()
+
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Hidden states to logits, float32."""
+        return self.embed.unembed(x_BTD) if self.head is None else self.head(x_BTD)
+
+    def init_cache(
+        self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
+    ) -> KVCache:
+        """An empty cache for `max_len` tokens a row."""
+        cfg = self.cfg
+        return KVCache.create(
+            cfg.num_layers,
+            batch_size,
+            max_len,
+            cfg.num_kv_heads,
+            cfg.head_dim,
+            dtype=dtype or cfg.compute.dtype,
+            per_layer=isinstance(self.layers, nnx.List),
+        )

@@ -1,0 +1,111 @@
+"""Which family a Hugging Face `model_type` is, and the presets by name.
+
+A family is a folder with `config.py` (Config, from_hf, to_hf, presets), `model.py` (Model) and `weights.py`
+(the table of tensor names); this file is the only one that lists them. The one thing a reader would get
+wrong: `gemma3` is the multimodal checkpoint's type; its language model is loaded from it.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from llmprep_jax.models.gemma3 import config as gemma3_config
+from llmprep_jax.models.gemma3 import weights as gemma3_weights
+from llmprep_jax.models.gemma3.model import Model as Gemma3
+from llmprep_jax.models.llama import config as llama_config
+from llmprep_jax.models.llama import weights as llama_weights
+from llmprep_jax.models.llama.model import Model as Llama
+from llmprep_jax.models.llama.presets import PRESETS as LLAMA_PRESETS
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What is needed to build, load and save a model of one family.
+
+    Attributes:
+      name: of its folder. model_types: Hugging Face's names for it.
+      model: the nnx module class, called as `model(cfg, rngs=...)`.
+      from_hf, to_hf: config.json to Config and back.
+      weights: the table of tensor names. renames, ignored: spellings and tensors outside it.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    model: type[nnx.Module]
+    config: type
+    from_hf: Callable[[Mapping[str, Any]], Any]
+    to_hf: Callable[[Any], dict[str, Any]]
+    weights: Mapping[str, tuple[str, str]]
+    presets: Mapping[str, Any]
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+FAMILIES = (
+    Family(
+        "llama",
+        ("llama", "qwen2"),
+        Llama,
+        llama_config.Config,
+        llama_config.from_hf,
+        llama_config.to_hf,
+        llama_weights.WEIGHTS,
+        LLAMA_PRESETS,
+    ),
+    Family(
+        "gemma3",
+        ("gemma3_text", "gemma3"),
+        Gemma3,
+        gemma3_config.Config,
+        gemma3_config.from_hf,
+        gemma3_config.to_hf,
+        gemma3_weights.WEIGHTS,
+        gemma3_config.PRESETS,
+        gemma3_weights.RENAMES,
+        gemma3_weights.IGNORED,
+    ),
+)
+
+
+def family_of_type(model_type: str | None) -> Family:
+    """The family of a Hugging Face `model_type`.
+
+    Raises:
+      ValueError: no family has it; near misses are named.
+    """
+    types = {kind: family for family in FAMILIES for kind in family.model_types}
+    if model_type in types:
+        return types[model_type]
+    near = difflib.get_close_matches(str(model_type), types, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"supported: {', '.join(types)}"
+    raise ValueError(f"unknown model_type {model_type!r}; {hint}")
+
+
+def family_of(model_or_config: Any) -> Family:
+    """The family of a model or of its Config."""
+    config = getattr(model_or_config, "cfg", model_or_config)
+    for family in FAMILIES:
+        if isinstance(config, family.config):
+            return family
+    raise ValueError(f"{type(config).__name__} is no config of a known family")
+
+
+def preset(name: str) -> Any:
+    """The Config of a released size, e.g. "llama-3.1-8b".
+
+    Raises:
+      ValueError: no such preset; near misses are named.
+    """
+    presets = {key: value for family in FAMILIES for key, value in family.presets.items()}
+    if name in presets:
+        return presets[name]
+    near = difflib.get_close_matches(name, presets, n=3, cutoff=0.4)
+    raise ValueError(f"unknown preset {name!r}; did you mean {', '.join(near or presets)}?")
+
+
+def build(cfg: Any, *, rngs: nnx.Rngs) -> nnx.Module:
+    """A model with random weights; under `jax.eval_shape`, an abstract one."""
+    return family_of(cfg).model(cfg, rngs=rngs)

@@ -1,0 +1,230 @@
+"""Grouped-query attention (Ainslie et al. 2023): MHA when K = N, MQA when K = 1.
+
+What may see what is described by values, not by a dense mask: each query and key has a position and a
+segment (0 = padding or an empty cache slot), and a key is visible when it is of the same segment, not later
+and within the window. Packing, padding, ring caches and sliding windows are this one rule. The one thing a
+reader would get wrong: query heads of one group are neighbours (heads 0..G-1 share key head 0), as every
+checkpoint has it. Softmax is float32.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.norm import RMSNorm
+from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.rope import apply_rope
+from llmprep_jax.sharding import has_mesh, spec
+
+NEG_INF = -2.3819763e38  # finite, so that a row that sees nothing is uniform and not NaN
+NO_WINDOW = 2**31 - 1  # a window that hides nothing, where the window is a value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Where a block of tokens stands.
+
+    Attributes:
+      positions_BT: index of each token in its segment, for RoPE and causality.
+      segments_BT: which document a token is of; 0 is padding; None: all of one document.
+    """
+
+    positions_BT: Int[Array, "B T"]
+    segments_BT: Int[Array, "B T"] | None = None
+
+
+def place_tokens(
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"] | None,
+    segments_BT: Int[Array, "B T"] | None,
+    mask_BT: Bool[Array, "B T"] | None,
+    cache: KVCache | None = None,
+) -> tuple[Tokens, KVCache | None]:
+    """Where a model's input tokens stand, from what its caller gave; and the cache, begun for them.
+
+    Positions default to the count of real tokens in the row, on from those in the cache.
+
+    Raises:
+      ValueError: both a mask and segment ids, or more tokens than the cache has slots.
+    """
+    if mask_BT is not None and segments_BT is not None:
+        raise ValueError("give mask or segment_ids, not both: segment 0 is the padding")
+    if mask_BT is not None:
+        segments_BT = mask_BT.astype(jnp.int32)
+    if positions_BT is None:
+        real_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT > 0
+        positions_BT = jnp.cumsum(real_BT.astype(jnp.int32), axis=1) - 1
+        if cache is not None:
+            positions_BT += jnp.sum(cache.segments_BS > 0, axis=1, dtype=jnp.int32)[:, None]
+        positions_BT = jnp.maximum(positions_BT, 0)
+    if cache is None:
+        return Tokens(positions_BT, segments_BT), None
+    if not cache.is_ring and tokens_BT.shape[1] > cache.num_slots:
+        raise ValueError(f"{tokens_BT.shape[1]} tokens do not fit a cache of {cache.num_slots}")
+    segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
+    return Tokens(positions_BT, segments_BT), cache.begin(positions_BT, segments_BT)
+
+
+def visible(
+    queries: Tokens, keys: Tokens, window: int | Int[Array, ""] | None = None, causal: bool = True
+) -> Bool[Array, "B T S"]:
+    """True where a query may see a key; `window` counts the query itself."""
+    ahead_BTS = queries.positions_BT[:, :, None] - keys.positions_BT[:, None, :]
+    seen_BTS = ahead_BTS >= 0 if causal else jnp.ones_like(ahead_BTS, bool)
+    if window is not None:
+        seen_BTS &= jnp.abs(ahead_BTS) < window
+    if keys.segments_BT is not None:
+        segments_BT = queries.segments_BT
+        segments_BT = jnp.ones_like(queries.positions_BT) if segments_BT is None else segments_BT
+        seen_BTS &= segments_BT[:, :, None] == keys.segments_BT[:, None, :]
+        seen_BTS &= keys.segments_BT[:, None, :] > 0
+    return seen_BTS
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    seen_BTS: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    dtype: jnp.dtype | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(scale * q k^T) v over the visible keys, in float32 between the two products.
+
+    Keys and values are laid out [B, K, S, H], as the cache holds them: one head's keys are one matrix.
+    `dtype` is that of the products' operands; None keeps q's.
+    """
+    dtype = dtype or q_BTNH.dtype
+    B, T, N, H = q_BTNH.shape
+    heads = spec("batch", "kv_heads", shape=k_BKSH.shape[:2])
+    if has_mesh() and heads[1] is None and spec("heads", shape=(N,))[0] is not None:
+        # the mesh splits query heads but not the fewer key heads: give every query head its own copy
+        k_BKSH, v_BKSH = [jnp.repeat(x, N // x.shape[1], axis=1) for x in (k_BKSH, v_BKSH)]
+        heads = spec("batch", "heads", shape=(B, N))
+    K = k_BKSH.shape[1]
+    head_axes = jax.P(*heads, None, None) if has_mesh() else None
+    q_BKGTH = q_BTNH.swapaxes(1, 2).astype(dtype)
+    q_BKGTH = jax.lax.reshape(q_BKGTH, (B, K, N // K * T, H), out_sharding=head_axes)
+    s_BKGTS = jnp.einsum(
+        "bkgh,bksh->bkgs", q_BKGTH, k_BKSH.astype(dtype), preferred_element_type=jnp.float32
+    ).reshape(B, K, N // K, T, -1)
+    s_BKGTS = s_BKGTS * scale
+    if soft_cap is not None:
+        s_BKGTS = jnp.tanh(s_BKGTS / soft_cap) * soft_cap
+    p_BKGTS = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], s_BKGTS, NEG_INF), axis=-1)
+    o_BKGTH = jnp.einsum(
+        "bkgs,bksh->bkgh",
+        p_BKGTS.reshape(B, K, N // K * T, -1).astype(dtype),
+        v_BKSH.astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    sharding = jax.P(*heads, None, None) if has_mesh() else None
+    o_BNTH = jax.lax.reshape(o_BKGTH, (B, N, T, H), out_sharding=sharding)
+    return o_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions, optional biases, query/key norms and soft cap.
+
+    Args:
+      dim: D. num_heads: N. num_kv_heads: K. head_dim: H.
+      qkv_bias, out_bias: biases of the projections (Qwen2 has the former).
+      qk_norm_eps: epsilon of the (1 + w) norms of each head's queries and keys (Gemma 3); None: no norms.
+      scale: of the scores; None is H^-0.5.
+      soft_cap: tanh cap of the scores, or None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.soft_cap, self.dtype = soft_cap, compute.operand_dtype
+
+        def project(heads: int, axis: str) -> Einsum:
+            return Einsum(
+                "BTD,DNH->BTNH",
+                (dim, heads, head_dim),
+                ("embed", axis, "head"),
+                ("batch", "seq", axis, "head"),
+                bias=qkv_bias,
+                compute=compute,
+                rngs=rngs,
+            )
+
+        self.q = project(num_heads, "heads")
+        self.k = project(num_kv_heads, "kv_heads")
+        self.v = project(num_kv_heads, "kv_heads")
+        self.o = Einsum(
+            "BTNH,NHD->BTD",
+            (num_heads, head_dim, dim),
+            ("heads", "head", "embed"),
+            ("batch", "seq", "embed"),
+            bias=out_bias,
+            compute=compute,
+            rngs=rngs,
+        )
+
+        def norm() -> RMSNorm | None:
+            if qk_norm_eps is None:
+                return None
+            kind = dict(eps=qk_norm_eps, zero_centered=True, param_dtype=compute.param_dtype)
+            return RMSNorm(head_dim, **kind, rngs=rngs)
+
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        tokens: Tokens,
+        rope: tuple[Array, Array],
+        window: int | Int[Array, ""] | None = None,
+        cache: KVCache | None = None,
+        layer: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Attends within `x_BTD`, or over `cache` with x's keys and values written into it first.
+
+        Args:
+          tokens: positions and segments of x.
+          rope: cos and sin of x's positions.
+          window: sliding window, None for all.
+          cache: keys and values so far; it has `begin` called on it for these tokens.
+          layer: which layer's slots of the cache are meant.
+        """
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if self.q_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
+        k_BKSH, v_BKSH, keys = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), tokens
+        if cache is not None:
+            cache, k_BKSH, v_BKSH, (positions_BS, segments_BS) = cache.update(layer, k_BKSH, v_BKSH)
+            keys = Tokens(positions_BS, segments_BS)
+        o_BTNH = attend(
+            q_BTNH,
+            k_BKSH,
+            v_BKSH,
+            visible(tokens, keys, window),
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            dtype=self.dtype,
+        )
+        return self.o(o_BTNH), cache

@@ -1,0 +1,158 @@
+"""Key/value caches: all positions, or a ring of the window's size for layers with a sliding window.
+
+A cache is a value: it goes into a forward pass and a new one comes out, and inside jit its buffers are
+updated in place. Slots carry the position and segment of the token that they hold (segment 0: empty), so
+attention needs no notion of full or ring. All rows write the same slots: ragged batches are padded on the
+left. The one thing a reader would get wrong: a ring of W slots is enough for a window of W only while one
+token comes at a time; a longer block attends to the old ring and to itself, and writes afterwards.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llmprep_jax.sharding import spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of some layers.
+
+    Attributes:
+      k, v: [L, B, K, S, H], or a tuple of one [B, K, S, H] a layer (for layers that run unrolled).
+      positions_BS, segments_BS: of the token in each slot; segment 0 is an empty slot or padding.
+      length: tokens written so far, a scalar; the next goes into slot `length` (modulo S in a ring).
+      block: positions and segments of the tokens being written, between `begin` and `end`.
+      is_ring: whether slots are reused.
+    """
+
+    k: Array | tuple[Array, ...]
+    v: Array | tuple[Array, ...]
+    positions_BS: Int[Array, "B S"]
+    segments_BS: Int[Array, "B S"]
+    length: Int[Array, ""]
+    block: tuple[Array, Array] | None = None
+    is_ring: bool = dataclasses.field(default=False, metadata=dict(static=True))
+
+    @classmethod
+    def create(
+        cls,
+        num_layers: int,
+        batch_size: int,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: str | jnp.dtype = "float32",
+        is_ring: bool = False,
+        per_layer: bool = False,
+    ) -> Self:
+        """An empty cache; `per_layer` keeps one buffer a layer."""
+        shape = (batch_size, num_kv_heads, num_slots, head_dim)
+        axes = ("batch", "kv_heads", "seq", "head")
+
+        def buffers() -> Array | tuple[Array, ...]:
+            if per_layer:
+                sharding = spec(*axes, shape=shape)
+                return tuple(
+                    jnp.zeros(shape, dtype, out_sharding=sharding) for _ in range(num_layers)
+                )
+            sharding = spec("layers", *axes, shape=(num_layers, *shape))
+            return jnp.zeros((num_layers, *shape), dtype, out_sharding=sharding)
+
+        rows = spec("batch", "seq", shape=(batch_size, num_slots))
+        slots = jnp.zeros((batch_size, num_slots), jnp.int32, out_sharding=rows)
+        return cls(buffers(), buffers(), slots, slots, jnp.zeros((), jnp.int32), None, is_ring)
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        return self.positions_BS.shape[1]
+
+    def begin(self, positions_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"]) -> Self:
+        """Announces the tokens of a forward pass; each layer then calls `update`, and the model `end`."""
+        return dataclasses.replace(self, block=(positions_BT, segments_BT))
+
+    def update(
+        self, layer: int | Int[Array, ""], k_BKTH: Float[Array, "B K T H"], v_BKTH: Array
+    ) -> tuple[Self, Array, Array, tuple[Array, Array]]:
+        """Writes one layer's new keys and values.
+
+        Returns:
+          the cache, then the keys, the values, and the (positions, segments) that the new tokens may attend
+          to, in slot order.
+        """
+        k_BKTH, v_BKTH = k_BKTH.astype(self._dtype), v_BKTH.astype(self._dtype)
+        old_k, old_v = self._layer(layer)
+        new = self._write(layer, k_BKTH, v_BKTH)
+        positions_BT, segments_BT = self.block
+        if self.is_ring and positions_BT.shape[1] > 1:
+            return (
+                new,
+                jnp.concatenate([old_k, k_BKTH], axis=2),
+                jnp.concatenate([old_v, v_BKTH], axis=2),
+                (
+                    jnp.concatenate([self.positions_BS, positions_BT], axis=1),
+                    jnp.concatenate([self.segments_BS, segments_BT], axis=1),
+                ),
+            )
+        slots = (
+            self._put(self.positions_BS, positions_BT, axis=1),
+            self._put(self.segments_BS, segments_BT, axis=1),
+        )
+        return new, *new._layer(layer), slots
+
+    def end(self) -> Self:
+        """Takes the announced tokens in, once all layers have written them."""
+        positions_BT, segments_BT = self.block
+        return dataclasses.replace(
+            self,
+            positions_BS=self._put(self.positions_BS, positions_BT, axis=1),
+            segments_BS=self._put(self.segments_BS, segments_BT, axis=1),
+            length=self.length + positions_BT.shape[1],
+            block=None,
+        )
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return (self.k[0] if isinstance(self.k, tuple) else self.k).dtype
+
+    def _layer(self, layer: int | Int[Array, ""]) -> tuple[Array, Array]:
+        if isinstance(self.k, tuple):
+            return self.k[layer], self.v[layer]
+        at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
+        return at(self.k), at(self.v)
+
+    def _write(self, layer: int | Int[Array, ""], k_BKTH: Array, v_BKTH: Array) -> Self:
+        def write(old, new_BKTH):
+            if isinstance(old, tuple):
+                put = self._put(old[layer], new_BKTH, axis=2)
+                return (*old[:layer], put, *old[layer + 1 :])
+            return self._put(old, new_BKTH[None], axis=3, layer=layer)
+
+        return dataclasses.replace(self, k=write(self.k, k_BKTH), v=write(self.v, v_BKTH))
+
+    def _put(self, slots: Array, new: Array, axis: int, layer: int | Array | None = None) -> Array:
+        """Writes `new` along the slot `axis`, at the next free slots (the oldest ones in a ring)."""
+        num_new = new.shape[axis]
+        start = [0] * slots.ndim
+        if layer is not None:
+            start[0] = layer
+        if not self.is_ring or num_new == 1:
+            start[axis] = self.length % self.num_slots if self.is_ring else self.length
+            return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), start)
+        if num_new > self.num_slots:
+            new = jax.lax.slice_in_dim(new, num_new - self.num_slots, num_new, axis=axis)
+        first = self.length + num_new - new.shape[axis]
+        at = (first + jnp.arange(new.shape[axis])) % self.num_slots
+        index = [slice(None)] * slots.ndim
+        index[axis] = at
+        if layer is None:
+            return slots.at[tuple(index)].set(new.astype(slots.dtype))
+        one = jax.lax.dynamic_index_in_dim(slots, layer, keepdims=False)
+        one = one.at[tuple(index[1:])].set(new[0].astype(slots.dtype))
+        return jax.lax.dynamic_update_slice(slots, one[None], start)

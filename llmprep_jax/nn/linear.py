@@ -1,0 +1,141 @@
+"""Linear maps as einsums, and the embedding table.
+
+Every dense layer of a transformer is one einsum of an activation with a weight whose dimensions stay
+unmerged: `"BTD,DNH->BTNH"` for a query projection. `contract` is its matrix product: operands in one dtype,
+accumulation in float32, forward and backward. The one thing a reader would get wrong: autodiff of a bf16
+product with a float32 result multiplies a float32 cotangent with bf16 operands, which runs at half speed;
+hence the custom rule, which rounds the cotangent to the operands' dtype first.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llmprep_jax.nn.param import Compute, param
+from llmprep_jax.sharding import sharding_of, spec
+
+fan_in_normal = jax.nn.initializers.lecun_normal
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def contract(eqn: str, x: Array, w: Array, dtype: jnp.dtype, axes: tuple[str | None, ...]) -> Array:
+    """Einsum of `x` and `w` with operands in `dtype`, a float32 sum, and the result in x's dtype.
+
+    Args:
+      eqn: the einsum, e.g. "BTD,DNH->BTNH"; each input dimension is in the other input or in the output.
+      axes: logical axes of the result, for its sharding.
+    """
+    return _product(eqn, x, w, dtype, x.dtype, axes)
+
+
+def _product(eqn, x, w, dtype, out_dtype, axes=None, sharding=None):
+    if axes is not None:
+        inputs, out = eqn.split("->")
+        sizes = dict(zip(inputs.replace(",", ""), (*x.shape, *w.shape), strict=True))
+        sharding = spec(*axes, shape=[sizes[dim] for dim in out])
+    # float32 sums whatever the operands are; on TPU and GPU the cast fuses into the product
+    y = jnp.einsum(
+        eqn,
+        x.astype(dtype),
+        w.astype(dtype),
+        preferred_element_type=jnp.float32,
+        out_sharding=sharding,
+    )
+    return y.astype(out_dtype)
+
+
+def _contract_forward(eqn, x, w, dtype, axes):
+    return contract(eqn, x, w, dtype, axes), (x, w)
+
+
+def _contract_backward(eqn, dtype, axes, residuals, dy):
+    x, w = residuals
+    (x_dims, w_dims), y_dims = eqn.split("->")[0].split(","), eqn.split("->")[1]
+    dy = dy.astype(dtype)
+    dx = _product(f"{y_dims},{w_dims}->{x_dims}", dy, w, dtype, x.dtype, sharding=sharding_of(x))
+    dw = _product(f"{x_dims},{y_dims}->{w_dims}", x, dy, dtype, w.dtype, sharding=sharding_of(w))
+    return dx, dw
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
+class Einsum(nnx.Module):
+    """y = einsum(eqn, x, w) + b, for a weight with unmerged dimensions.
+
+    Args:
+      eqn: einsum of the activation and the weight.
+      shape: shape of the weight.
+      axes: logical axes of the weight.
+      out_axes: logical axes of the result.
+      bias: whether a bias over the weight's output dimensions is added.
+    """
+
+    def __init__(
+        self,
+        eqn: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        out_axes: tuple[str | None, ...],
+        *,
+        bias: bool = False,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        self.eqn, self.out_axes = eqn, out_axes
+        self.dtype = compute.operand_dtype
+        w_dims, y_dims = eqn.split("->")[0].split(",")[1], eqn.split("->")[1]
+        outputs = [i for i, dim in enumerate(w_dims) if dim in y_dims]
+        inputs = [i for i, dim in enumerate(w_dims) if dim not in y_dims]
+        init = fan_in_normal(in_axis=inputs, out_axis=outputs)
+        self.w = param(rngs, shape, axes, init, compute.param_dtype)
+        b_shape, b_axes = [tuple(of[i] for i in outputs) for of in (shape, axes)]
+        zeros = jax.nn.initializers.zeros
+        self.b = param(rngs, b_shape, b_axes, zeros, compute.param_dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = contract(self.eqn, x, self.w[...], self.dtype, self.out_axes)
+        return y if self.b is None else y + self.b[...].astype(y.dtype)
+
+
+class Embed(nnx.Module):
+    """A table of token embeddings, [V, D], that also serves as the output head when weights are tied."""
+
+    def __init__(self, vocab_size: int, dim: int, *, compute: Compute, rngs: nnx.Rngs):
+        self.compute = compute
+        init = jax.nn.initializers.normal(0.02)
+        self.w = param(rngs, (vocab_size, dim), ("vocab", "embed"), init, compute.param_dtype)
+
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks tokens up; ids outside the vocabulary give the nearest row (XLA clamps)."""
+        shape = (*tokens_BT.shape, self.w.shape[-1])
+        x_BTD = (
+            self.w[...].at[tokens_BT].get(out_sharding=spec("batch", "seq", "embed", shape=shape))
+        )
+        return x_BTD.astype(self.compute.dtype)
+
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits against the same table, float32."""
+        return contract_logits("BTD,VD->BTV", x_BTD, self.w[...], self.compute.operand_dtype)
+
+
+def contract_logits(
+    eqn: str, x_BTD: Float[Array, "B T D"], w: Float[Array, "..."], dtype: jnp.dtype
+) -> Float[Array, "B T V"]:
+    """The output head: as `contract`, but the logits stay in float32 for the softmax and the loss."""
+    return contract(eqn, x_BTD.astype(jnp.float32), w, dtype, ("batch", "seq", "vocab"))
+
+
+class Head(nnx.Module):
+    """An output head of its own, [D, V], for models whose embeddings are not tied."""
+
+    def __init__(self, dim: int, vocab_size: int, *, compute: Compute, rngs: nnx.Rngs):
+        self.dtype = compute.operand_dtype
+        init = fan_in_normal()
+        self.w = param(rngs, (dim, vocab_size), ("embed", "vocab"), init, compute.param_dtype)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return contract_logits("BTD,DV->BTV", x_BTD, self.w[...], self.dtype)

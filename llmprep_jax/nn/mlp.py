@@ -1,0 +1,69 @@
+"""The feed-forward layers: gated (Shazeer 2020, GLU Variants: SwiGLU, GeGLU) and plain.
+
+The one thing a reader would get wrong: `jax.nn.gelu` is the tanh form by default; here "gelu" is the exact
+(erf) one and "gelu_tanh" the approximation, as the checkpoints mean them.
+"""
+
+import functools
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.param import Compute
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+_ACT_AXES, _OUT_AXES = ("batch", "seq", "mlp"), ("batch", "seq", "embed")
+
+
+class GatedMlp(nnx.Module):
+    """down(act(gate(x)) * up(x)): SwiGLU with "silu", GeGLU with a GELU."""
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_dim: int,
+        *,
+        act: str = "silu",
+        bias: bool = False,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        self.act = act
+        make = functools.partial(Einsum, bias=bias, compute=compute, rngs=rngs)
+        self.gate = make("BTD,DF->BTF", (dim, mlp_dim), ("embed", "mlp"), _ACT_AXES)
+        self.up = make("BTD,DF->BTF", (dim, mlp_dim), ("embed", "mlp"), _ACT_AXES)
+        self.down = make("BTF,FD->BTD", (mlp_dim, dim), ("mlp", "embed"), _OUT_AXES)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(ACTIVATIONS[self.act](self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Mlp(nnx.Module):
+    """down(act(up(x))), the original feed-forward layer (Vaswani et al. 2017, section 3.3)."""
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_dim: int,
+        *,
+        act: str = "gelu",
+        bias: bool = True,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        self.act = act
+        make = functools.partial(Einsum, bias=bias, compute=compute, rngs=rngs)
+        self.up = make("BTD,DF->BTF", (dim, mlp_dim), ("embed", "mlp"), _ACT_AXES)
+        self.down = make("BTF,FD->BTD", (mlp_dim, dim), ("mlp", "embed"), _OUT_AXES)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(ACTIVATIONS[self.act](self.up(x_BTD)))

@@ -1,0 +1,65 @@
+"""Variables by role, and how a parameter is born: in its dtype and already sharded.
+
+The class of a variable tells who may change it: `Param` is trained, `AdapterParam` belongs to a
+parameter-efficient method, `Buffer` is state without a gradient. `nnx.split(model, AdapterParam, ...)` is
+therefore all that fine-tuning needs. The one thing a reader would get wrong: `AdapterParam` is no subclass
+of `Param`, so splitting by `Param` gives the base weights alone.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmprep_jax.sharding import spec
+
+
+class Param(nnx.Param):
+    """A weight of the model."""
+
+
+class AdapterParam(nnx.Variable):
+    """A weight that an adapter method added."""
+
+
+class Buffer(nnx.Variable):
+    """An array that belongs to the model and is never trained."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model computes, as opposed to what it computes.
+
+    Attributes:
+      dtype: dtype of activations.
+      matmul_dtype: dtype of the operands of large matrix products, whose results are accumulated in float32;
+        None means `dtype`. On CPUs with bf16 instructions, float32 activations with bf16 operands are the
+        fastest way to train (2 x float32, 2.5 x bf16 activations).
+      param_dtype: dtype in which parameters are created.
+      remat: what the backward pass recomputes: "none", "full" or "dots" (keeps matrix products).
+      unroll: layers a step of the scan; 0 unrolls all (faster steps on CPU, slower compilation).
+    """
+
+    dtype: str = "float32"
+    matmul_dtype: str | None = None
+    param_dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+
+    @property
+    def operand_dtype(self) -> jnp.dtype:
+        """dtype of matrix operands."""
+        return jnp.dtype(self.matmul_dtype or self.dtype)
+
+
+def param(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: jax.nn.initializers.Initializer,
+    dtype: str | jnp.dtype = "float32",
+) -> Param:
+    """Creates a `Param` of `shape`, sharded by its logical `axes` (one name a dimension)."""
+    value = init(rngs.params(), shape, jnp.dtype(dtype), out_sharding=spec(*axes, shape=shape))
+    return Param(value)

@@ -1,0 +1,112 @@
+"""Logical axes to mesh axes: the only file (with configs/meshes.py) that knows the names of mesh axes.
+
+Parameters and contractions name their dimensions by logical axes ("embed", "heads"); `spec` turns these
+into a `PartitionSpec` for the mesh in force, or into None where there is none, so one code runs in a unit
+test and on a pod. A mesh axis is used once in a spec: the first dimension that asks for it gets it, which
+is why ("batch", None, "embed") shards the batch over fsdp and ("embed", "mlp") the weight's rows. The one
+thing a reader would get wrong: a dimension that the mesh axis does not divide (9 heads on 2 devices) is
+replicated, not an error, when `shape` is given.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Which mesh axes each logical axis is laid over; None replicates."""
+
+    batch: MeshAxes = ("data", "fsdp")
+    seq: MeshAxes = None
+    embed: MeshAxes = "fsdp"
+    heads: MeshAxes = "tensor"
+    kv_heads: MeshAxes = "tensor"
+    head: MeshAxes = None
+    mlp: MeshAxes = "tensor"
+    vocab: MeshAxes = "tensor"
+    expert: MeshAxes = "expert"
+    latent: MeshAxes = None
+    layers: MeshAxes = None
+
+
+_rules: contextvars.ContextVar[ShardingRules] = contextvars.ContextVar(
+    "sharding_rules", default=ShardingRules()
+)
+
+
+def make_mesh(
+    axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """Makes a mesh with explicit axes from sizes by name, e.g. `{"fsdp": 4, "tensor": 2}`.
+
+    One size may be -1: it takes the devices that are left.
+
+    Raises:
+      ValueError: an unknown axis name, or sizes whose product is not the number of devices.
+    """
+    unknown = sorted(set(axes) - set(MESH_AXES))
+    if unknown:
+        raise ValueError(f"unknown mesh axes {unknown}; the axes are {', '.join(MESH_AXES)}")
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict(axes)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) == 1:
+        known = int(np.prod([size for size in sizes.values() if size != -1]))
+        sizes[free[0]] = len(devices) // known
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise ValueError(f"a mesh of {dict(axes)} does not fit {len(devices)} devices")
+    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), explicit, devices=devices)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: jax.sharding.Mesh | None, rules: ShardingRules | None = None) -> Iterator[None]:
+    """Puts a mesh (None: no mesh) and, if given, its rules in force for a `with` block."""
+    token = _rules.set(rules or _rules.get())
+    try:
+        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+            yield
+    finally:
+        _rules.reset(token)
+
+
+def has_mesh() -> bool:
+    """True where a mesh is in force."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def spec(*axes: str | None, shape: Sequence[int] | None = None) -> jax.P | None:
+    """The PartitionSpec of logical axes under the mesh in force; None where there is no mesh.
+
+    With `shape`, a dimension that its mesh axes do not divide is replicated.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    rules, free, dims = _rules.get(), dict(mesh.shape), []
+    for dim, axis in enumerate(axes):
+        wanted = getattr(rules, axis) if axis is not None else None
+        wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
+        taken = tuple(name for name in wanted if name in free)
+        ways = int(np.prod([free[name] for name in taken]))
+        if not taken or (shape is not None and shape[dim] % ways):
+            dims.append(None)
+            continue
+        for name in taken:
+            del free[name]
+        dims.append(taken if len(taken) > 1 else taken[0])
+    return jax.P(*dims)
+
+
+def sharding_of(x: jax.Array) -> jax.sharding.NamedSharding | None:
+    """The sharding that the type of `x` carries, None without a mesh; what a transposed op restores."""
+    return jax.typeof(x).sharding if has_mesh() else None
