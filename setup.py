@@ -1,0 +1,33 @@
+"""Packaging of llmprep_jax; the only packaging file."""
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "demo": ["gguf>=0.19,<1", "matplotlib>=3.9,<4", "pyarrow>=17"],
+    "parity": ["torch==2.13.0", "transformers>=5.23,<5.24", "peft>=0.21,<0.22"],
+    "dev": ["pytest>=8,<10", "hypothesis>=6.100,<7", "beartype>=0.20,<1", "ruff==0.17.6"],
+    "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "gradio>=5,<7"],
+}
+
+setup(
+    name="llmprep_jax",
+    version="0.1.0",
+    description="Open language and vision-language models in JAX, exact to their references",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["llmprep_jax*", "experiments*", "configs*"]),
+    package_data={"configs": ["data/*"]},
+    install_requires=[
+        *["jax>=0.10.2,<0.13", "flax>=0.12.8,<0.13", "optax>=0.2.8,<0.3", "chex>=0.1.92,<0.2"],
+        *["orbax-checkpoint>=0.12.8,<0.13", "grain>=0.2.18,<0.3", "array-record>=0.8.1,<1"],
+        *["tensorflow-datasets>=4.9.10,<5", "importlib_resources>=6", "tensorboard>=2.20,<3"],
+        *["numpy>=2", "ml_dtypes>=0.5", "jaxtyping>=0.3,<1", "einops>=0.8,<1", "psutil>=6"],
+        *["safetensors>=0.5,<1", "huggingface_hub>=1,<3", "tokenizers>=0.22,<1"],
+        *["sentencepiece>=0.2,<1", "jinja2>=3.1.6,<4", "rich>=14,<16"],
+    ],
+    extras_require=EXTRAS,
+)
