@@ -1,0 +1,73 @@
+"""What every command does alike: help, errors in one line, exit codes, and where the outputs are.
+
+`run(main)` is the last line of each experiments/*.py. Exit codes: 0 done, 1 a file or value that
+will not do, 2 the command was called wrongly, 130 interrupted. The one thing a reader would get
+wrong: `--help` and `--debug` (tracebacks) are the only flags; everything else is `name=value`.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import rich.console
+
+from llmprep_jax.config import UsageError
+
+Outputs = Mapping[str, Any]
+
+
+def run(
+    main: Callable[[list[str]], Outputs | None], arguments: Sequence[str] | None = None
+) -> None:
+    """Runs a command and exits with its code.
+
+    Args:
+      main: takes the arguments, returns its outputs by name (files and folders), or None.
+      arguments: of the command line; None: sys.argv.
+
+    Raises:
+      SystemExit: always.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if any(argument in ("--help", "-h") for argument in arguments):
+        print(str(main.__globals__["__doc__"]).strip())
+        raise SystemExit(0)
+    debug = "--debug" in arguments
+    try:
+        outputs = main([argument for argument in arguments if argument != "--debug"])
+    except (KeyboardInterrupt, Exception) as error:
+        code, message = explain(error)
+        if debug or message is None:
+            traceback.print_exc()
+        print(f"error: {message or error}", file=sys.stderr)
+        raise SystemExit(code) from None
+    show_outputs(outputs or {})
+    raise SystemExit(0)
+
+
+def explain(error: BaseException) -> tuple[int, str | None]:
+    """The exit code of an error and its message in one line; None where only a traceback helps."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UsageError):
+        return 2, f"{text} (see --help)"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return 1, f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError)):
+        return 1, text
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:
+        remedy = "take a smaller batch, a shorter context or remat"
+        return 1, f"out of device memory: {text[:200]}; {remedy}"
+    return 1, None
+
+
+def show_outputs(outputs: Outputs) -> None:
+    """Prints where the outputs are, one a line, with paths from the working folder."""
+    console = rich.console.Console()
+    width = max(map(len, outputs), default=0)
+    for name, path in outputs.items():
+        shown = os.path.relpath(path) if isinstance(path, os.PathLike) else path
+        console.print(f"{name:{width}}  {shown}", soft_wrap=True, markup=False, highlight=False)

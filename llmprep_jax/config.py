@@ -1,0 +1,333 @@
+"""Runs are Python: loading a config file, changing single fields by `a.b=c`, saving what was
+resolved.
+
+A config file defines `get_config()`, which returns one frozen dataclass; nested dataclasses are its
+sections. `override` replaces fields by dotted path and converts the text to the field's declared
+type. The one thing a reader would get wrong: all changes of one dataclass are made in one
+`dataclasses.replace`, so `num_heads=6 num_kv_heads=3` passes a check that neither change alone
+would pass.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.text
+import rich.tree
+
+from llmprep_jax.values import Mismatch, check, describe, members, parse
+
+TYPE_KEY = "_type"
+
+
+class UsageError(ValueError):
+    """The command was called wrongly: an unknown key, a value of the wrong type, no such config."""
+
+
+def load_config(path: str | pathlib.Path, overrides: Iterable[str] = ()) -> Any:
+    """Runs a config file and applies overrides.
+
+    Args:
+      path: a Python file that defines `get_config() -> frozen dataclass`.
+      overrides: texts `a.b=c`.
+
+    Raises:
+      UsageError: no such file, one that does not run, a value of the wrong type, a bad override.
+    """
+    path = pathlib.Path(path)
+    if not _is_file(path):
+        raise UsageError(f"no config file {path}; {_siblings(path)}")
+    config = _run_config_file(path)
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise UsageError(f"{path}: get_config() returned a {type(config).__name__}, no dataclass")
+    try:
+        check_fields(config)
+    except Mismatch as error:
+        raise UsageError(f"{path}: {error}") from None
+    return override(config, overrides)
+
+
+def _is_file(path: pathlib.Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
+
+
+def _run_config_file(path: pathlib.Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is no Python file; configs are named *.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise UsageError(f"{path} defines no function get_config()")
+        return module.get_config()
+    except UsageError:
+        raise
+    except Exception as error:
+        where = f"{path}:{_line_in(error, path)}"
+        raise UsageError(f"{where}: {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _line_in(error: BaseException, path: pathlib.Path) -> int:
+    """The last line of the config file that an exception went through."""
+    line = (error.lineno or 0) if isinstance(error, SyntaxError) else 0
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _siblings(path: pathlib.Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder {folder} either"
+    names = sorted(p.name for p in folder.glob("*.py") if p.name != "__init__.py")
+    if not names:
+        return f"{folder} holds no config"
+    near = difflib.get_close_matches(path.name, names, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names[:12])}"
+
+
+def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Parts a command line into positional arguments and `a.b=c` overrides.
+
+    Raises:
+      UsageError: an argument that begins with a dash; commands have no flags.
+    """
+    positional: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise UsageError(f"unknown flag {argument}; settings are written name=value")
+        key, equals, _ = argument.partition("=")
+        dotted = all(part.isidentifier() or part.isdigit() for part in key.split("."))
+        (overrides if equals and dotted else positional).append(argument)
+    return positional, overrides
+
+
+def override(config: Any, overrides: Iterable[str]) -> Any:
+    """Replaces fields of a tree of dataclasses.
+
+    A section that is None and has defaults comes into being when one of its fields is set.
+
+    Args:
+      config: a dataclass instance.
+      overrides: texts `a.b=c`; `a.0.b=c` reaches into a tuple; of two for one key the last wins.
+
+    Raises:
+      UsageError: no such key (near misses are named), a value of the wrong type, or one that the
+        config refuses.
+    """
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{text!r} is no setting; write key=value")
+        _plan(changes, key.split("."), value)
+    return _apply(config, type(config), changes, ())
+
+
+def _plan(changes: dict[str, Any], path: Sequence[str], value: str) -> None:
+    """Notes a change in a tree of dicts by key, whose leaves are the texts as typed."""
+    for depth, part in enumerate(path[:-1], 1):
+        changes = changes.setdefault(part, {})
+        if not isinstance(changes, dict):
+            raise UsageError(f"{'.'.join(path[:depth])} is set as a whole and in part")
+    if isinstance(changes.get(path[-1]), dict):
+        raise UsageError(f"{'.'.join(path)} is set as a whole and in part")
+    changes[path[-1]] = value
+
+
+def _apply(value: Any, kind: Any, changes: str | dict[str, Any], path: tuple[str, ...]) -> Any:
+    """`value`, of declared type `kind`, with the planned changes made."""
+    name = ".".join(path)
+    if isinstance(changes, str):
+        try:
+            return parse(changes, kind)
+        except Mismatch as error:
+            raise UsageError(f"{name}={changes}: {error}") from None
+    if value is None:
+        value = _make_section(kind, path, next(iter(changes)))
+    if isinstance(value, tuple):
+        return _apply_to_tuple(value, kind, changes, path)
+    if not dataclasses.is_dataclass(value):
+        if not changes:
+            return value
+        raise UsageError(f"{name} is {value!r}, no section; set {name}=... as a whole")
+    kinds = field_types(type(value))
+    new = {}
+    for key, change in changes.items():
+        if key not in kinds:
+            raise _unknown_key(path, key, kinds)
+        new[key] = _apply(getattr(value, key), kinds[key], change, (*path, key))
+    return _construct(lambda: dataclasses.replace(value, **new), path, new)
+
+
+def _apply_to_tuple(
+    value: tuple[Any, ...], kind: Any, changes: Mapping[str, Any], path: tuple[str, ...]
+) -> tuple[Any, ...]:
+    new = list(value)
+    for key, change in changes.items():
+        if not (key.isascii() and key.isdigit() and int(key) < len(value)):
+            count = len(value)
+            raise UsageError(f"{'.'.join(path)} has {count} items, counted from 0, and no {key!r}")
+        new[int(key)] = _apply(value[int(key)], _item_type(kind, int(key)), change, (*path, key))
+    return tuple(new)
+
+
+def _item_type(kind: Any, index: int) -> Any:
+    for member in members(kind):
+        if typing.get_origin(member) is tuple:
+            items = typing.get_args(member)
+            return items[0] if items[-1] is Ellipsis else items[index]
+    return Any
+
+
+def _make_section(kind: Any, path: tuple[str, ...], key: str) -> Any:
+    """What a section that is None becomes when its field `key` is set."""
+    name = ".".join(path)
+    sections = [member for member in members(kind) if dataclasses.is_dataclass(member)]
+    if not sections:
+        raise UsageError(f"{name} is None, no section; set {name}=... as a whole")
+    having = [section for section in sections if key in field_types(section)]
+    if not having:
+        raise _unknown_key(path, key, [k for section in sections for k in field_types(section)])
+    if len(having) > 1:
+        names = " or ".join(section.__name__ for section in having)
+        raise UsageError(f"{name} is None and could be {names}; choose in the config file")
+    return _construct(having[0], path, {})
+
+
+def _construct(make: Callable[[], Any], path: tuple[str, ...], new: Mapping[str, Any]) -> Any:
+    """Calls a dataclass's constructor; what that refuses is the user's error."""
+    try:
+        return make()
+    except UsageError:
+        raise
+    except (ValueError, TypeError) as error:
+        names = ", ".join(".".join((*path, key)) for key in new) or ".".join(path)
+        raise UsageError(f"{names}: {_one_line(error)}") from error
+
+
+def _unknown_key(path: tuple[str, ...], key: str, known: Iterable[str]) -> UsageError:
+    known = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(known)}"
+    return UsageError(f"unknown key {'.'.join((*path, key))}; {hint}")
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The declared type of each field that a dataclass's constructor takes, by name."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def check_fields(config: Any, path: str = "") -> None:
+    """Holds the fields of a tree of dataclasses against their declared types.
+
+    Raises:
+      Mismatch: a field is of another type.
+    """
+    for name, kind in field_types(type(config)).items():
+        value = getattr(config, name)
+        try:
+            check(value, kind)
+        except Mismatch as error:
+            raise Mismatch(f"{path}{name}: {error}") from None
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            check_fields(value, f"{path}{name}.")
+
+
+def to_dict(config: Any) -> Any:
+    """Plain data for JSON: a dataclass is a dict that names its class, a tuple is a list."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {name: to_dict(getattr(config, name)) for name in field_types(type(config))}
+        return {TYPE_KEY: type(config).__name__, **fields}
+    if isinstance(config, Mapping):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(item) for item in config]
+    if config is None or isinstance(config, (bool, int, float, str)):
+        return config
+    return str(config)
+
+
+def to_json(config: Any) -> str:
+    """The text of `to_dict`, indented."""
+    return json.dumps(to_dict(config), indent=2, allow_nan=False)
+
+
+def from_dict(kind: Any, data: Any) -> Any:
+    """The value of declared type `kind` whose `to_dict` is `data`.
+
+    Raises:
+      UsageError: a class, a field or a value that the type does not have.
+    """
+    if isinstance(data, Mapping) and TYPE_KEY in data:
+        classes = {k.__name__: k for k in members(kind) if dataclasses.is_dataclass(k)}
+        if data[TYPE_KEY] not in classes:
+            raise UsageError(f"a {data[TYPE_KEY]} is saved where {describe(kind)} is wanted")
+        kinds = field_types(classes[data[TYPE_KEY]])
+        unknown = [key for key in data if key not in kinds and key != TYPE_KEY]
+        if unknown:
+            raise _unknown_key((data[TYPE_KEY],), unknown[0], kinds)
+        new = {key: from_dict(kinds[key], item) for key, item in data.items() if key != TYPE_KEY}
+        return _construct(lambda: classes[data[TYPE_KEY]](**new), (data[TYPE_KEY],), new)
+    if isinstance(data, list):
+        data = tuple(from_dict(_item_type(kind, index), item) for index, item in enumerate(data))
+    if isinstance(data, str) and pathlib.Path in members(kind):
+        return pathlib.Path(data)
+    try:
+        return check(data, kind)
+    except Mismatch as error:
+        raise UsageError(str(error)) from None
+
+
+def changed_fields(
+    old: Mapping[str, Any], new: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Where two results of `to_dict` differ: dotted key, old value, new value."""
+    for key in dict.fromkeys([*old, *new]):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            for inner, *values in changed_fields(was, now):
+                yield f"{key}.{inner}", *values
+        elif was != now:
+            yield key, was, now
+
+
+def print_config(config: Any, console: rich.console.Console | None = None) -> None:
+    """Prints the resolved config as a tree."""
+    (console or rich.console.Console()).print(_tree(type(config).__name__, config))
+
+
+def _tree(label: str, value: Any) -> rich.tree.Tree:
+    def head(rest: str) -> rich.tree.Tree:
+        return rich.tree.Tree(rich.text.Text.assemble((label, "cyan"), rest))
+
+    if dataclasses.is_dataclass(value):
+        kind = type(value).__name__
+        tree = head("" if kind == label else f": {kind}")
+        items = [(name, getattr(value, name)) for name in field_types(type(value))]
+    elif isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
+        tree, items = head(""), [(str(index), item) for index, item in enumerate(value)]
+    else:
+        return head(f" = {value!r}")
+    for name, item in items:
+        tree.add(_tree(name, item))
+    return tree

@@ -1,0 +1,68 @@
+"""Says what this test command does.
+
+Usage: test_cli NAME
+"""
+
+import pytest
+
+from llmprep_jax.cli import run
+from llmprep_jax.config import UsageError
+
+
+def run_and_catch(capsys, error=None, arguments=(), outputs=None):
+    def main(arguments):
+        if error is not None:
+            raise error
+        return outputs or {"arguments": " ".join(arguments)}
+
+    with pytest.raises(SystemExit) as stop:
+        run(main, list(arguments))
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_help_prints_the_docstring_of_the_command(capsys):
+    code, out, _ = run_and_catch(capsys, arguments=["x", "--help"])
+    assert (code, out) == (0, __doc__.strip() + "\n")
+
+
+def test_a_command_ends_by_naming_its_outputs(capsys, tmp_path):
+    outputs = {"run": tmp_path / "run", "loss": 0.5}
+    code, out, err = run_and_catch(capsys, outputs=outputs)
+    assert (code, err) == (0, "")
+    first, second = out.splitlines()
+    assert first.startswith("run   ")
+    assert first.endswith("/run")
+    assert second == "loss  0.5"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UsageError("unknown key a"), 2, "error: unknown key a (see --help)\n"),
+        (ValueError("a.txt: too\nlong"), 1, "error: a.txt: too long\n"),
+        (FileNotFoundError(2, "No such file", "b.txt"), 1, "error: b.txt: No such file\n"),
+        (OSError("disk full"), 1, "error: disk full\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (RuntimeError("RESOURCE_EXHAUSTED: x"), 1, "error: out of device memory"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_is_one_line_and_an_exit_code(capsys, error, code, message):
+    got, out, err = run_and_catch(capsys, error)
+    assert (got, out, err.count("\n")) == (code, "", 1)
+    assert err.startswith(message)
+
+
+def test_debug_shows_the_traceback_and_is_not_passed_on(capsys):
+    code, _, err = run_and_catch(capsys, ValueError("bad"), ["--debug"])
+    assert code == 1
+    assert "Traceback" in err
+    assert err.endswith("error: bad\n")
+    assert run_and_catch(capsys, arguments=["a", "--debug"])[1] == "arguments  a\n"
+
+
+def test_a_bug_shows_its_traceback(capsys):
+    code, _, err = run_and_catch(capsys, ZeroDivisionError("oops"))
+    assert code == 1
+    assert "Traceback" in err
