@@ -1,0 +1,104 @@
+"""Timing contenders in turn, so that a ratio between them survives a noisy machine.
+
+Each contender lives in a process of its own (its threads, its peak memory), is built and run once, and then
+all take turns, one call each a round, while the others sleep. Medians are compared. The one thing a reader
+would get wrong: the first call holds tracing and compilation and is reported by itself.
+"""
+
+import dataclasses
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One contender's times, in seconds, and its process's peak memory in bytes."""
+
+    first: float
+    times: tuple[float, ...]
+    peak_bytes: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+
+def compete(
+    contenders: Mapping[str, tuple[Callable[..., Callable[[], Any]], Mapping[str, Any]]],
+    rounds: int = 5,
+    pause: float = 0.3,
+    announce: Callable[[str], None] = print,
+) -> dict[str, Score]:
+    """Times every contender's call, in turn.
+
+    Args:
+      contenders: by name, a function of some module and its keyword arguments; it builds what is timed and
+        returns the call, which must not return before its work is done.
+      rounds: timed calls of each, after the first.
+      pause: seconds before each call, in which the others' threads fall asleep.
+
+    Raises:
+      RuntimeError: a contender failed; its traceback is on stderr.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    try:
+        for name, (make, settings) in contenders.items():
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, make, dict(settings)))
+            process.start()
+            theirs.close()
+            workers[name] = (process, ours)
+            announce(f"{name}: first call {_ask(name, ours)[0]:.1f} s")
+        times = {name: [] for name in workers}
+        for _ in range(rounds):
+            for name, (_, connection) in workers.items():
+                time.sleep(pause)
+                connection.send("go")
+                times[name].append(_ask(name, connection)[0])
+        return {name: _score(name, times[name], workers[name][1]) for name in workers}
+    finally:
+        for process, connection in workers.values():
+            connection.close()
+            process.join(10)
+            process.kill()
+
+
+def _ask(name: str, connection: Connection) -> tuple[float, int]:
+    try:
+        return connection.recv()
+    except EOFError:
+        raise RuntimeError(f"contender {name} failed; see above") from None
+
+
+def _score(name: str, times: list[float], connection: Connection) -> Score:
+    connection.send("report")
+    first, peak_bytes = _ask(name, connection)
+    return Score(first, tuple(times), peak_bytes)
+
+
+def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], settings: dict) -> None:
+    call = make(**settings)
+    first = _timed(call)
+    connection.send((first, 0))
+    while True:
+        try:
+            order = connection.recv()
+        except EOFError:
+            return
+        if order == "report":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            connection.send((first, peak))
+        else:
+            connection.send((_timed(call), 0))
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
