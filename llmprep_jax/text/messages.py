@@ -1,0 +1,92 @@
+"""Messages: what a conversation must look like before a chat template sees it.
+
+A message is {"role": ..., "content": ...} with content a string or a list of {"type": "text",
+"text": ...} parts. The one thing a reader would get wrong: messages are copied into plain JSON
+values, because a template is a program from the internet and must not get hold of an object with
+methods.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A plain copy of the messages. Raises ValueError naming the message that is wrong."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ValueError(
+            f"a conversation is a list of messages, got {type(messages).__name__};"
+            ' give [{"role": "user", "content": "..."}]'
+        )
+    if not messages:
+        raise ValueError(
+            'a conversation needs a message; give [{"role": "user", "content": "..."}]'
+        )
+    return [_check_message(i, message) for i, message in enumerate(messages)]
+
+
+def join_parts(content: str | list | None) -> str | None:
+    """The text of a content that may be a list of parts."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def _check_message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(
+            f"message {i} is {type(message).__name__}, not an object with role and content"
+        )
+    missing = [key for key in ("role", "content") if key not in message]
+    if missing == ["content"] and message.get("tool_calls"):
+        missing = []
+    if missing:
+        raise ValueError(f"message {i} lacks {' and '.join(missing)}; give both role and content")
+    role = message["role"]
+    if role not in ROLES:
+        near = difflib.get_close_matches(str(role), ROLES, 1)
+        hint = "assistant" if role == "model" else near[0] if near else ", ".join(ROLES)
+        raise ValueError(f"message {i} has role {_show(role)}; did you mean {hint}?")
+    try:
+        plain = {str(key): _plain(value) for key, value in message.items()}
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"message {i} holds {error}; give plain JSON values") from None
+    return plain | {"content": _check_content(i, plain)}
+
+
+def _check_content(i: int, message: dict[str, Any]) -> str | list | None:
+    content = message.get("content")
+    if isinstance(content, str) or (content is None and message.get("tool_calls")):
+        return content
+    if not isinstance(content, list) or not content:
+        raise ValueError(
+            f"message {i} has content {_show(content)}; give a string or a list of"
+            ' {"type": "text", "text": "..."} parts'
+        )
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(
+                f"message {i} has a content part {_show(kind)}; this model reads parts of type text"
+            )
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"message {i} has a text part without text; give its text as a string")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """A copy made of JSON types alone; TypeError names any other type."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _show(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

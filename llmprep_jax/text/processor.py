@@ -1,0 +1,132 @@
+"""`Processor`: texts or conversations to the arrays that `model(**inputs)` takes, and ids back to
+text.
+
+The one thing a reader would get wrong: rows are padded on the left, so that the last column is the
+last real token of every row and generation goes on from there; `mask` is True on real tokens, and
+the model must see it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from llmprep_jax.text.chat import ChatTemplate
+from llmprep_jax.text.tokenizer import Tokenizer
+
+Inputs = dict[str, Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"]]
+
+
+class Processor:
+    """A tokenizer, its chat template, and how to pad ("left" or "right")."""
+
+    def __init__(self, tokenizer: Tokenizer, padding_side: str = "left"):
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side is {padding_side!r}; give 'left' or 'right'")
+        self.tokenizer = tokenizer
+        self.padding_side = padding_side
+
+    @classmethod
+    def from_path(cls, path: str | Path, padding_side: str = "left") -> "Processor":
+        """Reads a Hugging Face folder, a .gguf file, or a folder of ours that holds `tokenizer/`.
+
+        Raises FileNotFoundError or ValueError, on one line, naming the file and the remedy.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls(Tokenizer.from_gguf(path), padding_side)
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"{path}: no such file or folder; give a model folder or .gguf file"
+            )
+        if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            return cls(Tokenizer.from_folder(path), padding_side)
+        if (path / "tokenizer").is_dir():
+            return cls(Tokenizer.from_folder(path / "tokenizer"), padding_side)
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return cls(Tokenizer.from_gguf(ggufs[0]), padding_side)
+        return cls(Tokenizer.from_folder(path), padding_side)
+
+    def __call__(
+        self,
+        messages_or_texts: str | Sequence,
+        images: Any = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        **variables: Any,
+    ) -> Inputs:
+        """`tokens` [B, T] int32 and `mask` [B, T] bool (True = real token) of a batch.
+
+        Takes a text, a list of texts, a conversation (a list of messages) or a list of
+        conversations. Texts get BOS as the tokenizer has it; conversations go through the chat
+        template, which writes its own. `add_generation_prompt` None ends a conversation with the
+        header of the answer unless its last message is the assistant's; `variables` reach the
+        template.
+
+        Raises ValueError, on one line: images (this processor is for text), an empty batch or text,
+        malformed messages.
+        """
+        if images is not None:
+            raise ValueError("this model reads text only; call the processor without images")
+        rows = self._encode(messages_or_texts, add_generation_prompt, variables)
+        for i, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"text {i} has no tokens; a model needs at least one")
+        return self._pad(rows)
+
+    def decode(
+        self,
+        ids: Int[np.ndarray, "..."] | Sequence[int] | Sequence[Sequence[int]],
+        skip_special: bool = True,
+    ) -> str | list[str]:
+        """The text of one row of ids, or a list of texts for several rows."""
+        rows = np.asarray(ids) if hasattr(ids, "shape") else ids
+        if len(rows) and np.ndim(rows[0]):
+            return [self.tokenizer.decode(row, skip_special) for row in rows]
+        return self.tokenizer.decode(rows, skip_special)
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """The chat template. Raises ValueError when the tokenizer has none."""
+        return self.tokenizer.chat
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files, as `Tokenizer.save`."""
+        self.tokenizer.save(folder)
+
+    def _encode(
+        self, batch: str | Sequence, prompt: bool | None, variables: Mapping[str, Any]
+    ) -> list[list[int]]:
+        items = [batch] if isinstance(batch, str) else batch
+        if isinstance(items, Mapping | bytes) or not isinstance(items, Sequence) or not items:
+            raise ValueError(
+                "give a text, a list of texts, a conversation or a list of conversations;"
+                f" got {'nothing in it' if items == [] else type(items).__name__}"
+            )
+        if all(isinstance(item, str) for item in items):
+            return self.tokenizer.encode_batch(items)
+        if any(isinstance(item, str) for item in items):
+            raise ValueError("the batch mixes texts and messages; give one kind in a call")
+        conversations = [items] if isinstance(items[0], Mapping) else items
+        texts = [self._render(conversation, prompt, variables) for conversation in conversations]
+        return self.tokenizer.encode_batch(texts, add_special=False)
+
+    def _render(self, messages: Sequence, prompt: bool | None, variables: Mapping[str, Any]) -> str:
+        if prompt is None:
+            last = messages[-1] if isinstance(messages, Sequence) and len(messages) else None
+            prompt = not (isinstance(last, Mapping) and last.get("role") == "assistant")
+        return self.chat.apply(messages, prompt, **variables)
+
+    def _pad(self, rows: list[list[int]]) -> Inputs:
+        width = max(map(len, rows))
+        pad = next((i for i in (self.tokenizer.pad_id, self.tokenizer.eos_id) if i is not None), 0)
+        tokens_BT = np.full((len(rows), width), pad, np.int32)
+        mask_BT = np.zeros((len(rows), width), bool)
+        for i, row in enumerate(rows):
+            at = slice(width - len(row), None) if self.padding_side == "left" else slice(len(row))
+            tokens_BT[i, at] = row
+            mask_BT[i, at] = True
+        return {"tokens": tokens_BT, "mask": mask_BT}
