@@ -1,0 +1,150 @@
+"""Load a model or a processor by path, and save one so that the rest of the world loads it.
+
+A path is a Hugging Face folder, a GGUF file, a run folder of ours, or a hub id. Saving re-opens what it
+wrote and compares logits with the live model before the folder is put in place. The one thing a reader would
+get wrong: `dtype` is that of the weights in memory and of the activations; None keeps the weights as stored.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llmprep_jax.models import registry
+from llmprep_jax.nn.param import Compute
+from llmprep_jax.peft.adapter import is_adapted
+from llmprep_jax.sharding import use_mesh
+from llmprep_jax.text.processor import Processor
+from llmprep_jax.weights import hub, receipt, table
+
+DTYPES = ("float32", "bfloat16", "float16")
+_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def load_model(
+    path: str | Path,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    compute: Compute | None = None,
+) -> nnx.Module:
+    """Loads a model.
+
+    Args:
+      path: a Hugging Face folder (config.json and safetensors), a .gguf file, a run folder of ours, or a hub
+        id "org/name", which is downloaded.
+      dtype: "float32", "bfloat16" or "float16"; None as stored (GGUF: float32).
+      mesh: the weights are placed on it, each device reading its part; None: the default device.
+      compute: dtypes, remat and unrolling in detail; its `param_dtype` overrides `dtype`.
+
+    Raises:
+      FileNotFoundError, ValueError: in one line, with the file and the remedy.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
+    checkpoint = hub.open_checkpoint(hub.resolve(path))
+    family = registry.family_of_type(checkpoint.config.get("model_type"))
+    cfg = _read_config(family, checkpoint)
+    stored = _stored_dtype(checkpoint)
+    dtype = compute.param_dtype if compute else dtype
+    compute = compute or Compute(dtype=dtype or stored, param_dtype=dtype or stored)
+    cfg = dataclasses.replace(cfg, compute=compute)
+    with use_mesh(mesh):
+        abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
+        return table.load(
+            abstract,
+            checkpoint,
+            family.weights,
+            dtype=dtype,
+            renames=family.renames,
+            ignore=family.ignored,
+        )
+
+
+def _read_config(family: registry.Family, checkpoint: Any) -> Any:
+    """The family's Config; a stored head that differs from the embedding unties them."""
+    try:
+        cfg = family.from_hf(checkpoint.config)
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{checkpoint.path}: config.json does not make sense ({reason})"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+    if cfg.tie_embeddings and table.head_is_separate(checkpoint, _EMBED, _HEAD, family.renames):
+        cfg = dataclasses.replace(cfg, tie_embeddings=False)
+    return cfg
+
+
+def _stored_dtype(checkpoint: Any) -> str:
+    """The dtype of most tensors."""
+    counts = collections.Counter(str(checkpoint.dtype(name)) for name in checkpoint.names)
+    known = [name for name, _ in counts.most_common() if name in DTYPES]
+    return known[0] if known else "float32"
+
+
+def load_processor(path: str | Path) -> Processor:
+    """The tokenizer and chat template that go with a model; paths as in `load_model`."""
+    return Processor.from_path(hub.resolve(path))
+
+
+def save_model(
+    model: nnx.Module,
+    folder: str | Path,
+    *,
+    processor: Processor | None = None,
+    tolerance: float = 1e-5,
+) -> Path:
+    """Writes a Hugging Face folder that transformers loads.
+
+    The folder is written aside, re-opened, and its logits compared with the live model's on a fixed probe;
+    only then is it put in place, with a receipt of tolerance, difference and versions. A model with adapters
+    is refused: merge it, or save the adapters with `peft.save`.
+
+    Args:
+      tolerance: largest allowed difference of the probe's logits, as a share of the largest of them.
+
+    Raises:
+      ValueError: the model has adapters, or what was written does not give the same logits.
+      OSError: the folder cannot be written; what stood there before is untouched.
+    """
+    if is_adapted(model):
+        raise ValueError("the model has adapters; save lp.peft.merge(model), or use lp.peft.save")
+    family = registry.family_of(model)
+    config = family.to_hf(model.cfg) | {"dtype": str(model.embed.w.dtype)}
+    return receipt.save_folder(
+        Path(folder),
+        config,
+        table.export(model, family.weights),
+        extra_files=None if processor is None else processor.save,
+        verify=lambda written: probe_difference(
+            model, load_model(written, compute=model.cfg.compute)
+        ),
+        tolerance=tolerance,
+    )
+
+
+def probe_difference(model: nnx.Module, other: nnx.Module) -> float:
+    """The largest difference of two models' logits on a fixed probe, as a share of the largest logit."""
+    rows = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (2, 24), dtype=np.int32)
+    ours, theirs = [np.asarray(_probe(each, jnp.asarray(rows))) for each in (model, other)]
+    return float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-30))
+
+
+@jax.jit
+def _probe(model: nnx.Module, tokens_BT: jax.Array) -> jax.Array:
+    return model(tokens_BT).logits
+
+
+def abstract_of(config: Mapping[str, Any]) -> nnx.Module:
+    """The model that a config.json describes, without weights: shapes, dtypes and shardings only."""
+    family = registry.family_of_type(config.get("model_type"))
+    cfg = family.from_hf(config)
+    return jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))

@@ -1,0 +1,57 @@
+"""From what a user types to files on this machine: a folder, a GGUF file, or a hub id.
+
+The one thing a reader would get wrong: nothing is fetched for a name that exists locally, and of a hub
+repository only JSON, safetensors and tokenizer files are.
+"""
+
+import difflib
+import re
+from pathlib import Path
+
+from llmprep_jax.weights.checkpoint import Checkpoint, FolderCheckpoint
+from llmprep_jax.weights.gguf import GgufCheckpoint
+
+_WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+
+
+def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
+    """The local path of a model; a hub id ("org/name") is downloaded into the hub's cache.
+
+    Raises:
+      FileNotFoundError: no such path, with near names. OSError: the hub cannot be reached or has no such model.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return path
+    text = str(path_or_id)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or path.parent.is_dir():
+        raise FileNotFoundError(f"no file or folder {path}{_near(path)}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(text, revision=revision, allow_patterns=list(_WANTED)))
+    except Exception as error:  # the client raises a dozen kinds; all mean that it is not to be had
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise OSError(
+            f"{text} is no local path, and the hub does not give it ({type(error).__name__}: {reason});"
+            " check the name and the network, or download the folder and give its path"
+        ) from error
+
+
+def _near(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; there is no folder {path.parent} either"
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a Hugging Face folder or a .gguf file (or a folder that holds one and no config.json)."""
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1 and not (path / "config.json").is_file():
+            return GgufCheckpoint(ggufs[0])
+        return FolderCheckpoint(path)
+    if path.suffix == ".gguf":
+        return GgufCheckpoint(path)
+    raise ValueError(f"{path} is no model: give a folder with config.json, or a .gguf file")
