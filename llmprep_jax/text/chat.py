@@ -94,7 +94,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             line = getattr(error, "lineno", "?")
             raise ValueError(
-                f"{self.source}: the chat template does not compile, line {line}: {one_line(error)};"
+                f"{self.source}: chat template does not compile, line {line}: {one_line(error)};"
                 " correct it or put another in chat_template.jinja"
             ) from None
 
@@ -182,8 +182,8 @@ class ChatTemplate:
             start = None
         if start is None or start + len(tail) > len(text):
             raise ValueError(
-                f"{self.source}: the chat template rewrites message {i} so that its answer is not to"
-                " be found; mark answers in the template by {% generation %} and {% endgeneration %}"
+                f"{self.source}: the chat template rewrites message {i} so that its answer is not"
+                " to be found; mark answers in the template by {% generation %} blocks"
             )
         own = _cut_at(probe, render, messages[: i + 1], i, probe)
         closing = _closing(own[1], *ends) if own else ""
@@ -257,8 +257,8 @@ def _closing(tail: str, stop_tokens: Sequence[str], special_tokens: Sequence[str
 
 
 def _sentinel() -> str:
-    """A word that no conversation holds and no template splits or trims."""
-    return f"\ue000{secrets.token_hex(8)}\ue001"
+    """A word that no conversation holds and no template splits, trims or puts in capitals."""
+    return f"\ue000{secrets.randbelow(10**18)}\ue001"
 
 
 class _Generation(Extension):

@@ -131,8 +131,9 @@ def _add_tokens(
     """Adds, by id, what tokenizer_config.json has and the core lacks, then the special tokens."""
     known = {token.content for token in core.get_added_tokens_decoder().values()}
     for i, token in sorted(_added_decoder(folder, config).items()):
-        if token.content not in known:
-            core.add_special_tokens([token]) if token.special else core.add_tokens([token])
+        if token.content in known:
+            continue
+        core.add_special_tokens([token]) if token.special else core.add_tokens([token])
         if core.token_to_id(token.content) != i:
             raise ValueError(
                 f"{folder}: tokenizer_config.json has {token.content!r} as {i}, the vocabulary as"

@@ -187,10 +187,11 @@ def _finish(core: tokenizers.Tokenizer, fields: dict[str, Any], meta: dict[str, 
     bos = special.get("bos_token") if fields.get("add_bos_token") else None
     eos = special.get("eos_token") if fields.get("add_eos_token") else None
     set_template(core, bos, eos)
+    template = meta.get("tokenizer.chat_template")
     ends = (fields.get("eos_token_id"), fields.get("eot_token_id"), fields.get("eom_token_id"))
     return Parts(
         core=core,
         special_tokens=special,
         eos_ids=tuple(i for i in ends if i is not None),
-        chat_template=meta.get("tokenizer.chat_template"),
+        chat_template=template if isinstance(template, str) else None,
     )

@@ -10,7 +10,8 @@ merge first.
 
 import dataclasses
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def read_spm(path: Path) -> SpmModel:
     """Reads a tokenizer.model. Raises ValueError when it is not a whole SentencePiece model."""
     try:
         model = _parse_model(path.read_bytes())
-    except (ValueError, IndexError, struct.error):
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error):
         model = None
     if model is None or not model.pieces:
         raise ValueError(
@@ -128,7 +129,7 @@ def merges_of(
     vocab: dict[str, int],
     order: Sequence[float],
     descending: bool = False,
-    skip: set[str] = frozenset(),
+    skip: Container[str] = frozenset(),
 ) -> list[tuple[str, str]]:
     """The merges that a vocabulary implies, best first.
 
@@ -136,17 +137,18 @@ def merges_of(
     splits of one piece the order is by the length of the left part, as transformers has it;
     SentencePiece itself takes the leftmost in the text, which no list of merges can express.
     """
+    parts = {piece: i for piece, i in vocab.items() if piece not in skip}
     ranked = []
-    for piece, piece_id in vocab.items():
-        if piece in skip:
-            continue
-        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
-        splits = [s for s in splits if s[0] in vocab and s[1] in vocab and not skip & {*s}]
-        splits.sort(key=lambda split: (vocab[split[0]], vocab[split[1]]))
-        ranked.extend(
-            (order[piece_id], len(left), len(right), left, right) for left, right in splits
-        )
-    ranked.sort(key=lambda row: row[:3], reverse=descending)
+    for piece, piece_id in parts.items():
+        splits = []
+        for at in range(1, len(piece)):
+            left, right = piece[:at], piece[at:]
+            if left in parts and right in parts:
+                splits.append((parts[left], parts[right], left, right))
+        splits.sort()
+        score = order[piece_id]
+        ranked.extend((score, len(left), len(right), left, right) for *_, left, right in splits)
+    ranked.sort(key=itemgetter(0, 1, 2), reverse=descending)
     return [(left, right) for *_, left, right in ranked]
 
 

@@ -8,6 +8,7 @@ offsets.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from llmprep_jax.text import folder as hf_folder
 from llmprep_jax.text import gguf
 from llmprep_jax.text.chat import ChatTemplate
 from llmprep_jax.text.stream import StreamDecoder, is_byte_piece
-from llmprep_jax.text.vocab import ROLES, Parts
+from llmprep_jax.text.vocab import ROLES, Parts, one_line
 
 END_OF_TURN = (
     "<|im_end|>",
@@ -108,8 +109,8 @@ class Tokenizer:
             return ""
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 1 << 32:
             raise ValueError(
-                "decode takes one row of token ids, each 0 or more;"
-                f" got {ids.dtype} of shape {ids.shape}, {ids.min()} to {ids.max()}"
+                "decode takes one row of token ids, whole numbers of 0 or more;"
+                f" got {one_line(ids.tolist(), 60)}"
             )
         return self._core.decode(ids.tolist(), skip_special_tokens=skip_special)
 
@@ -220,13 +221,16 @@ class Tokenizer:
 
     def _find_added_ids(self) -> tuple[list[int], list[int]]:
         """The ids that the post-processor puts before and after a text."""
-        for sample in ("a", "1", " ", *sorted(self._core.get_vocab(with_added_tokens=False))[:50]):
+        for sample in itertools.chain(("a", "1", " "), self._some_tokens()):
             bare = self._core.encode(sample, add_special_tokens=False).ids
             full = self._core.encode(sample, add_special_tokens=True).ids
             for at in range(len(full) - len(bare) + 1):
                 if bare and full[at : at + len(bare)] == bare:
                     return full[:at], full[at + len(bare) :]
         return [], []
+
+    def _some_tokens(self) -> Iterable[str]:
+        yield from sorted(self._core.get_vocab(with_added_tokens=False))[:50]
 
     def _find_stop_ids(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
         template = self.chat_template or ""

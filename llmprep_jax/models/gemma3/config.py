@@ -170,7 +170,7 @@ def to_hf(cfg: Config) -> dict[str, Any]:
         "rms_norm_eps": cfg.norm_eps,
         "sliding_window": cfg.window,
         "layer_types": kinds,
-        "query_pre_attn_scalar": cfg.query_scale,
+        "query_pre_attn_scalar": int(cfg.query_scale),  # transformers takes whole numbers only
         "attention_bias": False,
         "attention_dropout": 0.0,
         "attn_logit_softcapping": None,
