@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from llmprep_jax.models import registry
@@ -124,23 +122,11 @@ def save_model(
         config,
         table.export(model, family.weights),
         extra_files=None if processor is None else processor.save,
-        verify=lambda written: probe_difference(
+        verify=lambda written: receipt.probe_difference(
             model, load_model(written, compute=model.cfg.compute)
         ),
         tolerance=tolerance,
     )
-
-
-def probe_difference(model: nnx.Module, other: nnx.Module) -> float:
-    """The largest difference of two models' logits on a fixed probe, as a share of the largest logit."""
-    rows = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (2, 24), dtype=np.int32)
-    ours, theirs = [np.asarray(_probe(each, jnp.asarray(rows))) for each in (model, other)]
-    return float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-30))
-
-
-@jax.jit
-def _probe(model: nnx.Module, tokens_BT: jax.Array) -> jax.Array:
-    return model(tokens_BT).logits
 
 
 def abstract_of(config: Mapping[str, Any]) -> nnx.Module:

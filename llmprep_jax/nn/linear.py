@@ -85,7 +85,7 @@ class Einsum(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        self.eqn, self.out_axes = eqn, out_axes
+        self.eqn, self.axes, self.out_axes = eqn, axes, out_axes
         self.dtype = compute.operand_dtype
         w_dims, y_dims = eqn.split("->")[0].split(",")[1], eqn.split("->")[1]
         outputs = [i for i, dim in enumerate(w_dims) if dim in y_dims]

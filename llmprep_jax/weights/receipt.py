@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from llmprep_jax.weights.safetensors import write_file, write_folder
 
@@ -112,3 +115,15 @@ def _receipt(tolerance: float, difference: float) -> dict[str, Any]:
         "versions": versions,
         "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def probe_difference(model: nnx.Module, other: nnx.Module) -> float:
+    """The largest difference of two models' logits on a fixed probe, as a share of the largest logit."""
+    rows = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (2, 24), dtype=np.int32)
+    ours, theirs = [np.asarray(_probe(each, jnp.asarray(rows))) for each in (model, other)]
+    return float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-30))
+
+
+@jax.jit
+def _probe(model: nnx.Module, tokens_BT: jax.Array) -> jax.Array:
+    return model(tokens_BT).logits

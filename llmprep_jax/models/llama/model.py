@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.models.llama.config import Config
+from llmprep_jax.models.llama.weights import WEIGHTS
 from llmprep_jax.nn.attention import NO_WINDOW, Attention, Tokens, place_tokens
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.linear import Embed, Head
@@ -70,6 +71,8 @@ class Block(nnx.Module):
 
 class Model(nnx.Module):
     """Tokens to logits."""
+
+    weights = WEIGHTS
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg

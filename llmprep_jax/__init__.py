@@ -1,0 +1,9 @@
+"""llmprep_jax: open language and vision-language models in JAX, exact to their references.
+
+`import llmprep_jax as lp`; what is named here is the public surface, and stays.
+"""
+
+from llmprep_jax import peft
+from llmprep_jax.pretrained import load_model, load_processor, save_model
+
+__all__ = ["load_model", "load_processor", "peft", "save_model"]
