@@ -159,8 +159,10 @@ def _sentencepiece(fields: dict[str, Any], architecture: str) -> tokenizers.Toke
     """Merges rank by score; Gemma's, whose scores do not follow their order, by id."""
     gemma = architecture.startswith("gemma")
     tokens, kinds = fields["tokens"], _kinds(fields)
-    if gemma:  # its runs of spaces are user-defined pieces, written with real spaces in a GGUF
-        tokens = [spm.SPACE * len(t) if " " in t and not t.strip() else t for t in tokens]
+    if gemma:  # a GGUF writes runs of spaces with real spaces; merges, not matches, make them
+        blank = [" " in token and not token.strip() for token in tokens]
+        tokens = [spm.SPACE * len(t) if b else t for t, b in zip(tokens, blank, strict=True)]
+        kinds = [spm.NORMAL if b else kind for kind, b in zip(kinds, blank, strict=True)]
     scores = fields.get("scores") or []
     by_id = gemma or len(scores) < len(tokens)
     vocab = _vocab(tokens)

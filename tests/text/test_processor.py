@@ -1,0 +1,138 @@
+"""The processor: batches that are always valid inputs of a model, from any folder or file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmprep_jax.text import Processor, Tokenizer
+from tests.text.samples import (
+    CHATML,
+    GEMMA_SPM,
+    train_byte_level,
+    train_sentencepiece,
+    write_byte_level,
+)
+
+HI = [{"role": "user", "content": "hi"}]
+LONG = [{"role": "user", "content": "how are you"}, {"role": "assistant", "content": "the user"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("processor")
+    train_byte_level().save(str(folder / "tokenizer.json"))
+    config = {"pad_token": "<pad>", "eos_token": "</s>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(folder) -> Processor:
+    return Processor.from_path(folder)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_are_padded_to_the_longest(folder, side):
+    processor = Processor.from_path(folder, padding_side=side)
+    inputs = processor(["the theatre of the mind", "the"])
+    tokens_BT, mask_BT = inputs["tokens"], inputs["mask"]
+    assert (tokens_BT.dtype, mask_BT.dtype) == (np.int32, bool)
+    longest = processor.tokenizer.encode("the theatre of the mind")
+    assert tokens_BT.shape == mask_BT.shape == (2, len(longest))
+    assert mask_BT.sum(1).tolist() == [tokens_BT.shape[1], 1]
+    assert mask_BT[1, -1 if side == "left" else 0]
+    assert tokens_BT[1][mask_BT[1]].tolist() == processor.tokenizer.encode("the")
+    assert set(tokens_BT[1][~mask_BT[1]].tolist()) == {processor.tokenizer.pad_id}
+
+
+@pytest.mark.parametrize("one", ["the mind", HI], ids=["text", "conversation"])
+def test_one_is_a_batch_of_one(processor, one):
+    alone, batch = processor(one), processor([one])
+    assert alone.keys() == batch.keys() == {"tokens", "mask"}
+    assert all(np.array_equal(alone[key], batch[key]) for key in alone)
+    assert alone["mask"].all()
+
+
+def test_conversations_end_with_the_answers_header_unless_answered(processor):
+    rows = [row[mask] for row, mask in zip(*processor([HI, LONG]).values(), strict=True)]
+    assert processor.decode(rows[0], skip_special=False) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert processor.decode(rows[1], skip_special=False).endswith("the user<|im_end|>\n")
+    bare = processor(HI, add_generation_prompt=False)["tokens"]
+    assert processor.decode(bare, skip_special=False) == ["<|im_start|>user\nhi<|im_end|>\n"]
+
+
+def test_texts_get_bos_and_conversations_only_the_templates(tmp_path):
+    train_sentencepiece(tmp_path, **GEMMA_SPM)
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    processor = Processor.from_path(tmp_path)
+    assert processor("hi")["tokens"].tolist() == processor(HI)["tokens"].tolist()
+    assert processor("hi")["tokens"][0].tolist().count(2) == 1
+
+
+def test_variables_reach_the_template(tmp_path):
+    train_byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{{ date }}")
+    processor = Processor.from_path(tmp_path)
+    assert processor.decode(processor(HI, date="2024")["tokens"]) == ["2024"]
+
+
+def test_decode_takes_a_row_or_rows(processor):
+    ids = processor.tokenizer.encode("the mind<|im_end|>")
+    assert processor.decode(ids) == processor.decode(np.array(ids)) == "the mind"
+    assert processor.decode([ids, ids[:1]]) == ["the mind", "the"]
+    assert processor.decode(np.array([ids])) == ["the mind"]
+    assert processor.decode([]) == ""
+
+
+@pytest.mark.parametrize(("batch", "words"), [
+    ([], "got nothing in it"),
+    (None, "got NoneType"),
+    (HI[0], "got dict"),
+    (b"hi", "got bytes"),
+    (["hi", HI[0]], "mixes texts and messages"),
+    ([HI, "hi"], "mixes texts and messages"),
+    ([HI, []], "needs a message"),
+    ([HI, 5], "list of messages, got int"),
+    (["hi", ""], "text 1 has no tokens"),
+    ([{"content": "hi"}], "lacks role"),
+], ids=range(10))  # fmt: skip
+def test_bad_batches_are_named_in_one_line(processor, batch, words):
+    with pytest.raises(ValueError, match=words) as error:
+        processor(batch)
+    assert "\n" not in str(error.value)
+
+
+def test_images_are_refused(processor):
+    with pytest.raises(ValueError, match="reads text only"):
+        processor("hi", images=[np.zeros((2, 2, 3))])
+
+
+def test_padding_side_is_left_or_right(processor):
+    with pytest.raises(ValueError, match="'middle'; give 'left' or 'right'"):
+        Processor(processor.tokenizer, padding_side="middle")
+
+
+def test_it_is_found_in_folders_files_and_runs(folder, processor, tmp_path):
+    processor.save(tmp_path / "run" / "tokenizer")
+    gguf_path = write_byte_level(tmp_path / "model" / "m.gguf", train_byte_level(), "gpt-2")
+    wanted = processor.tokenizer.encode("the mind")
+    for path in (folder, tmp_path / "run", gguf_path, tmp_path / "model"):
+        assert Processor.from_path(path).tokenizer.encode("the mind") == wanted
+    assert Processor.from_path(tmp_path / "run").chat.text == CHATML
+
+
+def test_a_missing_path_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
+        Processor.from_path(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+        Processor.from_path(tmp_path)
+
+
+def test_pads_without_a_pad_token(tmp_path):
+    train_byte_level().save(str(tmp_path / "tokenizer.json"))
+    processor = Processor(Tokenizer.from_folder(tmp_path))
+    assert processor(["the mind", "the"])["tokens"][1, 0] == 0
