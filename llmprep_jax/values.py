@@ -41,6 +41,8 @@ def parse(text: str, kind: Any) -> Any:
       Mismatch: the text is no such value.
     """
     for member in sorted(members(kind), key=_width):
+        if typing.get_origin(member) is tuple and str in members(kind) and not _is_list(text):
+            continue  # "all-linear" for `str | tuple[str, ...]` is a text
         with contextlib.suppress(Mismatch):
             return _parse_member(text, member)
     raise Mismatch(f"wanted {describe(kind)}")
@@ -114,6 +116,11 @@ def _refuse_broken(text: str) -> None:
         raise Mismatch("wanted valid characters") from None
     if "\0" in text:
         raise Mismatch("wanted no NUL")
+
+
+def _is_list(text: str) -> bool:
+    text = text.strip()
+    return _unquote(text) == text and ("," in text or text[:1] + text[-1:] in ("()", "[]"))
 
 
 def _unquote(text: str) -> str:

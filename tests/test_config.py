@@ -100,6 +100,8 @@ def set_one(text: str) -> Run:
         ("optim.clip=None", "optim", Optim(clip=None)),
         ("sources.0.weight=2", "sources", (Source("a.txt", 2.0),)),
         ("adapter.targets=q,v", "adapter", LoRA(targets=("q", "v"))),
+        ("adapter.targets=all-linear", "adapter", LoRA(targets="all-linear")),
+        ("adapter.targets='a,b'", "adapter", LoRA(targets="a,b")),
         ("adapter.magnitude=false", "adapter", DoRA(magnitude=False)),
         ("model=some/folder", "model", "some/folder"),
     ],

@@ -1,0 +1,379 @@
+"""Asynchronous Orbax checkpoints of a run, whole or not there at all.
+
+One folder a step with five items: `params` (what is trained, nothing else: the frozen base stays
+where it was loaded from, and `meta` says where), `optim` (moments, step, key), `ema`, `data` (the
+state of the data iterator of each process) and `meta` (JSON from which the model can be rebuilt).
+Orbax writes a step aside and renames it, so a kill leaves the last whole one. The one thing a
+reader would get wrong: saving does not copy; the arrays are read while the next step runs, which
+therefore cannot reuse their memory and allocates it anew, once a checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from llmprep_jax.train.optim import path_name
+from llmprep_jax.train.state import TrainState
+
+FOLDER = "checkpoints"
+_DELETED = ".deleted"
+_PARTIAL = "*.orbax-checkpoint-tmp*"
+_ARRAYS, _JSON = ("params", "optim", "ema"), ("data", "meta")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep.
+
+    Attributes:
+      every: steps between checkpoints; None: only at the end and on SIGTERM.
+      keep_last: how many of the latest stay.
+      keep_every: checkpoints at multiples of this stay for good; None: none do.
+    """
+
+    every: int | None = 500
+    keep_last: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self):
+        for name in ("every", "keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; use as a context, which waits for saves under way.
+
+    Args:
+      out: the run's folder.
+      cfg: retention.
+      meta: what `read_meta` returns later; JSON.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+
+    def __init__(self, out: pathlib.Path, cfg: CheckpointConfig, meta: dict[str, Any]):
+        self.folder, self._meta = out.resolve() / FOLDER, meta
+        _silence_orbax()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            _remove_leftovers(self.folder)
+        keep = [ocp.checkpoint_managers.LatestN(cfg.keep_last)]
+        if cfg.keep_every:
+            keep.append(ocp.checkpoint_managers.EveryNSteps(cfg.keep_every))
+        self._manager = _open_manager(
+            self.folder,
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
+            # renamed before it is deleted, so that a kill leaves no half of an old checkpoint
+            todelete_subdir=_DELETED,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self.wait()
+        except OSError:
+            if kind is None:  # else the error under way is the one to tell of
+                raise
+        finally:
+            with contextlib.suppress(ValueError, OSError, RuntimeError):  # told of by now
+                self._manager.close()
+            self._empty_bin()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last whole checkpoint."""
+        return latest_step(self.folder.parent)
+
+    def save(self, state: TrainState, data_state: Any) -> None:
+        """Begins to save; returns as soon as the arrays may be donated.
+
+        Raises:
+          OSError: this or the checkpoint before it cannot be written; whole ones are untouched.
+        """
+        step = int(state.step)
+        items = {
+            **{name: ocp.args.PyTreeSave(tree) for name, tree in _to_items(state).items()},
+            "data": ocp.args.JsonSave({"processes": _gather(json.dumps(data_state))}),
+            "meta": ocp.args.JsonSave(self._meta | {"step": step}),
+        }
+        with self._explained():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._empty_bin()
+
+    def wait(self) -> None:
+        """Waits for a save under way.
+
+        Raises:
+          OSError: it failed.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises what went wrong in a save under way, without waiting for it."""
+        with self._explained():
+            self._manager.check_for_errors()
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
+        """Reads a checkpoint into the shapes, dtypes and shardings of `abstract`.
+
+        Args:
+          step: which.
+          abstract: of `abstract_of`, on the mesh that the run is on now.
+
+        Returns:
+          The state, and the data state that this process saved.
+
+        Raises:
+          ValueError: the checkpoint is of another model or optimizer, of another number of
+            processes, or does not read.
+        """
+        path = self.folder / str(step)
+        targets = _to_items(abstract)
+        for name, target in targets.items():
+            _compare(path, self._manager, name, target)
+        args = {name: _restore_arrays(target) for name, target in targets.items()}
+        with _readable(path):
+            items = self._manager.restore(
+                step, args=ocp.args.Composite(**args, data=ocp.args.JsonRestore())
+            )
+        states = items["data"]["processes"]
+        if len(states) != jax.process_count():
+            raise ValueError(
+                f"{path} was saved by {len(states)} processes, not {jax.process_count()}; "
+                "the data can go on only in as many parts"
+            )
+        restored = {name: items[name] for name in targets}
+        return _from_items(restored, abstract), json.loads(states[jax.process_index()])
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what Orbax raises into one line, and frees the space of the partial checkpoint."""
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:
+            _silence_closed_loops()
+            for partial in self.folder.glob(_PARTIAL):
+                shutil.rmtree(partial, ignore_errors=True)
+            whole = all_steps(self.folder.parent)
+            kept = f"whole are {', '.join(map(str, whole))}" if whole else "there is no earlier one"
+            raise OSError(
+                f"{self.folder}: a checkpoint could not be written ({_reason(error)}); {kept}; "
+                "free space or give another out folder, and run again"
+            ) from error
+
+    def _empty_bin(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
+
+
+def _open_manager(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
+    # uncompressed: zstd takes 8 % off float32 weights and makes reading them three times as long
+    arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in _ARRAYS}
+    texts = {name: ocp.JsonCheckpointHandler() for name in _JSON}
+    return ocp.CheckpointManager(
+        folder,
+        item_handlers=arrays | texts,
+        options=ocp.CheckpointManagerOptions(**options),
+    )
+
+
+def _remove_leftovers(folder: pathlib.Path) -> None:
+    """What a killed run had not finished to write or to delete."""
+    for path in [*folder.glob(_PARTIAL), folder / _DELETED]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class _NotFromOrbax(logging.Filter):
+    """Orbax logs tracebacks of errors that it also raises; a user gets the one line instead."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+
+def _silence_orbax() -> None:
+    logger = logging.getLogger("absl")
+    if not any(isinstance(f, _NotFromOrbax) for f in logger.filters):
+        logger.addFilter(_NotFromOrbax())
+
+
+@functools.cache
+def _silence_closed_loops() -> None:
+    """After an error, reads and writes still under way call back into Orbax's closed event loop."""
+    shown = sys.unraisablehook
+
+    def show(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            shown(what)
+
+    sys.unraisablehook = show
+
+
+def _reason(error: BaseException) -> str:
+    """The end of `OUT_OF_RANGE: Error writing "..": ..: No space left on device [..]`."""
+    text = " ".join(str(error).split()).split(" [os_error_code")[0]
+    return text.rsplit(": ", 1)[-1] or type(error).__name__
+
+
+def _to_items(state: TrainState) -> dict[str, Any]:
+    """A state as the arrays of a checkpoint's items; a key is saved as its numbers."""
+    if isinstance(state.key, jax.Array):
+        key = jax.random.key_data(state.key)
+    else:
+        data = jax.eval_shape(jax.random.key_data, state.key)
+        key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.key.sharding)
+    items = {
+        "params": state.params,
+        "optim": {"step": state.step, "key": key, "opt_state": state.opt_state},
+    }
+    return items if state.ema is None else items | {"ema": state.ema}
+
+
+def _from_items(items: dict[str, Any], abstract: TrainState) -> TrainState:
+    optim = items["optim"]
+    key = jax.random.wrap_key_data(optim["key"])
+    params, ema = items["params"], items.get("ema")
+    return TrainState(optim["step"], params, optim["opt_state"], ema, key)
+
+
+def _restore_arrays(target: Any) -> ocp.args.PyTreeRestore:
+    args = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(target, restore_args=args)
+
+
+def abstract_of(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays, for `restore`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {path_name(path): tuple(leaf.shape) for path, leaf in flat}
+
+
+def _compare(path: pathlib.Path, manager: ocp.CheckpointManager, name: str, target: Any) -> None:
+    """Refuses a checkpoint whose arrays are not the ones wanted, naming the first of them."""
+    if not (path / name).is_dir():
+        raise ValueError(f"{path} holds no {name}; give the run another out folder")
+    with _readable(path):
+        saved = manager.item_metadata(int(path.name))[name]
+    was, now = _shapes(saved.tree), _shapes(target)
+    wrong = [key for key in dict.fromkeys([*now, *was]) if was.get(key) != now.get(key)]
+    if wrong:
+        key = wrong[0]
+        raise ValueError(
+            f"{path}: {name} {key} is {was.get(key, 'not there')} in the checkpoint and "
+            f"{now.get(key, 'not there')} in this run ({len(wrong)} arrays differ); go on with the "
+            "config that the run began with, or give another out folder"
+        )
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, OSError, KeyError, RuntimeError) as error:
+        _silence_closed_loops()
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"{path} does not read ({reason}); delete it to go on from the one before"
+        ) from error
+
+
+def _gather(text: str) -> Sequence[str]:
+    """The texts of all processes, by process index."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def all_steps(out: pathlib.Path) -> list[int]:
+    """The steps of a run folder's whole checkpoints, ascending."""
+    folder = out / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def latest_step(out: pathlib.Path) -> int | None:
+    """The step of a run folder's last whole checkpoint, or None."""
+    return max(all_steps(out), default=None)
+
+
+def read_meta(out: pathlib.Path, step: int | None = None) -> dict[str, Any]:
+    """The meta that was saved with a checkpoint.
+
+    Args:
+      out: a run's folder.
+      step: which checkpoint; None: the last.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it does not read.
+    """
+    path = _checkpoint_path(out, step)
+    with _readable(path), open_for_reading(path) as manager:
+        return manager.restore(
+            int(path.name), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        )["meta"]
+
+
+def read_params(
+    out: pathlib.Path, abstract: Any, step: int | None = None, *, item: str = "params"
+) -> Any:
+    """The trained parameters of a checkpoint, as nested dicts.
+
+    Args:
+      abstract: the same tree with `shape`, `dtype` and `sharding` at the leaves.
+      item: "params", or "ema" for their running average.
+
+    Raises:
+      ValueError: there is no such checkpoint, it is of another model, or it does not read.
+    """
+    path = _checkpoint_path(out, step)
+    with open_for_reading(path) as manager:
+        _compare(path, manager, item, abstract)
+        with _readable(path):
+            args = ocp.args.Composite(**{item: _restore_arrays(abstract)})
+            return manager.restore(int(path.name), args=args)[item]
+
+
+def _checkpoint_path(out: pathlib.Path, step: int | None) -> pathlib.Path:
+    steps = all_steps(out)
+    if not steps or (step is not None and step not in steps):
+        wanted = "checkpoint" if step is None else f"checkpoint {step}"
+        there = f"; there are {', '.join(map(str, steps))}" if steps else ""
+        raise ValueError(f"{out} holds no {wanted}{there}")
+    return (out / FOLDER / str(steps[-1] if step is None else step)).resolve()
+
+
+@contextlib.contextmanager
+def open_for_reading(path: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
+    """An Orbax manager that changes nothing in the folder of a checkpoint."""
+    _silence_orbax()
+    manager = _open_manager(path.parent, read_only=True)
+    try:
+        yield manager
+    finally:
+        manager.close()

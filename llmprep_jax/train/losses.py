@@ -1,0 +1,84 @@
+"""Next-token cross-entropy in float32, as a sum and the number of tokens it is over.
+
+Sums and counts add up over microbatches, hosts and mesh axes where means do not: the caller divides
+once, so every token weighs the same however the batch is cut. With `chunk`, logits exist only for
+`chunk` positions of each row at a time, forward and backward (a checkpointed scan). The one thing a
+reader would get wrong: the target's logit is a masked sum over the vocabulary and no gather, since
+that is what stays local where the mesh shards the vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llmprep_jax.sharding import sharding_of
+from llmprep_jax.types import Array, Float, Int
+
+Batch = Mapping[str, Array]
+
+
+class LossSum(NamedTuple):
+    """A loss summed over tokens, and the sum of the tokens' weights; both float32 scalars."""
+
+    total: Array
+    count: Array
+
+
+def cross_entropy(
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], z_loss: float = 0.0
+) -> Float[Array, "B T"]:
+    """-log softmax(logits)[target], plus z_loss * logsumexp(logits)^2 (PaLM, section 5).
+
+    Ids outside the vocabulary count as a logit of 0: mask them out.
+    """
+    # float32: in bf16 a logsumexp near 11, as of 49,152 words, is rounded to 1/16
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    ids_BTV = jax.lax.broadcasted_iota(
+        jnp.int32, logits_BTV.shape, 2, out_sharding=sharding_of(logits_BTV)
+    )
+    hit_BTV = ids_BTV == targets_BT[..., None]
+    loss_BT = lse_BT - jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
+    return loss_BT + z_loss * jnp.square(lse_BT) if z_loss else loss_BT
+
+
+def next_token_loss(
+    model: Any, batch: Batch, *, chunk: int | None = None, z_loss: float = 0.0
+) -> LossSum:
+    """The loss of a language model on a batch.
+
+    Args:
+      model: `features(tokens, positions=, segment_ids=) -> (x_BTD, cache)` and `unembed(x_BTD)`.
+      batch: tokens, targets, loss_mask; positions and segment_ids where rows are packed; [B, T].
+      chunk: positions of each row whose logits exist at one time; None: all.
+      z_loss: weight of the squared logsumexp; 0: none.
+    """
+    places = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
+    x_BTD, _ = model.features(batch["tokens"], **places)
+    weights_BT = batch["loss_mask"].astype(jnp.float32)
+
+    def loss_of(x_BTD, targets_BT, weights_BT):
+        losses_BT = cross_entropy(model.unembed(x_BTD), targets_BT, z_loss)
+        # where, not a product alone: a masked token whose loss is infinite must not make a NaN
+        return jnp.sum(jnp.where(weights_BT != 0, losses_BT, 0.0) * weights_BT)
+
+    tokens = (x_BTD, batch["targets"], weights_BT)
+    num_positions = x_BTD.shape[1]
+    if chunk is None or chunk >= num_positions:
+        return LossSum(loss_of(*tokens), jnp.sum(weights_BT))
+    pad = -num_positions % chunk
+
+    def body(total, part):
+        return total + jax.checkpoint(loss_of)(*part), None
+
+    parts = jax.tree.map(lambda x: _split_positions(x, pad, chunk), tokens)
+    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)
+    return LossSum(total, jnp.sum(weights_BT))
+
+
+def _split_positions(x: Array, pad: int, chunk: int) -> Array:
+    """[B, T, ...] to [T / chunk, B, chunk, ...], padded with zeros, which weigh nothing."""
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)

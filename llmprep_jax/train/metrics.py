@@ -1,0 +1,234 @@
+"""Where a run's numbers go: progress bar, JSONL, TensorBoard; speed, MFU and memory.
+
+FLOPs are analytic and count what the model needs, not what rematerialisation repeats: for each
+token 2 for each weight forward, 2 backward to activations and 2 backward to a weight that is
+trained, so 6N for full training and 4N + 6n for n adapter weights on N frozen ones; and causal
+attention once, 2 * heads * head_dim * context forward and twice that backward, for a mean context
+of T / 2. The one thing a reader would get wrong: publications that count the masked half of
+attention too report a higher MFU for the same speed.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from llmprep_jax.train.optim import path_name
+
+# dense bf16 FLOP/s of one device, as its maker states it
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of training on one token.
+
+    Attributes:
+      frozen, trained: weights that enter matrix products: an embedding table counts where it is
+        also the output head and not where rows are only looked up.
+      attention: num_layers * num_heads * head_dim.
+      context: mean number of tokens that a token attends to; T / 2 for causal rows of T.
+    """
+
+    frozen: int
+    trained: int
+    attention: int = 0
+    context: float = 0.0
+
+    @property
+    def per_token(self) -> float:
+        """4 * frozen + 6 * trained + 3 * (4 * attention * context)."""
+        return 4 * self.frozen + 6 * self.trained + 12 * self.attention * self.context
+
+
+def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops:
+    """The FLOPs of a model from its Config and its weights, trained and frozen.
+
+    Layers with a sliding window count as full ones.
+
+    Args:
+      cfg: has num_layers, num_heads, head_dim and tie_embeddings.
+      params, frozen: trees of arrays or shapes; the tables are the leaves below "embed".
+      seq_len: T.
+    """
+
+    def in_products(tree):
+        flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+        names = [path_name(path).split(".") for path, _ in flat]
+        used = [cfg.tie_embeddings or "embed" not in name for name in names]
+        return sum(leaf.size for (_, leaf), use in zip(flat, used, strict=True) if use)
+
+    attention = cfg.num_layers * cfg.num_heads * cfg.head_dim
+    return Flops(in_products(frozen), in_products(params), attention, seq_len / 2)
+
+
+def peak_flops(stated: float | None = None) -> float | None:
+    """FLOP/s of all devices together: as stated for one, or by its name; None where unknown."""
+    kind = jax.devices()[0].device_kind
+    names = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    # "TPU v5 lite" begins with "TPU v5", another chip
+    one = PEAK_FLOPS[max(names, key=len)] if stated is None and names else stated
+    return None if one is None else one * jax.device_count()
+
+
+def memory() -> dict[str, float]:
+    """GiB: `rss` of this process, and `hbm`, the peak of its first device where that counts it."""
+    numbers = {"rss_gib": _resident() / 2**30}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        numbers["hbm_gib"] = stats["peak_bytes_in_use"] / 2**30
+    return numbers
+
+
+def _resident() -> int:
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no Linux: the peak instead, in bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return pages * resource.getpagesize()
+
+
+class JsonLines:
+    """A file of one JSON object a line, in which nothing occurs twice.
+
+    A run that resumes from step n calls the constructor with n: what a killed run wrote after
+    its last checkpoint, and half a line, is dropped.
+    """
+
+    def __init__(self, path: pathlib.Path, step: int):
+        self._path = path
+        kept = _lines_up_to(path, step) if path.exists() else []
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(aside, path)
+        self._file = path.open("a", buffering=1)  # line by line: a kill loses none
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a record; numbers that JSON has no word for become null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a metrics file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class TensorBoard:
+    """Scalars in TensorBoard's event files, written without TensorFlow."""
+
+    def __init__(self, folder: pathlib.Path, step: int):
+        self._writer = EventFileWriter(str(folder))
+        # tells TensorBoard to drop what an earlier file holds from here on
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step + 1, session_log=start)
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes the numbers of a record under their names."""
+        values = [
+            summary_pb2.Summary.Value(tag=key, simple_value=value)
+            for key, value in record.items()
+            if key != "step" and isinstance(value, (int, float))
+        ]
+        self._add(record["step"], summary=summary_pb2.Summary(value=values))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Progress:
+    """A live bar on a terminal; a line every ten seconds where there is none."""
+
+    INTERVAL = 10.0
+
+    def __init__(self, total: int, done: int, console: rich.console.Console | None = None):
+        self._console = console or rich.console.Console()
+        self._total, self._done, self._last_line = total, done, -math.inf
+        columns = rich.progress
+        self._bar = columns.Progress(
+            columns.TextColumn("{task.description}"),
+            columns.BarColumn(bar_width=None),
+            columns.MofNCompleteColumn(),
+            columns.TextColumn("{task.fields[numbers]}"),
+            columns.TextColumn("eta {task.fields[eta]}"),
+            console=self._console,
+            transient=False,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "training", total=total, completed=done, numbers="", eta="-:--:--"
+        )
+        self._bar.start()
+
+    def say(self, words: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    def phase(self, name: str) -> None:
+        """Says what the run is at: training, compiling, evaluating."""
+        self._bar.update(self._task, description=name)
+        if not self._console.is_terminal and name != "training":
+            self.say(f"{name} ...")
+
+    def update(self, step: int, numbers: Mapping[str, float], seconds_left: float) -> None:
+        """Shows a step's numbers."""
+        words, eta = " ".join(_shown(numbers)), _clock(seconds_left)
+        self._bar.update(self._task, completed=step, numbers=words, eta=eta)
+        due = time.monotonic() - self._last_line >= self.INTERVAL or step == self._total
+        if not self._console.is_terminal and due:
+            self.say(f"step {step}/{self._total} {words} eta {eta}")
+            self._last_line = time.monotonic()
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def _shown(numbers: Mapping[str, float]) -> list[str]:
+    words = [f"loss {numbers['loss']:.4f}", f"{numbers['tokens_per_s']:,.0f} tok/s"]
+    return [*words, f"MFU {numbers['mfu']:.1%}"] if "mfu" in numbers else words
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-:--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

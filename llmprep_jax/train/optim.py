@@ -1,0 +1,138 @@
+"""AdamW by optax: schedules, decay masks, clipping and LoRA+ learning rates.
+
+Decay is decoupled and scaled by the learning rate, as in torch and optax: p -= lr_t * (m / (sqrt(v)
++ eps) + weight_decay * p) (Loshchilov and Hutter 2019 scale it by the schedule's multiplier alone).
+The one thing a reader would get wrong: `moment_dtype` is that of the first moment; the second stays
+float32, because a bf16 average with decay 0.95 no longer sees changes below 1/256 of itself.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+NO_DECAY = ("scale", "b", "bias", "magnitude")  # last names of paths: norms, biases, DoRA's lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """How parameters are updated.
+
+    Attributes:
+      lr: peak learning rate.
+      schedule: after the warmup, "cosine" and "linear" fall to `final_ratio` of the peak at the
+        last step; "wsd" stays and falls linearly over the last `decay_fraction` of the run.
+      warmup_steps: steps of linear rise; the first has lr / warmup_steps.
+      decay_embeddings: whether weight decay holds for embedding tables too.
+      clip_norm: largest global norm of the gradient; None: no clipping.
+      lora_plus: ratio of the learning rate of the `lora_b` leaves to that of all others (LoRA+,
+        Hayou et al. 2024, section 4); 1 is plain LoRA.
+    """
+
+    lr: float = 3e-4
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    final_ratio: float = 0.1
+    decay_fraction: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_embeddings: bool = True
+    clip_norm: float | None = 1.0
+    lora_plus: float = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        wrong = {
+            "lr must be >= 0": self.lr < 0,
+            "warmup_steps must be >= 0": self.warmup_steps < 0,
+            "final_ratio must be in [0, 1]": not 0 <= self.final_ratio <= 1,
+            "decay_fraction must be in (0, 1]": not 0 < self.decay_fraction <= 1,
+            "betas must be in [0, 1)": not all(0 <= beta < 1 for beta in self.betas),
+            "eps must be > 0": self.eps <= 0,
+            "clip_norm must be > 0": self.clip_norm is not None and self.clip_norm <= 0,
+            "lora_plus must be > 0": self.lora_plus <= 0,
+        }
+        for message, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(f"{message}, not {getattr(self, message.split()[0])}")
+
+
+def make_schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
+    """The learning rate of each step, counted from 0, of a run of `num_steps`.
+
+    Raises:
+      ValueError: the warmup is longer than the run.
+    """
+    if cfg.warmup_steps > num_steps:
+        raise ValueError(f"warmup_steps={cfg.warmup_steps} is more than the run's {num_steps}")
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        done = jnp.asarray(step, jnp.float32) + 1.0
+        rise = jnp.minimum(done / max(cfg.warmup_steps, 1), 1.0)
+        fall = num_steps - cfg.warmup_steps
+        if cfg.schedule == "wsd":
+            fall = min(fall, round(cfg.decay_fraction * num_steps))
+        progress = jnp.clip((done - (num_steps - fall)) / max(fall, 1), 0.0, 1.0)
+        if cfg.schedule == "cosine":
+            progress = 0.5 - 0.5 * jnp.cos(jnp.pi * progress)
+        if cfg.schedule == "constant":
+            progress = jnp.zeros_like(progress)
+        return cfg.lr * rise * (1.0 - (1.0 - cfg.final_ratio) * progress)
+
+    return schedule
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A tree path as the dotted name of a parameter, e.g. "layers.attn.q.w"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def decay_mask(params: Any, decay_embeddings: bool = True) -> Any:
+    """True for the leaves that weight decay holds for: no norm, no bias, embeddings on request."""
+
+    def is_decayed(path, _):
+        names = path_name(path).split(".")
+        return names[-1] not in NO_DECAY and (decay_embeddings or "embed" not in names)
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def lora_b_mask(params: Any) -> Any:
+    """True for the leaves named lora_b."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path_name(path).split(".")[-1] == "lora_b", params
+    )
+
+
+def make_optimizer(cfg: OptimConfig, params: Any, num_steps: int) -> optax.GradientTransformation:
+    """AdamW for a tree of parameters (arrays or shapes) over a run of `num_steps`.
+
+    Raises:
+      ValueError: LoRA+ is asked for and no leaf is a lora_b, or the schedule does not fit the run.
+    """
+    decay = decay_mask(params, cfg.decay_embeddings)
+    parts = [
+        optax.scale_by_adam(*cfg.betas, cfg.eps, mu_dtype=jnp.dtype(cfg.moment_dtype)),
+        optax.add_decayed_weights(cfg.weight_decay, decay),
+        optax.scale_by_learning_rate(make_schedule(cfg, num_steps)),
+    ]
+    if cfg.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(cfg.clip_norm))
+    if cfg.lora_plus != 1.0:
+        is_lora_b = lora_b_mask(params)
+        if not any(jax.tree.leaves(is_lora_b)):
+            raise ValueError(f"lora_plus={cfg.lora_plus}, but nothing trained is a lora_b")
+        parts.append(optax.masked(optax.scale(cfg.lora_plus), is_lora_b))
+    return _with_float32_state(optax.chain(*parts))
+
+
+def _with_float32_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keeps moments in float32 (but for `mu_dtype`) where parameters are bf16."""
+
+    def init(params):
+        return tx.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+    return optax.GradientTransformation(init, tx.update)

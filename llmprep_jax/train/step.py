@@ -1,0 +1,169 @@
+"""The training step: gradients by microbatches, one update, metrics; one jitted function.
+
+Pre-training, full fine-tuning and adapters differ in what `state.params` holds and in nothing here.
+Losses and gradients are summed over microbatches and divided once by the number of tokens, so
+accumulation is exact. The one thing a reader would get wrong: a step whose loss or gradient is not
+finite changes nothing (it returns the old state and `finite` False), so the host may look at the
+metrics later than the next step starts.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.train.losses import LossSum
+from llmprep_jax.train.state import TrainState, merge
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Any, Mapping[str, jax.Array], jax.Array], LossSum]
+HOST_ONLY = ("doc_ids",)  # for error messages; the devices never see them
+
+
+def make_train_step(
+    graphdef: Any,
+    tx: optax.GradientTransformation,
+    loss_fn: LossFn,
+    schedule: optax.Schedule,
+    *,
+    ema_decay: float | None = None,
+) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Makes `train_step(state, frozen, batch) -> (state, metrics)`.
+
+    The batch's arrays are [A, B / A, T] (`place_batch`): A microbatches, one after another. Metrics
+    are scalars on the device: loss (mean over tokens), tokens (with a target), input_tokens,
+    grad_norm (before clipping), param_norm, lr, finite.
+
+    Args:
+      graphdef: of the model, from `split_model`.
+      loss_fn: `loss_fn(model, microbatch, key) -> LossSum`.
+      schedule: the learning rate, for the metrics.
+      ema_decay: of the running average, where the state has one.
+    """
+
+    def loss_of(params, frozen, micro, key):
+        loss = loss_fn(merge(graphdef, params, frozen), micro, key)
+        return loss.total, loss.count
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state, frozen, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        total, tokens, grads = _sum_gradients(loss_of, state.params, frozen, batch, key)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
+        loss, grad_norm = total / jnp.maximum(tokens, 1.0), _norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = _average(state.ema, params, state.step, ema_decay)
+        # a batch without targets moves nothing either: its zero gradient would still decay weights
+        new = _choose(
+            finite & (tokens > 0),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
+        )
+        metrics = {
+            "loss": loss,
+            "tokens": tokens,
+            "input_tokens": _count_inputs(batch),
+            "grad_norm": grad_norm,
+            "param_norm": _norm(new[0]),
+            "lr": schedule(state.step),
+            "finite": finite,
+        }
+        return TrainState(state.step + finite.astype(jnp.int32), *new, state.key), metrics
+
+    return train_step
+
+
+def _sum_gradients(loss_of, params, frozen, batch, key):
+    """Loss, tokens and float32 gradients, summed over the microbatches."""
+    num_micro = batch["tokens"].shape[0]
+
+    def one(micro, key):
+        (total, tokens), grads = jax.value_and_grad(loss_of, has_aux=True)(
+            params, frozen, micro, key
+        )
+        return total, tokens, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    if num_micro == 1:
+        return one(jax.tree.map(lambda x: x[0], batch), key)
+
+    def body(sums, micro_and_key):
+        return jax.tree.map(jnp.add, sums, one(*micro_and_key)), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), zeros)
+    return jax.lax.scan(body, start, (batch, jax.random.split(key, num_micro)))[0]
+
+
+def _norm(tree):
+    """The global norm, in float32 whatever the leaves are."""
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares))
+
+
+def _average(ema, params, step, decay):
+    """decay * ema + (1 - decay) * params, with a shorter memory while the run is young."""
+    if ema is None:
+        return None
+    step = step.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p.astype(e.dtype), ema, params)
+
+
+def _choose(use_new, new, old):
+    return jax.tree.map(lambda n, o: jnp.where(use_new, n, o), new, old)
+
+
+def _count_inputs(batch):
+    """Tokens that are no padding, as float32."""
+    if "segment_ids" in batch:
+        return jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
+    return jnp.float32(batch["tokens"].size)
+
+
+def place_batch(batch: Mapping[str, np.ndarray], accumulate: int = 1) -> dict[str, jax.Array]:
+    """Puts a host batch on the devices as `accumulate` microbatches, sharded for the mesh.
+
+    Args:
+      batch: numpy arrays [B, T], this process's rows; doc_ids are left out.
+      accumulate: A.
+
+    Returns:
+      Arrays [A, B / A, T].
+
+    Raises:
+      ValueError: the rows do not part into A microbatches, or a microbatch not over the mesh.
+    """
+    placed = {}
+    for name, rows in batch.items():
+        if name in HOST_ONLY:
+            continue
+        if len(rows) % accumulate:
+            raise ValueError(
+                f"a batch of {len(rows)} rows is no multiple of accumulate={accumulate}"
+            )
+        micro = rows.reshape(accumulate, -1, *rows.shape[1:])
+        placed[name] = _place(micro)
+    return placed
+
+
+def _place(micro: np.ndarray) -> jax.Array:
+    if not has_mesh():
+        return jax.device_put(micro)
+    mesh, axes = jax.sharding.get_mesh(), jax.P(None, *spec("batch", "seq"))
+    sharding = jax.sharding.NamedSharding(mesh, axes)
+    rows = micro.shape[1] * jax.process_count()
+    try:
+        sharding.shard_shape((micro.shape[0], rows, *micro.shape[2:]))
+    except ValueError:
+        sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        raise ValueError(
+            f"a microbatch of {rows} rows does not part over the mesh {sizes}"
+        ) from None
+    return jax.make_array_from_process_local_data(sharding, micro)
