@@ -117,6 +117,11 @@ class KVCache:
             block=None,
         )
 
+    def unstacked(self) -> Self:
+        """The same cache with one buffer a layer."""
+        k, v = [tuple(x[layer] for layer in range(x.shape[0])) for x in (self.k, self.v)]
+        return dataclasses.replace(self, k=k, v=v)
+
     @property
     def _dtype(self) -> jnp.dtype:
         return (self.k[0] if isinstance(self.k, tuple) else self.k).dtype
