@@ -1,0 +1,259 @@
+"""Packing: pieces of documents into rows, and rows into batches; exactly resumable.
+
+"packed" fits whole pieces together (best fit, longest first, over a window of rows), "padded" puts
+one piece in a row, "stream" lays documents end to end and cuts every T pairs, so that no row but
+the last has padding. In all of them documents do not see each other: segment ids and positions
+start anew, and no pair crosses a border. The one thing a reader would get wrong: an iterator's
+state holds no tokens. It is the place where the window (or the document) began and how far it was
+used; `set_state` reads that window again.
+"""
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from llmprep_jax.data.encoding import COUNTS, Encoded, Piece
+
+Row = list[Piece]
+Pack = Callable[[list[Piece]], list[Row]]
+
+
+def fit_together(pieces: Sequence[Piece], seq_len: int) -> list[Row]:
+    """Packs pieces into few rows of at most seq_len pairs: longest first, each where it fits best.
+
+    Pieces in a row, and rows by their first piece, are in the order given.
+    """
+    rows: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (space left, row), sorted
+    for i in sorted(range(len(pieces)), key=lambda i: (-len(pieces[i]), i)):
+        size = len(pieces[i])
+        at = bisect.bisect_left(spaces, (size, -1))
+        space, row = spaces.pop(at) if at < len(spaces) else (seq_len, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        if space > size:
+            bisect.insort(spaces, (space - size, row))
+    return [[pieces[i] for i in sorted(row)] for row in sorted(rows, key=min)]
+
+
+class Packed(grain.IterDataset):
+    """Rows of packed or padded documents.
+
+    Args:
+      parent: of `Encoded` documents.
+      seq_len: T.
+      epoch: documents of an epoch, of which one at least must have a target.
+      window: rows that are packed together; 0: every piece has its own row.
+      seed: of the order of rows within a window; None: in order of their documents.
+    """
+
+    def __init__(
+        self,
+        parent: grain.IterDataset,
+        seq_len: int,
+        epoch: int,
+        *,
+        window: int,
+        seed: int | None = None,
+    ):
+        super().__init__(parent)
+        self._seq_len, self._epoch, self._window, self._seed = seq_len, epoch, window, seed
+        self.iterator: _PackedIterator | None = None
+
+    def __iter__(self) -> grain.DatasetIterator:
+        parent = self._parent.__iter__()
+        self.iterator = _PackedIterator(
+            parent, self._seq_len, self._epoch, self._window, self._seed
+        )
+        return self.iterator
+
+
+class Stream(grain.IterDataset):
+    """Rows cut from documents laid end to end.
+
+    Args:
+      parent: of `Encoded` documents.
+      seq_len: T.
+      epoch: documents of an epoch, of which one at least must have a target.
+    """
+
+    def __init__(self, parent: grain.IterDataset, seq_len: int, epoch: int):
+        super().__init__(parent)
+        self._seq_len, self._epoch = seq_len, epoch
+        self.iterator: _StreamIterator | None = None
+
+    def __iter__(self) -> grain.DatasetIterator:
+        self.iterator = _StreamIterator(self._parent.__iter__(), self._seq_len, self._epoch)
+        return self.iterator
+
+
+class _RowIterator(grain.DatasetIterator):
+    """What both have: reading documents and adding up their counts."""
+
+    def __init__(self, parent: grain.DatasetIterator, seq_len: int, epoch: int):
+        super().__init__(parent)
+        self._seq_len, self._epoch, self._barren = seq_len, epoch, 0
+        self._start = parent.get_state()  # where what is in use was begun to be read
+        self._before = self._seen = (0,) * len(COUNTS)  # counts at _start, and now
+        self._num_rows = 0
+
+    def _read(self) -> Encoded:
+        encoded = next(self._parent)
+        self._seen = tuple(map(sum, zip(self._seen, encoded.counts, strict=True)))
+        self._barren = 0 if encoded.pieces else self._barren + 1
+        if self._barren == self._epoch:  # an infinite repeat would look for ever
+            counts = dict(zip(COUNTS, self._seen, strict=True))
+            raise ValueError(
+                f"not one of {self._epoch} documents has a token to learn ({counts['dropped']} "
+                f"dropped as too long, {counts['empty']} without a target); "
+                "check the data, mask, overlong and seq_len"
+            )
+        return encoded
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "documents": self._start,
+            "before": list(self._before),
+            "seen": list(self._seen),
+            "rows": self._num_rows,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._start = state["documents"]
+        self._parent.set_state(self._start)
+        self._before = self._seen = tuple(state["before"])
+        self._num_rows = state["rows"]
+
+
+class _PackedIterator(_RowIterator):
+    def __init__(
+        self,
+        parent: grain.DatasetIterator,
+        seq_len: int,
+        epoch: int,
+        window: int,
+        seed: int | None,
+    ):
+        super().__init__(parent, seq_len, epoch)
+        self._window, self._seed = window, seed
+        self._rows: list[Row] | None = None  # of the window; None: not read yet
+        self._number = self._row = 0  # of the window, and of the next row in it
+
+    def __next__(self) -> Row:
+        if self._rows is None:
+            self._rows = self._read_window()
+        while self._row >= len(self._rows):
+            self._start, self._before = self._parent.get_state(), self._seen
+            self._number, self._row, self._rows = self._number + 1, 0, None
+            self._rows = self._read_window()
+        self._row, self._num_rows = self._row + 1, self._num_rows + 1
+        return self._rows[self._row - 1]
+
+    def _read_window(self) -> list[Row]:
+        pieces: list[Piece] = []
+        room = max(1, self._window * self._seq_len)
+        while room > 0:
+            try:
+                encoded = self._read()
+            except StopIteration:
+                if not pieces:
+                    raise
+                break
+            pieces += encoded.pieces
+            room -= sum(map(len, encoded.pieces))
+        if not self._window:
+            return [[piece] for piece in pieces]
+        rows = fit_together(pieces, self._seq_len)
+        if self._seed is not None:
+            order = np.random.default_rng([self._seed, self._number]).permutation(len(rows))
+            rows = [rows[i] for i in order]
+        return rows
+
+    def get_state(self) -> dict[str, Any]:
+        return super().get_state() | {"window": self._number, "row": self._row}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self._number, self._row, self._rows = state["window"], state["row"], None
+
+
+class _StreamIterator(_RowIterator):
+    def __init__(self, parent: grain.DatasetIterator, seq_len: int, epoch: int):
+        super().__init__(parent, seq_len, epoch)
+        self._rest: Piece | None = None  # what is left of the document in use
+        self._used = 0  # pairs of that document in earlier rows
+
+    def __next__(self) -> Row:
+        row, space = [], self._seq_len
+        while space:
+            if self._rest is None and not self._open_document():
+                break
+            row.append(self._rest[:space])
+            self._rest = self._rest[space:]
+            self._used += len(row[-1])
+            space -= len(row[-1])
+            if not len(self._rest):
+                self._rest, self._used = None, 0
+                self._start, self._before = self._parent.get_state(), self._seen
+        if not row:
+            raise StopIteration
+        self._num_rows += 1
+        return row
+
+    def _open_document(self) -> bool:
+        """Takes up the next document that has pairs; False at the end of the data."""
+        while True:
+            self._start, self._before = self._parent.get_state(), self._seen
+            try:
+                encoded = self._read()
+            except StopIteration:
+                return False
+            if encoded.pieces:
+                (self._rest,) = encoded.pieces
+                return True
+
+    def get_state(self) -> dict[str, Any]:
+        return super().get_state() | {"used": self._used}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self._rest, self._used = None, 0
+        if state["used"]:
+            self._open_document()
+            self._rest, self._used = self._rest[state["used"] :], state["used"]
+
+
+def make_batch(
+    rows: Sequence[Row], num_rows: int, seq_len: int, pad_id: int = 0
+) -> dict[str, np.ndarray]:
+    """Rows as arrays; rows that lack are padding.
+
+    Returns:
+      tokens, targets, positions, segment_ids int32 and loss_mask float32, [B, T]; doc_ids int64 [B,
+      M], -1 where a row has fewer than M segments.
+    """
+    shape = (num_rows, seq_len)
+    tokens_BT, targets_BT = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
+    positions_BT, segments_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    mask_BT = np.zeros(shape, np.float32)
+    ids_BM = np.full((num_rows, max([1, *map(len, rows)])), -1, np.int64)
+    for b, row in enumerate(rows):
+        at = 0
+        for m, piece in enumerate(row):
+            part = (b, slice(at, at + len(piece)))
+            tokens_BT[part], targets_BT[part] = piece.tokens, piece.targets
+            positions_BT[part], segments_BT[part] = np.arange(len(piece)), m + 1
+            mask_BT[part], ids_BM[b, m] = piece.counts, piece.doc_id
+            at += len(piece)
+    return {
+        "tokens": tokens_BT,
+        "targets": targets_BT,
+        "loss_mask": mask_BT,
+        "positions": positions_BT,
+        "segment_ids": segments_BT,
+        "doc_ids": ids_BM,
+    }

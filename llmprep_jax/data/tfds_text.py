@@ -1,0 +1,99 @@
+"""A TFDS builder that writes documents of any source as ArrayRecord, and how to read it back.
+
+ArrayRecord gives random access to data of any size without an index to build first. Nothing here
+needs a network or TensorFlow. The one thing a reader would get wrong: TFDS keeps what a folder
+already holds and says nothing, so `write_array_record` refuses such a folder.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from llmprep_jax.data.documents import Document
+
+
+class TextDocuments(tfds.core.GeneratorBasedBuilder):
+    """Records of three texts: `name`, `text`, and `messages` as JSON; one of the last two is empty.
+
+    Args:
+      documents: a sequence; None to read what is prepared.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, documents: Sequence[Document] | None = None, **kwargs: Any):
+        self._documents = documents
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        texts = {key: tfds.features.Text() for key in ("name", "text", "messages")}
+        # in order, so that a document has the same number before and after
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(texts), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
+        for i in range(len(self._documents)):
+            document = self._documents[i]
+            messages = document.messages
+            yield (
+                i,
+                {
+                    "name": document.name,
+                    "text": document.text or "",
+                    "messages": ""
+                    if messages is None
+                    else json.dumps(messages, ensure_ascii=False),
+                },
+            )
+
+
+def write_array_record(documents: Sequence[Document], folder: str | pathlib.Path) -> pathlib.Path:
+    """Writes all documents of a source below `folder`.
+
+    Returns:
+      The folder to give as a path of `DataConfig`.
+
+    Raises:
+      ValueError: there is no document, one does not read, or there is such a dataset already.
+    """
+    if not len(documents):
+        raise ValueError(f"{folder}: no document to write; check the source")
+    builder = TextDocuments(documents=documents, data_dir=str(folder), file_format="array_record")
+    path = pathlib.Path(builder.data_path)
+    if path.exists():
+        raise ValueError(f"{path} holds a dataset already; remove it or choose another folder")
+    builder.download_and_prepare()
+    return path
+
+
+def open_array_record(folder: str | pathlib.Path, split: str = "train") -> Sequence[dict[str, Any]]:
+    """Random access to the records of a folder that TFDS has prepared as ArrayRecord.
+
+    Raises:
+      ValueError: the folder does not read, is of another file format, or has no such split.
+    """
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+        splits = list(builder.info.splits)
+    except Exception as error:  # TFDS raises what its JSON and protobuf readers raise
+        raise ValueError(f"{folder}: TFDS does not read it: {_one_line(error)}") from None
+    if split not in splits:
+        raise ValueError(f"{folder} has no split {split}; it has {', '.join(splits) or 'none'}")
+    try:
+        return builder.as_data_source(split)
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: no random access ({_one_line(error)}); "
+            "prepare it with file_format='array_record'"
+        ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
