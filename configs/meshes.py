@@ -1,0 +1,46 @@
+"""Meshes by name: how many devices lie along each axis (data, fsdp, tensor, expert).
+
+`mesh=NAME` in a config takes one of these. -1 is whatever number of devices is left. `fsdp` shards
+weights and batch, `tensor` heads, MLPs and vocabulary, `data` repeats weights: over slices that a
+slow network joins. The one thing a reader would get wrong: the batch is parted over data times
+fsdp, so a microbatch needs at least as many rows.
+"""
+
+import difflib
+
+import jax
+
+from llmprep_jax.config import UsageError
+from llmprep_jax.sharding import make_mesh
+
+MESHES: dict[str, dict[str, int]] = {
+    "fsdp": {"fsdp": -1},
+    "tensor": {"tensor": -1},
+    "cpu_8": {"fsdp": 8},
+    "cpu_4x2": {"fsdp": 4, "tensor": 2},
+    "v5e_8": {"fsdp": 8},
+    "v5e_16": {"fsdp": 16},
+    "v5p_64": {"fsdp": 64},
+    "v5p_2x64": {"data": 2, "fsdp": 64},
+    "v6e_8": {"fsdp": 8},
+    "v6e_256": {"fsdp": 256},
+    "h100_8": {"fsdp": 8},
+    "h100_8x8": {"data": 8, "fsdp": 8},
+}
+
+
+def get_mesh(name: str | None) -> jax.sharding.Mesh | None:
+    """The mesh of a name on the devices at hand; None for None.
+
+    Raises:
+      UsageError: no such name, or another number of devices.
+    """
+    if name is None:
+        return None
+    if name not in MESHES:
+        near = difflib.get_close_matches(name, MESHES, n=3, cutoff=0.5) or MESHES
+        raise UsageError(f"unknown mesh {name}; did you mean {' or '.join(near)}?")
+    try:
+        return make_mesh(MESHES[name])
+    except ValueError as error:
+        raise UsageError(f"mesh={name}: {error}") from None

@@ -1,0 +1,146 @@
+"""What a run is: `RunConfig`, the one thing that configs/*.py return, and the folder it owns.
+
+The folder holds run.json (the resolved config), metrics.jsonl, tensorboard/, tokenizer/ and
+checkpoints/. The one thing a reader would get wrong: a folder belongs to one config; the same
+command goes on with it, and a command that would make other numbers of it is refused.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from llmprep_jax.config import UsageError, changed_fields, to_dict, to_json
+from llmprep_jax.data import DataConfig
+from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.stack import REMAT_POLICIES
+from llmprep_jax.peft import LoRA
+from llmprep_jax.train.checkpoint import all_steps
+from llmprep_jax.train.loop import FitConfig
+
+RUN_FILE = "run.json"
+DTYPES = ("float32", "bfloat16", "float16")
+# what may differ when a run goes on: where, how fast and how often, not what is computed
+FREE = ("out", "steps", "accumulate", "log_every", "eval_every", "eval_batches", "eval_data")
+FREE = (*FREE, "checkpoint", "mesh", "peak_flops", "loss_chunk", "compute.remat", "compute.unroll")
+FREE = (*FREE, "data.paths", "data.prefetch", "data.threads")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(FitConfig):
+    """One training run.
+
+    Attributes:
+      model: where weights come from: a folder, a .gguf file, a run of ours or a hub id; None:
+        random ones of `architecture`.
+      architecture: a preset's name or a family's Config, for random weights; None: as `model` is.
+      tokenizer: where the tokenizer comes from; None: from where `model` does.
+      adapter: trained in place of the model; None: all of it is.
+      data: what it is trained on; data.batch_size rows of data.seq_len tokens a step.
+      eval_data: what it is evaluated on, all splits of it; None: what data.holdout keeps back, if
+        anything.
+      eval_batches: at most so many; None: all.
+      compute: dtypes, rematerialisation and unrolling. Weights are float32 masters with compute in
+        bf16 for `dtype="bfloat16", param_dtype="float32"`.
+      mesh: a name in configs/meshes.py; None: one device.
+      loss_chunk: positions of each row whose logits exist at one time; None: all.
+      z_loss: weight of the squared logsumexp.
+      out: the run's folder.
+    """
+
+    model: str | None = None
+    architecture: Any = None
+    tokenizer: str | None = None
+    adapter: LoRA | None = None
+    data: DataConfig
+    eval_data: DataConfig | None = None
+    eval_batches: int | None = None
+    compute: Compute = dataclasses.field(default_factory=Compute)
+    mesh: str | None = None
+    loss_chunk: int | None = None
+    z_loss: float = 0.0
+    out: pathlib.Path
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give either model (weights) or architecture (random weights)")
+        if self.model is None and self.tokenizer is None:
+            raise ValueError("give tokenizer: random weights come without one")
+        if self.data.batch_size % self.accumulate:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} is no multiple of "
+                f"accumulate={self.accumulate}"
+            )
+        _check_compute(self.compute)
+        for name in ("eval_batches", "loss_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def _check_compute(compute: Compute) -> None:
+    for name in ("dtype", "matmul_dtype", "param_dtype"):
+        value = getattr(compute, name)
+        if value not in DTYPES and not (name == "matmul_dtype" and value is None):
+            raise ValueError(f"compute.{name}={value!r}; the dtypes are {', '.join(DTYPES)}")
+    remats = ("none", *REMAT_POLICIES)
+    if compute.remat not in remats:
+        raise ValueError(f"compute.remat={compute.remat!r}; the policies are {', '.join(remats)}")
+
+
+def claim_folder(cfg: RunConfig) -> list[str]:
+    """Makes the run's folder and writes the config into it.
+
+    Returns:
+      What of the config differs from that of the run it goes on with, one line each.
+
+    Raises:
+      UsageError: it holds checkpoints of a run with another config.
+      OSError: it cannot be written.
+    """
+    path = cfg.out / RUN_FILE
+    changes = []
+    if all_steps(cfg.out) and path.is_file():
+        old = json.loads(path.read_text())
+        changes = list(changed_fields(old, json.loads(to_json(cfg))))
+        fixed = [(key, was, now) for key, was, now in changes if not _is_free(key)]
+        if fixed:
+            key, was, now = fixed[0]
+            raise UsageError(
+                f"{cfg.out} holds a run with another config ({key} was {was!r}, is {now!r}); give "
+                "another out folder, or go on from its weights by model=PATH"
+            )
+    if jax.process_index() == 0:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(to_json(cfg) + "\n")
+        aside.replace(path)
+    return [f"{key}: {was!r} -> {now!r}" for key, was, now in changes]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def make_meta(cfg: RunConfig, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What each checkpoint says of its model, for `load_model` to rebuild it.
+
+    Returns:
+      base: path of the frozen weights, None where all weights are in the checkpoint; config: the
+      Hugging Face config.json of the model; adapter: its settings or None; run: the whole config;
+      versions.
+    """
+    packages = ("jax", "flax", "optax", "orbax-checkpoint")
+    return {
+        "format": 1,
+        "base": cfg.model if cfg.adapter is not None else None,
+        "config": dict(hf_config),
+        "adapter": to_dict(cfg.adapter),
+        "run": to_dict(cfg),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
