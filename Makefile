@@ -11,7 +11,7 @@ demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, ex
 	$(BIN)/python -m experiments.demo out=$(DEMO)
 
 demo-short: $(VENV)/.demo     ## the same in a minute and a half, for CI
-	$(BIN)/python -m experiments.demo out=$(DEMO)-short steps=12 eval_batches=8
+	$(BIN)/python -m experiments.demo out=$(DEMO)-short steps=12 eval_batches=8 optim.warmup_steps=2
 
 test: $(VENV)/.test           ## the fast suite
 	$(BIN)/python -m pytest -m "not slow and not parity"

@@ -1,0 +1,165 @@
+"""Training speed: us and transformers + PEFT, in turn in one run.
+
+    python -m experiments.bench_step [work=lora] [rounds=7] [batch=2] [seq=256] [out=FILE.json]
+
+work: lora (r16 on all linear layers), full, or tiny (a 4-layer model, all weights). Random weights of
+SmolLM2-135M's shape, AdamW, the same number of tokens a step for all. Each contender is a process of
+its own; they take turns, one step each a round. A ratio is the peer's median over ours. MFU is not
+given: on a CPU there is no stated peak.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import rich.console
+import rich.table
+
+from llmprep_jax import cli
+from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.evaluate.contest import Score, compete
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Sizes of a step; `rounds` timed steps of each contender."""
+
+    work: Literal["lora", "full", "tiny"] = "lora"
+    batch: int = 2
+    seq: int = 256
+    rounds: int = 7
+    out: pathlib.Path | None = None
+
+
+TINY = dict(vocab_size=4096, dim=256, mlp_dim=1024, num_layers=4, num_heads=4, num_kv_heads=4)
+
+
+def batch_of(settings: Settings, vocab_size: int) -> dict[str, np.ndarray]:
+    shape = (settings.batch, settings.seq + 1)
+    rows_BT = np.random.default_rng(0).integers(0, vocab_size, shape, dtype=np.int32)
+    return {
+        "tokens": rows_BT[:, :-1],
+        "targets": rows_BT[:, 1:],
+        "loss_mask": np.ones((settings.batch, settings.seq), np.float32),
+    }
+
+
+def ours(settings: Settings, matmul_dtype: str) -> Callable[[], Any]:
+    """A call that takes one of our training steps."""
+    import jax
+    from flax import nnx
+
+    from llmprep_jax import peft
+    from llmprep_jax.models import registry
+    from llmprep_jax.models.llama.config import Config
+    from llmprep_jax.nn.param import AdapterParam, Compute, Param
+    from llmprep_jax.train.losses import next_token_loss
+    from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
+    from llmprep_jax.train.state import create_state, split_model
+    from llmprep_jax.train.step import make_train_step, place_batch
+
+    cfg = registry.preset("smollm2-135m")
+    if settings.work == "tiny":
+        cfg = Config(head_dim=64, max_seq_len=2048, tie_embeddings=True, **TINY)
+    cfg = dataclasses.replace(cfg, compute=Compute(matmul_dtype=matmul_dtype))
+    model = jax.jit(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))()
+    if settings.work == "lora":
+        model = peft.inject(model, peft.LoRA(rank=16, alpha=32))
+    parts = split_model(model, AdapterParam if settings.work == "lora" else Param)
+    optim = OptimConfig(lr=1e-4, schedule="constant")
+    tx = make_optimizer(optim, parts.params, 1000)
+    loss = lambda model, batch, key: next_token_loss(model, batch)  # noqa: E731
+    step = make_train_step(parts.graphdef, tx, loss, make_schedule(optim, 1000))
+    batch = place_batch(batch_of(settings, cfg.vocab_size))
+    holder = [create_state(parts.params, tx, seed=0)]
+
+    def call():
+        holder[0], metrics = step(holder[0], parts.frozen, batch)
+        return float(metrics["loss"])
+
+    return call
+
+
+def theirs(settings: Settings, dtype: str) -> Callable[[], Any]:
+    """A call that takes one step of transformers (+ PEFT) on torch."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30)
+    sizes |= dict(num_attention_heads=9, num_key_value_heads=3)
+    if settings.work == "tiny":
+        sizes = dict(vocab_size=4096, hidden_size=256, intermediate_size=1024)
+        sizes |= dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    model = model.to(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    if settings.work == "lora":
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4)
+    tokens = torch.tensor(batch_of(settings, sizes["vocab_size"])["tokens"], device=device).long()
+    autocast = functools.partial(torch.autocast, device, torch.bfloat16, dtype == "autocast")
+
+    def call():
+        with autocast():
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return call
+
+
+def main(arguments: list[str]) -> cli.Outputs:
+    positional, overrides = split_arguments(arguments)
+    if positional:
+        raise UsageError(f"settings are written name=value, not {positional[0]!r}")
+    settings = override(Settings(), overrides)
+    contenders = {
+        "ours, float32": (ours, dict(settings=settings, matmul_dtype="float32")),
+        "ours, bf16 operands": (ours, dict(settings=settings, matmul_dtype="bfloat16")),
+        "torch, float32": (theirs, dict(settings=settings, dtype="float32")),
+        "torch, bfloat16": (theirs, dict(settings=settings, dtype="bfloat16")),
+        "torch, autocast to bf16": (theirs, dict(settings=settings, dtype="autocast")),
+    }
+    scores = compete(contenders, rounds=settings.rounds)
+    show(settings, scores)
+    if settings.out is None:
+        return {}
+    rows = {name: dataclasses.asdict(score) for name, score in scores.items()}
+    settings.out.write_text(json.dumps({"work": settings.work, "scores": rows}, indent=2) + "\n")
+    return {"scores": settings.out}
+
+
+def show(settings: Settings, scores: dict[str, Score]) -> None:
+    peers = [score.median for name, score in scores.items() if name.startswith("torch")]
+    float32 = scores["torch, float32"].median
+    title = f"{settings.work}: {settings.batch} x {settings.seq} tokens a step"
+    table = rich.table.Table(title=title)
+    for column in ("", "step", "tokens/s", "first call", "peak memory"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("x torch float32", justify="right")
+    table.add_column("x torch's best", justify="right")
+    for name, score in scores.items():
+        table.add_row(
+            name,
+            f"{score.median:.2f} s",
+            f"{settings.batch * settings.seq / score.median:.0f}",
+            f"{score.first:.1f} s",
+            f"{score.peak_bytes / 1e9:.1f} GB",
+            f"{float32 / score.median:.2f}",
+            f"{min(peers) / score.median:.2f}",
+        )
+    rich.console.Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main)

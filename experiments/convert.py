@@ -1,0 +1,48 @@
+"""Convert a model to a Hugging Face folder: from GGUF, from a run of ours, with an adapter merged in.
+
+    python -m experiments.convert MODEL FOLDER [dtype=bfloat16] [adapter=PEFT_FOLDER]
+
+MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. What is written is
+re-opened and its logits compared before it is put in place; llmprep_receipt.json says how they agreed.
+"""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+import rich.console
+
+import llmprep_jax as lp
+from llmprep_jax import cli
+from llmprep_jax.config import UsageError, override, split_arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """dtype None keeps the stored one."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    adapter: str | None = None
+
+
+def main(arguments: list[str]) -> cli.Outputs:
+    positional, overrides = split_arguments(arguments)
+    if len(positional) != 2:
+        raise UsageError("give a model and the folder to write")
+    source, folder = positional
+    settings = override(Settings(), overrides)
+    console = rich.console.Console()
+    with console.status(f"loading {source}"):
+        model = lp.load_model(source, dtype=settings.dtype)
+        processor = lp.load_processor(source)
+        if settings.adapter is not None:
+            model = lp.peft.load(model, settings.adapter)
+    with console.status(f"writing {folder}"):
+        if lp.peft.is_adapted(model):
+            model = lp.peft.merge(model)
+        written = lp.save_model(model, folder, processor=processor)
+    return {"Hugging Face folder": pathlib.Path(written)}
+
+
+if __name__ == "__main__":
+    cli.run(main)
