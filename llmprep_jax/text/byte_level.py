@@ -19,8 +19,6 @@ _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
     r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK)
 
 # name -> (patterns, each isolated in turn; digits one by one; GPT-2's own pattern last)
 _CUTS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
@@ -28,16 +26,14 @@ _CUTS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
     "smollm": ((), True, True),
     "llama-bpe": ((_LLAMA3,), False, False),
     "qwen2": ((_QWEN2,), False, False),
-    "deepseek-coder": (_DEEPSEEK_CODER, True, False),
     "deepseek-v3": (_DEEPSEEK3, False, False),
 }
 _ALIASES = {
-    "gpt-2": ("default", "mpt", "olmo", "jais"),
-    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-    "llama-bpe": ("llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx", "pixtral"),
-    "qwen2": ("deepseek-r1-qwen", "stablelm2", "megrez"),
-    "deepseek-coder": (),
-    "deepseek-v3": ("deepseek-r1",),
+    "gpt-2": ("default", "mpt", "olmo"),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell"),
+    "llama-bpe": ("llama3", "llama-v3", "falcon3"),
+    "qwen2": ("deepseek-r1-qwen",),
+    "deepseek-v3": (),
 }
 _NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in (name, *aliases)}
 

@@ -11,6 +11,7 @@ over to tokens.
 import datetime
 import functools
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llmprep_jax.text.messages import check_messages, join_parts
+from llmprep_jax.text.messages import check_messages, join_parts, plain_values
 from llmprep_jax.text.vocab import one_line
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ Messages = list[dict[str, Any]]
 Render = Callable[..., str]
 Ends = tuple[tuple[str, ...], tuple[str, ...]]
 _OPEN, _CLOSE = "\U000f5a5a", "\U000fa5a5"  # private use: they mark {% generation %} blocks
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTemplate:
@@ -46,6 +48,10 @@ class ChatTemplate:
         self.source = source
         self._tokens = dict(tokens or {})
         self._template = self._compile(text, marked=False)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Pickles as its text, for data workers; what is compiled does not pickle."""
+        return ChatTemplate, (self.text, self._tokens, self.source)
 
     def apply(
         self,
@@ -101,8 +107,7 @@ class ChatTemplate:
     @functools.cached_property
     def _marked(self) -> jinja2.Template | None:
         """The template with its {% generation %} blocks marked; None when it has no such block."""
-        tags = (token for _, kind, token in _environment(False).lex(self.text) if kind == "name")
-        return self._compile(self.text, marked=True) if "generation" in tags else None
+        return self._compile(self.text, marked=True) if _GENERATION.search(self.text) else None
 
     def _plain(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         plain = check_messages(messages)
@@ -121,14 +126,16 @@ class ChatTemplate:
             return False
         return probe in text and repr(probe) not in text
 
-    def _renderer(self, variables: Mapping[str, Any], template: jinja2.Template | None = None):
+    def _renderer(
+        self, variables: Mapping[str, Any], template: jinja2.Template | None = None
+    ) -> Render:
         """Rendering with one clock for all calls, for templates that write the date."""
         template = template or self._template
         now = datetime.datetime.now()
         fixed = {"tools": None, "documents": None, **self._tokens, "strftime_now": now.strftime}
-        fixed |= variables
+        fixed |= plain_values("the template's variables", variables)
 
-        def render(messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        def render(messages: Messages, add_generation_prompt: bool = False) -> str:
             try:
                 return template.render(
                     messages=messages, add_generation_prompt=add_generation_prompt, **fixed

@@ -82,9 +82,14 @@ def _text_of(path: Path, name: str, value: Any) -> str:
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     path = folder / "tokenizer_config.json"
-    return {
-        role: _text_of(path, role, config[role]) for role in ROLES if config.get(role) is not None
-    }
+    texts = {role: _text_of(path, role, config[role]) for role in ROLES if config.get(role)}
+    for (
+        role,
+        value,
+    ) in config.items():  # a model's own, such as image_token, which its template uses
+        if role.endswith("_token") and isinstance(value, str | Mapping):
+            texts[role] = _text_of(path, role, value)
+    return texts
 
 
 def _read_spm(

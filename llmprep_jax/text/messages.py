@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmprep_jax.text.vocab import one_line
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -32,6 +34,14 @@ def join_parts(content: str | list | None) -> str | None:
     return "".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
+def plain_values(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy made of JSON types alone. Raises ValueError when `values` (`name`) has others."""
+    try:
+        return {str(key): _plain(value) for key, value in values.items()}
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{name}: {one_line(error)}; give plain JSON values") from None
+
+
 def _check_message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(
@@ -47,10 +57,7 @@ def _check_message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
         near = difflib.get_close_matches(str(role), ROLES, 1)
         hint = "assistant" if role == "model" else near[0] if near else ", ".join(ROLES)
         raise ValueError(f"message {i} has role {_show(role)}; did you mean {hint}?")
-    try:
-        plain = {str(key): _plain(value) for key, value in message.items()}
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"message {i} holds {error}; give plain JSON values") from None
+    plain = plain_values(f"message {i}", message)
     return plain | {"content": _check_content(i, plain)}
 
 
@@ -84,7 +91,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    raise TypeError(f"a {type(value).__name__}")
+    raise TypeError(f"there is a {type(value).__name__}")
 
 
 def _show(value: Any) -> str:

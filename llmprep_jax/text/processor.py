@@ -6,7 +6,7 @@ last real token of every row and generation goes on from there; `mask` is True o
 the model must see it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,11 @@ class Processor:
 
     def decode(
         self,
-        ids: Int[np.ndarray, "..."] | Sequence[int] | Sequence[Sequence[int]],
+        ids: Iterable,
         skip_special: bool = True,
     ) -> str | list[str]:
-        """The text of one row of ids, or a list of texts for several rows."""
-        rows = np.asarray(ids) if hasattr(ids, "shape") else ids
+        """The text of one row of ids, or a list of texts for several; lists or arrays."""
+        rows = np.asarray(ids) if hasattr(ids, "shape") else list(ids)
         if len(rows) and np.ndim(rows[0]):
             return [self.tokenizer.decode(row, skip_special) for row in rows]
         return self.tokenizer.decode(rows, skip_special)

@@ -127,7 +127,7 @@ def _float(value: bytes) -> float:
 
 def merges_of(
     vocab: dict[str, int],
-    order: Sequence[float],
+    order: Sequence[float] | range,
     descending: bool = False,
     skip: Container[str] = frozenset(),
 ) -> list[tuple[str, str]]:

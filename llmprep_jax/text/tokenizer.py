@@ -1,10 +1,9 @@
-"""`Tokenizer`: text to ids and back, the same from a Hugging Face folder, a SentencePiece model or
-a GGUF file.
+"""`Tokenizer`: text to ids and back.
 
-All three become one object of the `tokenizers` library. The one thing a reader would get wrong:
-special tokens around a text (BOS) are put there by us and not by the library's post-processor,
-because that one also trims spaces from the character offsets, and answers-only masks need exact
-offsets.
+Hugging Face folders, SentencePiece models and GGUF files all become one object of the `tokenizers`
+library. The one thing a reader would get wrong: special tokens around a text (BOS) are put there by
+us and not by the library's post-processor, because that one also trims spaces from the character
+offsets, and answers-only masks need exact offsets.
 """
 
 import functools
@@ -20,7 +19,7 @@ from llmprep_jax.text import folder as hf_folder
 from llmprep_jax.text import gguf
 from llmprep_jax.text.chat import ChatTemplate
 from llmprep_jax.text.stream import StreamDecoder, is_byte_piece
-from llmprep_jax.text.vocab import ROLES, Parts, one_line
+from llmprep_jax.text.vocab import Parts, one_line
 
 END_OF_TURN = (
     "<|im_end|>",
@@ -37,17 +36,15 @@ END_OF_TURN = (
 class Tokenizer:
     """A tokenizer with its special tokens, stop ids and chat template.
 
-    `special_tokens` maps bos_token, eos_token, unk_token and pad_token to their texts, where the
-    files name them. `stop_ids` are the ids that end a reply: those of generation_config.json, EOS,
-    and the end-of-turn tokens that the chat template writes. `chat_template` is the template's text
-    or None.
+    `special_tokens` maps bos_token, eos_token, unk_token, pad_token and a model's own to their
+    texts, where the files name them. `stop_ids` are the ids that end a reply: those of
+    generation_config.json, EOS, and the end-of-turn tokens that the chat template writes.
+    `chat_template` is the template's text or None.
     """
 
     def __init__(self, parts: Parts):
         self._core = parts.core
-        self.special_tokens = {
-            role: parts.special_tokens[role] for role in ROLES if role in parts.special_tokens
-        }
+        self.special_tokens = dict(parts.special_tokens)
         self.chat_template = parts.chat_template
         self.source = parts.source
         self._post_processor = self._core.post_processor
@@ -69,10 +66,10 @@ class Tokenizer:
         return cls(gguf.read_tokenizer(path))
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """The ids of a text, with BOS (and EOS) where the tokenizer adds them unless `add_special`
-        is False.
+        """The ids of a text.
 
-        Text such as "<|im_end|>" becomes the special token, as in transformers.
+        They start with BOS (and end with EOS) where the tokenizer adds it and `add_special`. Text
+        such as "<|im_end|>" becomes the special token, as in transformers.
         """
         return self.encode_with_offsets(text, add_special)[0]
 
@@ -202,8 +199,11 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text(text, encoding="utf-8")
         _write_json(folder / "tokenizer_config.json", self._config())
         _write_json(folder / "special_tokens_map.json", self.special_tokens)
-        if self.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        template = folder / "chat_template.jinja"
+        if self.chat_template is None:
+            template.unlink(missing_ok=True)
+        else:
+            template.write_text(self.chat_template, encoding="utf-8")
 
     def _config(self) -> dict[str, Any]:
         # This class takes tokenizer.json as it is; LlamaTokenizer and others rebuild it their way.

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import pickle
 from itertools import groupby
 
 import pytest
@@ -307,3 +308,19 @@ def test_no_messages_escape_as_another_error(messages):
     for template in (ChatTemplate(CHATML), ChatTemplate(samples.GEMMA3, TOKENS)):
         message = refusal(template.find_answers, messages)
         assert message is None or "\n" not in message
+
+
+def test_a_variable_named_generation_marks_nothing(with_template):
+    template = CHATML + "{% set generation = 1 %}"
+    assert bracket(with_template(template), TALK[:2]).endswith(f"assistant\n⟦{FIRST}<|im_end|>⟧\n")
+
+
+def test_variables_must_be_plain_values():
+    with pytest.raises(ValueError, match="there is a builtin_function_or_method"):
+        ChatTemplate(CHATML).apply(TALK, tools=[print])
+
+
+def test_a_tokenizer_with_its_template_goes_to_other_processes(with_template):
+    tokenizer = with_template(CHATML)
+    expected = encode_chat(tokenizer, TALK)
+    assert encode_chat(pickle.loads(pickle.dumps(tokenizer)), TALK) == expected

@@ -208,6 +208,24 @@ def test_special_tokens_come_from_older_files_and_the_models_config(tmp_path):
     assert tokenizer.encode("<extra>") == [407]
 
 
+def test_a_models_own_special_tokens_reach_its_template(tmp_path):
+    tokenizer = Tokenizer.from_folder(
+        write_folder(
+            tmp_path, train_byte_level(), image_token="<think>", chat_template="{{ image_token }}"
+        )
+    )
+    assert tokenizer.chat.apply([{"role": "user", "content": ""}]) == "<think>"
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_folder(tmp_path / "saved").special_tokens == {"image_token": "<think>"}
+
+
+def test_saving_over_another_tokenizer_leaves_no_template_of_it(tmp_path, byte_level):
+    byte_level.save(tmp_path / "saved")
+    write_folder(tmp_path / "bare", train_byte_level())
+    Tokenizer.from_folder(tmp_path / "bare").save(tmp_path / "saved")
+    assert Tokenizer.from_folder(tmp_path / "saved").chat_template is None
+
+
 def test_a_special_token_outside_the_vocabulary_gets_the_next_id(tmp_path):
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, train_byte_level(), pad_token="[PAD]"))
     assert tokenizer.pad_id == 407 == tokenizer.vocab_size - 1
