@@ -1,8 +1,8 @@
 """A checkpoint on disk, whatever its files: a config and tensors by their Hugging Face names.
 
-`Checkpoint` is what the loader reads from; this file has the one over a Hugging Face folder, `gguf.py` the
-one over a GGUF file. The one thing a reader would get wrong: an index file's word is checked against the
-shards before anything is read, and pickled weights are never opened.
+`Checkpoint` is what the loader reads from; this file has the one over a Hugging Face folder,
+`gguf.py` the one over a GGUF file. The one thing a reader would get wrong: an index file's word is
+checked against the shards before anything is read, and pickled weights are never opened.
 """
 
 import json
@@ -11,9 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmprep_jax.weights.safetensors import SafetensorsFile
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+from llmprep_jax.weights.safetensors import INDEX, SINGLE, SafetensorsFile, one_line, quoted
 
 
 class Checkpoint(Protocol):
@@ -39,9 +37,9 @@ class FolderCheckpoint:
       FileNotFoundError, ValueError: a file is missing or damaged, or the weights are pickled.
     """
 
-    def __init__(self, folder: str | Path, with_config: bool = True):
+    def __init__(self, folder: str | Path):
         self.path = Path(folder)
-        self.config = read_json(self.path / "config.json") if with_config else {}
+        self.config = read_json(self.path / "config.json")
         self._files = self._open()
 
     @property
@@ -61,36 +59,51 @@ class FolderCheckpoint:
         return self._files[name].path
 
     def _open(self) -> dict[str, SafetensorsFile]:
-        index = self.path / _INDEX
-        if index.is_file():
-            return self._open_shards(index)
-        single = self.path / _SINGLE
-        if single.is_file():
-            file = SafetensorsFile(single)
+        """Each tensor's file, by tensor."""
+        if (self.path / SINGLE).is_file():  # first, as transformers does where both are there
+            file = SafetensorsFile(self.path / SINGLE)
             return dict.fromkeys(file.names, file)
-        pickled = [p.name for kind in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(kind)]
+        if (self.path / INDEX).is_file():
+            return self._open_shards(self.path / INDEX)
+        pickled = sorted(
+            p.name for kind in ("bin", "pt", "pth") for p in self.path.glob(f"*.{kind}")
+        )
         if pickled:
             raise ValueError(
-                f"{self.path} holds only pickled weights ({pickled[0]}), which can run code when opened;"
-                " convert them where you trust them: transformers' from_pretrained, then"
-                " save_pretrained(folder, safe_serialization=True)"
+                f"{self.path} holds only pickled weights ({pickled[0]}), which can run code when"
+                " opened; convert them where you trust them: transformers' from_pretrained, then"
+                " save_pretrained(folder)"
             )
-        raise FileNotFoundError(f"{self.path} holds no {_SINGLE} and no {_INDEX}")
+        if (self.path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{self.path} holds an adapter; load its base model and then peft.load it"
+            )
+        raise FileNotFoundError(
+            f"{self.path} holds no {SINGLE} and no {INDEX}; give the folder of a model"
+        )
 
     def _open_shards(self, index: Path) -> dict[str, SafetensorsFile]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map; download the index again")
-        shards = {}
-        for name in dict.fromkeys(weight_map.values()):
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"{index} names the shard {name!r}, which is no file name")
-            if not (self.path / name).is_file():
-                raise FileNotFoundError(f"{index} names the shard {name}, which is not there")
-            shards[name] = SafetensorsFile(self.path / name)
+        shards: dict[str, SafetensorsFile] = {}
         for tensor, name in weight_map.items():
-            if tensor not in shards[name]._entries:
-                raise ValueError(f"{index} places {tensor} in {name}, which has no such tensor")
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(
+                    f"{index} places {quoted(tensor)} in {quoted(name)}, which is no file name"
+                )
+            if name not in shards:
+                if not (self.path / name).is_file():
+                    raise FileNotFoundError(
+                        f"{index} names the shard {quoted(name)}, which is not there;"
+                        " download it again"
+                    )
+                shards[name] = SafetensorsFile(self.path / name)
+            if tensor not in shards[name]:
+                raise ValueError(
+                    f"{index} places {quoted(tensor)} in {quoted(name)}, which has no such tensor;"
+                    " download both again"
+                )
         return {tensor: shards[name] for tensor, name in weight_map.items()}
 
 
@@ -107,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.parent} holds no {path.name}; is it a model folder?"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); download it again") from None
+        raise ValueError(f"{path} is no JSON ({one_line(error)}); download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, no JSON object")
     return value

@@ -1,16 +1,20 @@
-"""GGUF files (llama.cpp's format) as checkpoints: metadata to config.json's fields, tensors dequantised.
+"""GGUF files (llama.cpp's format) as checkpoints: config.json's fields, Hugging Face's tensors.
 
-The package `gguf` reads the file and dequantises; names, shapes and layouts become Hugging Face's here. The
-one thing a reader would get wrong: llama.cpp interleaves the rotary halves of Llama's q and k (undone per
+The package `gguf` dequantises; names, shapes and layouts become Hugging Face's here. The one thing
+a reader would get wrong: llama.cpp interleaves the rotary halves of Llama's q and k (undone per
 head here, Qwen2's and Gemma's are as released) and stores Gemma's norms as 1 + w.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from llmprep_jax.weights.gguf_file import GgufFile, GgufTensor
+from llmprep_jax.weights.safetensors import one_line, quoted
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -37,34 +41,52 @@ _TOP_NAMES = {
 }
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "gemma3": "gemma3_text"}
 _ROPE_FACTORS = "rope_freqs.weight"
+_LLAMA3_ROPE = {
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 
 
 class GgufCheckpoint:
-    """A GGUF file, with the interface of a `Checkpoint`; tensors come out in float32 (or float16/bf16).
+    """A GGUF file, with the interface of a `Checkpoint`; every tensor comes out in float32.
 
     Raises:
-      ValueError: the file is damaged, of an unknown architecture, or the package `gguf` is missing.
+      ValueError: the file is damaged, of an unknown architecture or one of several parts, or the
+        package `gguf` is missing.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._reader = _open(self.path)
-        self._fields = {name: field.contents() for name, field in self._reader.fields.items()}
+        self._gguf = _import_gguf(self.path)
+        self._file = GgufFile(self.path)
+        self._fields = self._file.metadata
         self.arch = self._fields.get("general.architecture")
-        if self.arch not in _MODEL_TYPES:
+        if not isinstance(self.arch, str) or self.arch not in _MODEL_TYPES:
             known = ", ".join(_MODEL_TYPES)
-            raise ValueError(f"{self.path} holds a {self.arch!r} model; supported: {known}")
-        stored = {tensor.name: tensor for tensor in self._reader.tensors}
+            raise ValueError(f"{self.path} holds a {quoted(self.arch)} model; supported: {known}")
+        if self._fields.get("split.count", 1) not in (0, 1):
+            raise ValueError(
+                f"{self.path} is one of several parts; merge them with llama.cpp's"
+                " llama-gguf-split --merge"
+            )
+        stored = dict(self._file.tensors)
         self._rope_factors = stored.pop(_ROPE_FACTORS, None)
         self._tensors = {self._hf_name(name): tensor for name, tensor in stored.items()}
-        self.config = self._config()
+        try:
+            self.config = self._config()
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{self.path} lacks metadata of a {self.arch} model ({one_line(error)});"
+                " download it again"
+            ) from error
 
     @property
     def names(self) -> list[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        return self._tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         return np.dtype("float32")
@@ -74,8 +96,7 @@ class GgufCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, dequantised to float32, in Hugging Face's layout."""
-        tensor = self._tensors[name]
-        array = _dequantise(tensor, self.path).reshape(self.shape(name))
+        array = self._dequantise(self._tensors[name])
         if self.arch == "llama" and re.search(r"self_attn\.[qk]_proj\.", name):
             heads = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
             halves = array.reshape(self.config[heads], -1, 2, *array.shape[1:])
@@ -83,6 +104,32 @@ class GgufCheckpoint:
         if self.arch == "gemma3" and name.endswith("norm.weight"):
             return array - np.float32(1)
         return array
+
+    def _dequantise(self, tensor: GgufTensor) -> np.ndarray:
+        label = f"{self.path}: tensor {quoted(tensor.name)}"
+        try:
+            kind = self._gguf.GGMLQuantizationType(tensor.kind)
+        except ValueError:
+            raise ValueError(
+                f"{label} is of the unknown type {tensor.kind}; get an F16 file"
+            ) from None
+        block, size = self._gguf.GGML_QUANT_SIZES[kind]
+        shape = tensor.shape or (1,)
+        if shape[-1] % block:
+            raise ValueError(
+                f"{label} has rows of {shape[-1]} values, {kind.name} has {block} a block"
+            )
+        row = shape[-1] // block * size
+        data = self._file.data(tensor, math.prod(shape[:-1]) * row)
+        if not data.size:
+            return np.zeros(tensor.shape, np.float32)
+        try:
+            array = self._gguf.quants.dequantize(data.reshape(*shape[:-1], row), kind)
+        except NotImplementedError:
+            raise ValueError(
+                f"{label} is {kind.name}, which gguf cannot read; get a Q8_0 or F16 file"
+            ) from None
+        return array.reshape(tensor.shape)
 
     def _hf_name(self, name: str) -> str:
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
@@ -92,57 +139,86 @@ class GgufCheckpoint:
         names = _LAYER_NAMES | (_GEMMA_NAMES if self.arch == "gemma3" else {})
         return f"model.layers.{layer}.{names[part]}.{kind}" if part in names else name
 
+    def _get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """A value of the architecture's own; without a default it must be there."""
+        key = f"{self.arch}.{key}"
+        value = self._fields.get(key, default)
+        if value is None:
+            raise KeyError(key)
+        if not isinstance(value, kind):
+            raise TypeError(f"{key} is {quoted(value)}")
+        return value
+
     def _config(self) -> dict[str, Any]:
         """config.json's fields."""
-        get = lambda key, default=None: self._fields.get(f"{self.arch}.{key}", default)  # noqa: E731
-        try:
-            heads = get("attention.head_count")
-            embed = self.shape("model.embed_tokens.weight")
-            config = {
-                "model_type": _MODEL_TYPES[self.arch],
-                "vocab_size": embed[0],
-                "hidden_size": embed[1],
-                "intermediate_size": get("feed_forward_length"),
-                "num_hidden_layers": get("block_count"),
-                "num_attention_heads": heads,
-                "num_key_value_heads": get("attention.head_count_kv", heads),
-                "head_dim": get("attention.key_length") or get("embedding_length") // heads,
-                "max_position_embeddings": get("context_length"),
-                "rope_theta": get("rope.freq_base", 10_000.0),
-                "rms_norm_eps": _short(get("attention.layer_norm_rms_epsilon", 1e-6)),
-                "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-                "rope_scaling": self._rope_scaling(),
-                **self._token_ids(),
-            }
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise ValueError(
-                f"{self.path} lacks metadata of a {self.arch} model ({error!r}); download it again"
-            ) from error
-        return config | (self._gemma_config(config) if self.arch == "gemma3" else {})
+        embed = self.shape("model.embed_tokens.weight")
+        heads = self._get("attention.head_count", int)
+        base = 1e6 if self.arch == "gemma3" else 1e4
+        config = {
+            "model_type": _MODEL_TYPES[self.arch],
+            "vocab_size": embed[0] if embed else 0,
+            "hidden_size": self._get("embedding_length", int),
+            "intermediate_size": self._get("feed_forward_length", int),
+            "num_hidden_layers": self._get("block_count", int),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._get("attention.head_count_kv", int, heads),
+            "head_dim": self._get("attention.key_length", int, 0)
+            or self._get("embedding_length", int) // heads,
+            "max_position_embeddings": self._get("context_length", int),
+            "rope_theta": self._get("rope.freq_base", (int, float), base),
+            "rms_norm_eps": _decimal(self._get("attention.layer_norm_rms_epsilon", float, 1e-6)),
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            **self._token_ids(),
+        }
+        config["rope_scaling"] = self._rope_scaling(config)
+        own = {"llama": self._llama_config, "gemma3": self._gemma_config}.get(self.arch)
+        return config | (own(config) if own else {})
 
-    def _gemma_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        # llama.cpp hard-codes what it does not store: local base 10k, and 27B's query scale
-        is_27b = config["num_hidden_layers"] == 62
-        width = config["hidden_size"] // config["num_attention_heads"]
+    def _llama_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        parts = {"attention_bias": "self_attn.q_proj", "mlp_bias": "mlp.up_proj"}
         return {
-            "sliding_window": self._fields["gemma3.attention.sliding_window"],
-            "rope_local_base_freq": 10_000.0,
-            "query_pre_attn_scalar": width if is_27b else config["head_dim"],
+            field: f"model.layers.0.{part}.bias" in self._tensors for field, part in parts.items()
         }
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
-        if self._rope_factors is not None:  # Llama 3.1 and later: a divisor for each frequency
-            factor = float(_dequantise(self._rope_factors, self.path).max())
-            names = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-            released = dict(zip(names, (8192, 1.0, 4.0), strict=True))
-            return {"rope_type": "llama3", "factor": factor, **released}
-        kind = self._fields.get(f"{self.arch}.rope.scaling.type")
-        if kind in (None, "none"):
+    def _gemma_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        # llama.cpp hard-codes what it does not store: the 5:1 pattern, and 27B's query scale
+        is_27b = config["num_hidden_layers"] == 62
+        width = config["hidden_size"] // config["num_attention_heads"]
+        pattern = self._get("attention.sliding_window_pattern", (int, list), 6)
+        layers = {"sliding_window_pattern": pattern}
+        if isinstance(pattern, list):
+            names = ["sliding_attention" if local else "full_attention" for local in pattern]
+            layers = {"layer_types": names}
+        cap = self._get("final_logit_softcapping", (int, float), 0)
+        return {
+            "sliding_window": self._get("attention.sliding_window", int),
+            "rope_local_base_freq": self._get("rope.freq_base_swa", (int, float), 1e4),
+            "query_pre_attn_scalar": width if is_27b else config["head_dim"],
+            "final_logit_softcapping": cap or None,
+            **layers,
+        }
+
+    def _rope_scaling(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        if self._rope_factors is not None:
+            return self._llama3_scaling(config, self._dequantise(self._rope_factors))
+        kind = self._get("rope.scaling.type", str, "none")
+        if kind == "none":
             return None
-        factor = self._fields.get(f"{self.arch}.rope.scaling.factor", 1.0)
-        original = self._fields.get(f"{self.arch}.rope.scaling.original_context_length")
-        scaling = {"rope_type": kind, "factor": factor}
+        original = self._get("rope.scaling.original_context_length", int, 0)
+        scaling = {"rope_type": kind, "factor": self._get("rope.scaling.factor", (int, float), 1.0)}
         return scaling | ({"original_max_position_embeddings": original} if original else {})
+
+    def _llama3_scaling(self, config: Mapping[str, Any], divisors: np.ndarray) -> dict[str, Any]:
+        """Llama 3.1 and later: of the four parameters, a GGUF has only the divisors they make."""
+        factor = float(divisors.max(initial=1))
+        if divisors.shape != (config["head_dim"] // 2,) or not np.allclose(
+            divisors, _llama3_divisors(divisors.size, config["rope_theta"], factor), rtol=1e-3
+        ):
+            raise ValueError(
+                f"{self.path}: {_ROPE_FACTORS} is not what a Llama 3 model has; use the model's"
+                " safetensors and config.json"
+            )
+        return {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
 
     def _token_ids(self) -> dict[str, int]:
         names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
@@ -150,39 +226,25 @@ class GgufCheckpoint:
         return {name: self._fields[key] for name, key in stored.items() if key in self._fields}
 
 
-def _open(path: Path):
+def _import_gguf(path: Path):
     try:
         import gguf
-    except ImportError as error:
+    except ImportError:
         raise ValueError(
             f'{path}: reading GGUF needs the package gguf: pip install "llmprep_jax[demo]"'
-        ) from error
-    try:
-        reader = gguf.GGUFReader(path)
-    except OSError:
-        raise
-    except Exception as error:  # the reader indexes into whatever the bytes say
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} is no whole GGUF file ({reason}); download it again") from error
-    size = path.stat().st_size
-    for tensor in reader.tensors:
-        if tensor.data_offset + tensor.n_bytes > size:
-            raise ValueError(f"{path} ends before tensor {tensor.name}; download it again")
-    return reader
+        ) from None
+    return gguf
 
 
-def _dequantise(tensor, path: Path) -> np.ndarray:
-    import gguf
-
-    try:
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        kind = tensor.tensor_type.name
-        raise ValueError(
-            f"{path}: tensor {tensor.name} is {kind}, which gguf cannot read"
-        ) from error
+def _llama3_divisors(half: int, base: float, factor: float) -> np.ndarray:
+    """What the released Llama 3 models divide their rotary frequencies by."""
+    low, high = _LLAMA3_ROPE["low_freq_factor"], _LLAMA3_ROPE["high_freq_factor"]
+    wavelengths = 2 * np.pi * np.float64(base) ** (np.arange(half) / half)
+    turns = _LLAMA3_ROPE["original_max_position_embeddings"] / wavelengths
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - share) / factor + share)
 
 
-def _short(value: float) -> float:
+def _decimal(value: float) -> float:
     """A float32 as the decimal that was meant: 9.9999997e-06 is 1e-05."""
     return float(f"{value:.6g}")

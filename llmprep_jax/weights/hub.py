@@ -1,7 +1,7 @@
 """From what a user types to files on this machine: a folder, a GGUF file, or a hub id.
 
-The one thing a reader would get wrong: nothing is fetched for a name that exists locally, and of a hub
-repository only JSON, safetensors and tokenizer files are.
+The one thing a reader would get wrong: nothing is fetched for a name that exists locally, and of a
+hub repository only the JSON, safetensors and tokenizer files of its top folder are.
 """
 
 import difflib
@@ -10,31 +10,39 @@ from pathlib import Path
 
 from llmprep_jax.weights.checkpoint import Checkpoint, FolderCheckpoint
 from llmprep_jax.weights.gguf import GgufCheckpoint
+from llmprep_jax.weights.safetensors import one_line
 
-_WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+_WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_UNWANTED = ["*/*"]  # folders of other formats: original/, onnx/
 
 
 def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     """The local path of a model; a hub id ("org/name") is downloaded into the hub's cache.
 
     Raises:
-      FileNotFoundError: no such path, with near names. OSError: the hub cannot be reached or has no such model.
+      FileNotFoundError: no such path; near names are given.
+      OSError: the hub cannot be reached or has no such model.
     """
     path = Path(path_or_id).expanduser()
     if path.exists():
         return path
     text = str(path_or_id)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or path.parent.is_dir():
+    is_file = path.suffix in (".gguf", ".safetensors", ".json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or path.parent.is_dir() or is_file:
         raise FileNotFoundError(f"no file or folder {path}{_near(path)}")
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(text, revision=revision, allow_patterns=list(_WANTED)))
+        return Path(
+            snapshot_download(
+                text, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            )
+        )
     except Exception as error:  # the client raises a dozen kinds; all mean that it is not to be had
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise OSError(
-            f"{text} is no local path, and the hub does not give it ({type(error).__name__}: {reason});"
-            " check the name and the network, or download the folder and give its path"
+            f"{text} is no local path, and the hub does not give it ({reason}); check the name and"
+            " the network, or download the folder and give its path"
         ) from error
 
 
@@ -46,12 +54,19 @@ def _near(path: Path) -> str:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a Hugging Face folder or a .gguf file (or a folder that holds one and no config.json)."""
+    """Opens a Hugging Face folder, or a .gguf file, or a folder that holds one and no config.json.
+
+    Raises:
+      FileNotFoundError, ValueError: it is none of these, or is damaged.
+    """
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1 and not (path / "config.json").is_file():
-            return GgufCheckpoint(ggufs[0])
-        return FolderCheckpoint(path)
+        if not ggufs or (path / "config.json").is_file():
+            return FolderCheckpoint(path)
+        if len(ggufs) > 1:
+            names = ", ".join(file.name for file in ggufs[:6])
+            raise ValueError(f"{path} holds {len(ggufs)} models ({names}); give the path of one")
+        return GgufCheckpoint(ggufs[0])
     if path.suffix == ".gguf":
         return GgufCheckpoint(path)
     raise ValueError(f"{path} is no model: give a folder with config.json, or a .gguf file")

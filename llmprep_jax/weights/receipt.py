@@ -1,17 +1,18 @@
 """Saving a folder that is known to be right before it is put in place.
 
-Everything is written into a folder aside, re-opened and compared with what is in memory; only if that holds
-does it replace what stood there, with a receipt beside the weights. The one thing a reader would get wrong:
-an older folder of the same name stays whole until the new one is, whatever fails.
+Everything is written into a folder aside, re-opened and compared with what is in memory; only if
+that holds does it take the place of what stood there, with a receipt beside the weights. The one
+thing a reader would get wrong: weights that stood there stay whole until the new ones are, whatever
+fails, and files of another kind (a README, a tokenizer that is not written anew) move over.
 """
 
+import ctypes
 import datetime
 import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.weights.safetensors import write_file, write_folder
+from llmprep_jax.weights.safetensors import (
+    beside,
+    cannot_write,
+    is_weights,
+    write_file,
+    write_folder,
+)
 
 RECEIPT = "llmprep_receipt.json"
 
@@ -47,12 +54,17 @@ def save_folder(
 
     Raises:
       ValueError: the difference is beyond the tolerance, or not finite; nothing was put in place.
-      OSError: the folder cannot be written.
+      OSError: the folder cannot be written; nothing was put in place.
     """
-    folder = Path(folder).absolute()
-    aside = _make_aside(folder)
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"cannot write {folder}: it is a file; choose another place")
+    aside, dtypes, in_place = beside(folder), set(), False
     try:
-        (aside / config_name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        _write_json(aside / config_name, config)
+        tensors = _noting_dtypes(tensors, dtypes)
         if weights_name is None:
             write_folder(aside, tensors, max_shard_bytes)
         else:
@@ -62,46 +74,76 @@ def save_folder(
         difference = float(verify(aside))
         if not difference <= tolerance:
             raise ValueError(
-                f"{folder} was not saved: re-opened, it differs from the live model by {difference:.3g},"
-                f" more than {tolerance:.3g}"
+                f"{folder} was not saved: re-opened, it differs from the live model by"
+                f" {difference:.3g}, more than {tolerance:.3g}; save in a wider dtype, or report it"
             )
-        receipt = _receipt(tolerance, difference)
-        (aside / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
-        _put_in_place(aside, folder)
+        _write_json(aside / RECEIPT, _receipt(tolerance, difference, sorted(dtypes)))
+        _sync(aside)
+        _swap(aside, folder)
+        in_place = True
+        _take_over(aside, folder)
     except OSError as error:
-        raise OSError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise cannot_write(folder, error) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if not in_place:  # else what is left there is somebody's
+            shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
-def _make_aside(folder: Path) -> Path:
-    if folder.is_file():
-        raise OSError(f"cannot write {folder}: it is a file")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise OSError(f"cannot write {folder}: {error.strerror}") from error
-    aside.chmod(0o755)
-    return aside
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _put_in_place(aside: Path, folder: Path) -> None:
+def _noting_dtypes(
+    tensors: Iterable[tuple[str, np.ndarray]], dtypes: set[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in tensors:
+        dtypes.add(str(array.dtype))
+        yield name, array
+
+
+def _sync(folder: Path) -> None:
+    """Has the disk keep the names in a folder, and the small files whose writer did not ask it."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(aside: Path, folder: Path) -> None:
+    """Puts `aside` in place; a folder that stood there is then at `aside`.
+
+    In one step where the system can (Linux), else in three renames.
+    """
     if not folder.exists():
         os.replace(aside, folder)
         return
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    os.replace(folder, old)  # onto an empty folder
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(aside), os.fsencode(folder)
+    if rename is not None and rename(here, names[0], here, names[1], exchange) == 0:
+        return
+    old = beside(folder)
+    os.replace(folder, old)
     try:
         os.replace(aside, folder)
     except OSError:
         os.replace(old, folder)
         raise
+    os.replace(old, aside)
+
+
+def _take_over(old: Path, folder: Path) -> None:
+    """Moves into the folder what the old one held besides weights and what was written anew."""
+    for path in list(old.iterdir()) if old.exists() else ():
+        if not is_weights(path.name) and not (folder / path.name).exists():
+            os.replace(path, folder / path.name)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _receipt(tolerance: float, difference: float) -> dict[str, Any]:
+def _receipt(tolerance: float, difference: float, dtypes: list[str]) -> dict[str, Any]:
     versions = {}
     for package in ("llmprep_jax", "jax", "flax", "numpy"):
         try:
@@ -112,13 +154,14 @@ def _receipt(tolerance: float, difference: float) -> dict[str, Any]:
         "compared": "logits of the saved and the live model on a fixed probe",
         "tolerance": tolerance,
         "measured_difference": difference,
+        "dtypes": dtypes,
         "versions": versions,
         "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
 def probe_difference(model: nnx.Module, other: nnx.Module) -> float:
-    """The largest difference of two models' logits on a fixed probe, as a share of the largest logit."""
+    """The largest difference of two models' logits on a fixed probe, relative to the largest."""
     rows = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (2, 24), dtype=np.int32)
     ours, theirs = [np.asarray(_probe(each, jnp.asarray(rows))) for each in (model, other)]
     return float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-30))

@@ -1,14 +1,17 @@
 """Weights by table: Hugging Face tensors into a module's parameters, and back.
 
-A table maps each of our parameter paths to (Hugging Face name, einops pattern theirs -> ours); `{l}` and
-further placeholders run over the parameter's leading, stacked dimensions. Sizes come from the abstract
-parameter, and swapping the pattern's sides exports. The one thing a reader would get wrong: the loader
-reports everything that does not fit in one error, before it reads a single tensor.
+A table maps each of our parameter paths to (Hugging Face name, einops pattern theirs -> ours);
+`{l}` and further placeholders run over the parameter's leading, stacked dimensions. Sizes come from
+the abstract parameter, and swapping the pattern's sides exports. The one thing a reader would get
+wrong: the loader reports everything that does not fit in one error, before it reads a tensor.
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
+import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -21,9 +24,12 @@ from flax import nnx
 from llmprep_jax.weights.checkpoint import Checkpoint
 
 Table = Mapping[str, tuple[str, str]]
+Index = tuple[slice, ...]
 BUFFERS = (r"rotary_emb\.inv_freq$", r"\.position_ids$")  # in old files; computed, not loaded
+_HEAD, _EMBED = "head.w", "embed.w"  # paths of the two that a model may tie
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _SHOWN = 12  # lines of each kind in an error
+_BAND = 2**21  # bytes; a transposing copy whose rows outgrow the cache runs at half speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,23 +39,28 @@ class Entry:
     Attributes:
       path: ours, e.g. "layers.attn.q.w". shape: ours, stacked dimensions first.
       name: theirs, with placeholders. pattern: theirs -> ours, of one tensor.
+      place: values of the first placeholders where layers are a list and not stacked.
     """
 
     path: str
     shape: tuple[int, ...]
     name: str
     pattern: str
+    place: tuple[int, ...] = ()
 
     @property
     def stacked(self) -> tuple[int, ...]:
         """Sizes of the leading dimensions that the placeholders run over."""
-        return self.shape[: len(_PLACEHOLDER.findall(self.name))]
+        return self.shape[: len(_PLACEHOLDER.findall(self.name)) - len(self.place)]
 
     def names(self) -> dict[tuple[int, ...], str]:
         """Hugging Face names by place in the stacked dimensions."""
         keys = _PLACEHOLDER.findall(self.name)
         places = itertools.product(*map(range, self.stacked))
-        return {place: self.name.format(**dict(zip(keys, place, strict=True))) for place in places}
+        return {
+            place: self.name.format(**dict(zip(keys, (*self.place, *place), strict=True)))
+            for place in places
+        }
 
     def sizes(self) -> dict[str, int]:
         """The pattern's letters, from our shape."""
@@ -58,32 +69,43 @@ class Entry:
 
     def their_shape(self) -> tuple[int, ...]:
         """The shape that each tensor must have."""
-        sizes, shape = self.sizes(), []
-        for group in re.findall(r"\([^)]*\)|\S+", self.pattern.split("->")[0]):
-            letters = group.strip("()").split()
-            shape.append(int(np.prod([sizes[letter] for letter in letters])))
-        return tuple(shape)
+        sizes = {"1": 1, **self.sizes()}
+        groups = re.findall(r"\([^)]*\)|\S+", self.pattern.split("->")[0])
+        return tuple(math.prod(sizes[dim] for dim in group.strip("()").split()) for group in groups)
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        return einops.rearrange(tensor, self.pattern, **self.sizes())
+        """A view of one tensor with our dimensions."""
+        return einops.rearrange(tensor, self.pattern, **self._letters())
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`."""
         theirs, ours = self.pattern.split("->")
-        return einops.rearrange(array, f"{ours.strip()} -> {theirs.strip()}", **self.sizes())
+        return einops.rearrange(array, f"{ours.strip()} -> {theirs.strip()}", **self._letters())
+
+    def _letters(self) -> dict[str, int]:
+        return {name: size for name, size in self.sizes().items() if name != "1"}
 
 
 def entries(module: nnx.Module, table: Table, kind: type = nnx.Variable) -> dict[str, Entry]:
     """The table's rows for a module's variables of `kind`, by path.
 
+    A number in a path (layers in a list) is the value of the row's first placeholder.
+
     Raises:
       ValueError: the module has a variable that the table does not name.
     """
-    flat = nnx.to_flat_state(nnx.state(module, kind))
-    shapes = {".".join(map(str, path)): variable.shape for path, variable in flat}
-    unnamed = sorted(set(shapes) - set(table))
+    rows, unnamed = {}, []
+    for path, variable in nnx.to_flat_state(nnx.state(module, kind)):
+        full = ".".join(map(str, path))
+        name = ".".join(part for part in path if isinstance(part, str))
+        if name not in table:
+            unnamed.append(full)
+            continue
+        place = tuple(part for part in path if not isinstance(part, str))
+        rows[full] = Entry(full, tuple(variable.shape), *table[name], place)
     if unnamed:
-        raise ValueError(f"the weight table names no tensor for {', '.join(unnamed)}")
-    return {path: Entry(path, tuple(shape), *table[path]) for path, shape in shapes.items()}
+        raise ValueError(f"the weight table names no tensor for {_listed(sorted(unnamed))}")
+    return rows
 
 
 def load(
@@ -98,8 +120,8 @@ def load(
 ) -> nnx.Module:
     """Fills an abstract module from a checkpoint.
 
-    Each parameter is read tensor by tensor into the dtype and sharding of its place; under a mesh a process
-    reads only what its devices hold.
+    Each parameter is read tensor by tensor into the dtype and sharding of its place; under a mesh a
+    process reads only what its devices hold.
 
     Args:
       abstract: from `jax.eval_shape` of the model's constructor, under the mesh if there is one.
@@ -109,20 +131,25 @@ def load(
       progress: called with each parameter's path before it is read.
 
     Raises:
-      ValueError: tensors are missing, unexpected or misshapen; all are listed.
+      ValueError: tensors are missing, unexpected or misshapen (all are listed), or a tied model's
+        file has a head that is not the embedding.
     """
     rows = entries(abstract, table)
     found = _canonical_names(checkpoint, renames, ignore)
     _check(rows, table, found, checkpoint)
     graph, state = nnx.split(abstract)
     flat = []
-    for path, variable in nnx.to_flat_state(state):
-        row = rows[".".join(map(str, path))]
-        if progress is not None:
-            progress(row.path)
-        names = {place: found[name] for place, name in row.names().items()}
-        value = _read(row, names, checkpoint, dtype, variable.get_value().sharding)
-        flat.append((path, variable.replace(value)))
+    # the copies transpose, which is slow and lets other threads run
+    with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        for path, variable in nnx.to_flat_state(state):
+            row = rows[".".join(map(str, path))]
+            if progress is not None:
+                progress(row.path)
+            names = {place: found[name] for place, name in row.names().items()}
+            sharding = variable.get_value().sharding
+            flat.append(
+                (path, variable.replace(_read(row, names, checkpoint, dtype, sharding, pool)))
+            )
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -130,13 +157,18 @@ def _canonical_names(
     checkpoint: Checkpoint, renames: Sequence[tuple[str, str]], ignore: Sequence[str]
 ) -> dict[str, str]:
     """Stored names by the names that tables use."""
-    found = {}
+    found: dict[str, str] = {}
     for stored in checkpoint.names:
         if any(re.search(pattern, stored) for pattern in (*ignore, *BUFFERS)):
             continue
         name = stored
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
+        if name in found:
+            raise ValueError(
+                f"{checkpoint.path} holds {name} twice, as {found[name]} and as {stored};"
+                " delete one or download it again"
+            )
         found[name] = stored
     return found
 
@@ -145,34 +177,54 @@ def _check(
     rows: Mapping[str, Entry], table: Table, found: Mapping[str, str], checkpoint: Checkpoint
 ) -> None:
     wanted = {name: row for row in rows.values() for name in row.names().values()}
-    missing = sorted(set(wanted) - set(found))
-    # an untied table's head beside a tied model: the caller has seen that it repeats the embedding
-    spare = {name for path, (name, _) in table.items() if path == "head.w" and path not in rows}
-    unexpected = sorted(set(found) - set(wanted) - spare)
+    missing = set(wanted) - set(found)
+    unexpected = set(found) - set(wanted) - _spare_head(rows, table, found, checkpoint)
     misshapen = [
-        f"{name} is {checkpoint.shape(found[name])}, expected {row.their_shape()}"
+        f"{name} is {_dims(checkpoint.shape(found[name]))}, expected {_dims(row.their_shape())}"
         for name, row in wanted.items()
         if name in found and tuple(checkpoint.shape(found[name])) != row.their_shape()
     ]
     problems = [
-        f"{len(lines)} {kind}: {_shown(lines)}"
+        f"{len(lines)} {kind}: {_listed(lines)}"
         for kind, lines in (
-            ("missing", missing),
-            ("unexpected", unexpected),
+            ("missing", sorted(missing)),
+            ("unexpected", sorted(unexpected)),
             ("of another shape", misshapen),
         )
         if lines
     ]
     if problems:
         raise ValueError(
-            f"{checkpoint.path}: config.json and the weights do not fit together: "
-            + "; ".join(problems)
+            f"{checkpoint.path}: the weights do not fit the model's config: {'; '.join(problems)};"
+            " use the config.json that came with them"
         )
 
 
-def _shown(lines: Sequence[str]) -> str:
+def _spare_head(
+    rows: Mapping[str, Entry], table: Table, found: Mapping[str, str], checkpoint: Checkpoint
+) -> set[str]:
+    """The name of a stored head that a tied model repeats, once it is seen to be its embedding."""
+    if _HEAD in rows or _HEAD not in table or _EMBED not in rows:
+        return set()
+    head, embed = table[_HEAD][0], table[_EMBED][0]
+    if head not in found or embed not in found:
+        return set()
+    if not _equal(checkpoint.read(found[head]), checkpoint.read(found[embed])):
+        raise ValueError(
+            f"{checkpoint.path}: {head} is not the embedding, but the model ties the two;"
+            " load it with tie_embeddings=False"
+        )
+    return {head}
+
+
+def _listed(lines: Sequence[str]) -> str:
     rest = len(lines) - _SHOWN
-    return ", ".join(lines[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    shown = ", ".join(line[:200] for line in lines[:_SHOWN])
+    return " ".join(shown.split()) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def _read(
@@ -181,29 +233,67 @@ def _read(
     checkpoint: Checkpoint,
     dtype: str | None,
     sharding: jax.sharding.Sharding | None,
+    pool: concurrent.futures.Executor,
 ) -> jax.Array:
-    dtype = jnp.dtype(dtype) if dtype else checkpoint.dtype(next(iter(names.values())))
-    depth = len(row.stacked)
+    """One parameter, on its devices."""
+    stored = [checkpoint.dtype(name) for name in names.values()]
+    dtype = jnp.dtype(dtype) if dtype else functools.reduce(jnp.promote_types, stored)
+    parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share it
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        """Our array's part `index`, reading only the tensors in it."""
-        steps = [range(*span.indices(size)) for span, size in zip(index, row.shape, strict=False)]
-        places = list(itertools.product(*steps[:depth]))
-        shape = tuple(len(step) for step in steps)
-        out = np.empty((len(places), *shape[depth:]), dtype)
+    def part(index: Index) -> np.ndarray:
+        key = tuple(span.indices(size) for span, size in zip(index, row.shape, strict=True))
+        if key not in parts:
+            parts[key] = _assemble(row, names, checkpoint, dtype, index, pool)
+        return parts[key]
 
-        def fill(i: int) -> None:
-            tensor = row.to_ours(checkpoint.read(names[places[i]]))
-            np.copyto(out[i], tensor[index[depth:]], casting="unsafe")
-
-        # the copies transpose, which is slow and releases the interpreter: two at a time
-        with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
-            list(pool.map(fill, range(len(places))))
-        return out.reshape(shape)
-
-    if sharding is None or len(sharding.device_set) == 1:
-        return jnp.asarray(part((slice(None),) * len(row.shape)))
+    if sharding is None:
+        return jax.device_put(part((slice(None),) * len(row.shape)))
     return jax.make_array_from_callback(row.shape, sharding, part)
+
+
+def _assemble(
+    row: Entry,
+    names: Mapping[tuple[int, ...], str],
+    checkpoint: Checkpoint,
+    dtype: np.dtype,
+    index: Index,
+    pool: concurrent.futures.Executor,
+) -> np.ndarray:
+    """Our array's part `index`, reading only the tensors in it."""
+    depth = len(row.stacked)
+    steps = [range(*span.indices(size)) for span, size in zip(index, row.shape, strict=True)]
+    places = list(itertools.product(*steps[:depth]))
+    shape = tuple(map(len, steps))
+    out = _empty((len(places), *shape[depth:]), dtype)
+    across = map if len(places) > 1 else pool.map  # one tensor is shared out in bands
+
+    def fill(i: int) -> None:
+        tensor = row.to_ours(checkpoint.read(names[places[i]]))[index[depth:]]
+        copy = lambda band: np.copyto(out[i][band], tensor[band], casting="unsafe")  # noqa: E731
+        list(across(copy, _bands(tensor)))
+
+    list((pool.map if len(places) > 1 else map)(fill, range(len(places))))
+    return out.reshape(shape)
+
+
+def _bands(tensor: np.ndarray) -> Iterator[Index]:
+    """Indices of parts of about `_BAND` bytes that lie together where the tensor is read from."""
+    if tensor.nbytes <= _BAND:
+        yield ()
+        return
+    axis = int(np.argmax(tensor.strides))
+    size = tensor.shape[axis]
+    step = max(1, size * _BAND // tensor.nbytes)
+    for start in range(0, size, step):
+        yield (slice(None),) * axis + (slice(start, start + step),)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array at a multiple of 64 bytes, which JAX takes over on a CPU instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def head_is_separate(
@@ -216,18 +306,27 @@ def head_is_separate(
     found = _canonical_names(checkpoint, renames, ())
     if head_name not in found or embed_name not in found:
         return False
-    head, embed = checkpoint.read(found[head_name]), checkpoint.read(found[embed_name])
-    return head.shape != embed.shape or not np.array_equal(head, embed)
+    return not _equal(checkpoint.read(found[head_name]), checkpoint.read(found[embed_name]))
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Bit for bit, so that a NaN equals itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return np.array_equal(*(np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}") for x in (a, b)))
 
 
 def export(
     module: nnx.Module, table: Table, *, dtype: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(Hugging Face name, array) of every tensor, one parameter in host memory at a time."""
+    """(Hugging Face name, array) of every tensor, one parameter in host memory at a time.
+
+    Arrays are views where they can be, not contiguous ones: copy what is to be kept.
+    """
     rows = entries(module, table)
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         row = rows[".".join(map(str, path))]
         stacked = np.asarray(jax.device_get(variable[...]))
         for place, name in row.names().items():
             array = row.to_theirs(stacked[place])
-            yield name, np.ascontiguousarray(array if dtype is None else array.astype(dtype))
+            yield name, array if dtype is None else array.astype(jnp.dtype(dtype))
