@@ -14,6 +14,11 @@ counts query tokens and S key tokens; they differ as soon as there is a cache.
 | L | layers | R | rank of an adapter |
 """
 
-from jaxtyping import Array, Bool, Float, Int
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+# what functions take: arrays come from either library, and go out as JAX's
+Array = jax.Array | np.ndarray
 
 __all__ = ["Array", "Bool", "Float", "Int"]

@@ -1,5 +1,22 @@
-"""Eight CPU devices for every test, so that meshes are real; set before JAX looks for devices."""
+"""What every test runs under: eight CPU devices, exact matrix products, and checked array shapes.
+
+JAX looks for devices once and the import hook sees only modules that are not imported yet, so all of
+this comes before the package. The one thing a reader would get wrong: `JAX_PLATFORMS=cuda pytest` runs
+on a GPU; tests that need several devices then use what there is.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+from hypothesis import settings
+from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+install_import_hook("llmprep_jax", "beartype.beartype")
+
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -10,9 +10,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Key
 
 from llmprep_jax.nn.attention import NEG_INF
+from llmprep_jax.types import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,11 @@ checkpoint has it. Softmax is float32.
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.linear import Einsum
@@ -21,6 +20,7 @@ from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.rope import apply_rope
 from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.types import Array, Bool, Float, Int
 
 NEG_INF = -2.3819763e38  # finite, so that a row that sees nothing is uniform and not NaN
 MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 128, 8  # of `attend_in_order`; more blocks compile longer
@@ -41,7 +41,7 @@ class Tokens:
     positions_BT: Int[Array, "B T"]
     segments_BT: Int[Array, "B T"] | None = None
 
-    def block(self, start: int, end: int) -> Self:
+    def block(self, start: int, end: int) -> "Tokens":
         """The tokens in columns `start` to `end`."""
         segments_BT = None if self.segments_BT is None else self.segments_BT[:, start:end]
         return type(self)(self.positions_BT[:, start:end], segments_BT)

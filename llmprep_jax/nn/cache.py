@@ -8,13 +8,12 @@ token comes at a time; a longer block attends to the old ring and to itself, and
 """
 
 import dataclasses
-from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from llmprep_jax.sharding import spec
+from llmprep_jax.types import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +49,7 @@ class KVCache:
         dtype: str | jnp.dtype = "float32",
         is_ring: bool = False,
         per_layer: bool = False,
-    ) -> Self:
+    ) -> "KVCache":
         """An empty cache; `per_layer` keeps one buffer a layer."""
         shape = (batch_size, num_kv_heads, num_slots, head_dim)
         axes = ("batch", "kv_heads", "seq", "head")
@@ -73,13 +72,13 @@ class KVCache:
         """S."""
         return self.positions_BS.shape[1]
 
-    def begin(self, positions_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"]) -> Self:
+    def begin(self, positions_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"]) -> "KVCache":
         """Announces the tokens of a forward pass; each layer then calls `update`, and the model `end`."""
         return dataclasses.replace(self, block=(positions_BT, segments_BT))
 
     def update(
         self, layer: int | Int[Array, ""], k_BKTH: Float[Array, "B K T H"], v_BKTH: Array
-    ) -> tuple[Self, Array, Array, tuple[Array, Array]]:
+    ) -> tuple["KVCache", Array, Array, tuple[Array, Array]]:
         """Writes one layer's new keys and values.
 
         Returns:
@@ -106,7 +105,7 @@ class KVCache:
         )
         return new, *new._layer(layer), slots
 
-    def end(self) -> Self:
+    def end(self) -> "KVCache":
         """Takes the announced tokens in, once all layers have written them."""
         positions_BT, segments_BT = self.block
         return dataclasses.replace(
@@ -117,7 +116,7 @@ class KVCache:
             block=None,
         )
 
-    def unstacked(self) -> Self:
+    def unstacked(self) -> "KVCache":
         """The same cache with one buffer a layer."""
         k, v = [tuple(x[layer] for layer in range(x.shape[0])) for x in (self.k, self.v)]
         return dataclasses.replace(self, k=k, v=v)
@@ -132,7 +131,7 @@ class KVCache:
         at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
         return at(self.k), at(self.v)
 
-    def _write(self, layer: int | Int[Array, ""], k_BKTH: Array, v_BKTH: Array) -> Self:
+    def _write(self, layer: int | Int[Array, ""], k_BKTH: Array, v_BKTH: Array) -> "KVCache":
         def write(old, new_BKTH):
             if isinstance(old, tuple):
                 put = self._put(old[layer], new_BKTH, axis=2)

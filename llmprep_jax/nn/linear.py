@@ -12,10 +12,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
 from llmprep_jax.nn.param import Compute, param
-from llmprep_jax.sharding import sharding_of, spec
+from llmprep_jax.sharding import has_mesh, sharding_of, spec
+from llmprep_jax.types import Array, Float, Int
 
 fan_in_normal = jax.nn.initializers.lecun_normal
 
@@ -112,9 +112,11 @@ class Embed(nnx.Module):
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up; ids outside the vocabulary give the nearest row (XLA clamps)."""
         shape = (*tokens_BT.shape, self.w.shape[-1])
-        x_BTD = (
-            self.w[...].at[tokens_BT].get(out_sharding=spec("batch", "seq", "embed", shape=shape))
-        )
+        table = self.w[...]
+        if has_mesh():
+            # whole rows: else the partitioner falls back to replicating what it looked up
+            table = jax.reshard(table, spec("vocab", None, shape=table.shape))
+        x_BTD = table.at[tokens_BT].get(out_sharding=spec("batch", "seq", "embed", shape=shape))
         return x_BTD.astype(self.compute.dtype)
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

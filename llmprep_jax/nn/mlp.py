@@ -8,10 +8,10 @@ import functools
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import Compute
+from llmprep_jax.types import Array, Float
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

@@ -8,9 +8,9 @@ they agree, in bf16 they round differently.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
 from llmprep_jax.nn.param import param
+from llmprep_jax.types import Array, Float
 
 
 class RMSNorm(nnx.Module):

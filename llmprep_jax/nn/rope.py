@@ -12,7 +12,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+
+from llmprep_jax.types import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)

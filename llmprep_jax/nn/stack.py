@@ -44,7 +44,7 @@ def scan(
       step: the body; it is rematerialised as `compute.remat` says.
       layers: what `stack` made, or a list of modules.
       carry: what goes through the layers.
-      values: arrays with a leading layer axis; with a list of layers each step gets them as numpy scalars,
+      values: arrays with a leading layer axis; with a list of layers each step gets them as plain numbers,
         so that `if` may branch on them.
     """
     if compute.remat != "none":
@@ -54,7 +54,7 @@ def scan(
         step = jax.checkpoint(step, policy=REMAT_POLICIES[compute.remat])
     if isinstance(layers, nnx.List):
         for index, layer in enumerate(layers):
-            carry = step(layer, carry, *(value[index] for value in values))
+            carry = step(layer, carry, *(value[index].item() for value in values))
         return carry
 
     def body(carry, layer_and_values):

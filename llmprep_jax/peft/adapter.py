@@ -11,7 +11,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -24,12 +24,13 @@ from llmprep_jax.nn.param import AdapterParam
 Targets = str | tuple[str, ...]
 
 
+@runtime_checkable
 class Method(Protocol):
     """An adapter method: its settings, and three functions of one layer."""
 
     targets: Targets
 
-    def resolve(self, names: Sequence[str]) -> Self:
+    def resolve(self, names: Sequence[str]) -> "Method":
         """The settings for one layer, which goes by `names`."""
         ...
 

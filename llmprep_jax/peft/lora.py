@@ -10,7 +10,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +57,7 @@ class LoRA:
         """s."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def resolve(self, names: Sequence[str]) -> Self:
+    def resolve(self, names: Sequence[str]) -> "LoRA":
         rank, alpha = _first(self.rank_pattern, names), _first(self.alpha_pattern, names)
         return dataclasses.replace(
             self,

@@ -7,7 +7,7 @@ weights (25.25 for 270M in bf16, not 25.298), the tied head is not.
 """
 
 import functools
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
     window: int | Array | None
 
     @classmethod
-    def select(cls, is_local: Array, local: Self, full: Self) -> Self:
+    def select(cls, is_local: Array, local: "Kind", full: "Kind") -> "Kind":
         """One kind by value, for layers that are scanned."""
         full = full._replace(window=NO_WINDOW)
         return jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local, full)
@@ -87,8 +87,8 @@ class Block(nnx.Module):
         local: Kind,
         full: Kind,
         caches: Caches | None,
-        is_local: bool | np.bool_ | Bool[Array, ""],
-        slot: int | np.integer | Int[Array, ""],
+        is_local: bool | Bool[Array, ""],
+        slot: int | Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], Caches | None]:
         """`slot` is the layer's place among those of its kind, which is where its cache is."""
         h_BTD, caches = self._attend(

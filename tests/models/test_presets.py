@@ -1,0 +1,93 @@
+"""Every released size, without its weights: parameter counts are the published ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llmprep_jax.models import registry
+
+COUNTS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.3-70b": 70_553_706_496,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2-72b": 72_706_203_648,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "deepseek-llm-7b": 6_910_365_696,
+    "deepseek-llm-67b": 67_425_001_472,
+    "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
+    "deepseek-r1-distill-qwen-7b": 7_615_616_512,
+    "deepseek-r1-distill-qwen-14b": 14_770_033_664,
+    "deepseek-r1-distill-qwen-32b": 32_763_876_352,
+    "deepseek-r1-distill-llama-8b": 8_030_261_248,
+    "deepseek-r1-distill-llama-70b": 70_553_706_496,
+    "gemma3-270m": 268_098_176,
+    "gemma3-1b": 999_885_952,
+    "gemma3-4b": 3_880_263_168,
+    "gemma3-12b": 11_766_034_176,
+    "gemma3-27b": 27_009_346_304,
+}
+
+
+def test_every_preset_has_an_expected_count():
+    names = {name for family in registry.FAMILIES for name in family.presets}
+    assert names == set(COUNTS)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_preset_has_the_published_number_of_parameters(name):
+    cfg = registry.preset(name)
+    model = jax.eval_shape(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))
+    assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(nnx.state(model))) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_preset_survives_the_way_to_config_json_and_back(name):
+    cfg = registry.preset(name)
+    family = registry.family_of(cfg)
+    again = family.from_hf(family.to_hf(cfg))
+    if family.name == "gemma3":  # written layer by layer
+        assert again.is_local == cfg.local_layers()
+        again = type(cfg)(**{**vars(again), "is_local": None})
+    assert again == cfg
+
+
+@pytest.mark.parametrize(
+    ("dim", "scale"), [(640, 25.25), (1152, 34.0), (2560, 50.5), (3840, 62.0), (5376, 73.5)]
+)
+def test_gemmas_embedding_scale_is_rounded_to_bf16(dim, scale):
+    assert float(jnp.asarray(dim**0.5, jnp.bfloat16)) == scale
+
+
+def test_five_local_layers_come_before_a_global_one():
+    local = registry.preset("gemma3-1b").local_layers()
+    assert local[:12] == (True,) * 5 + (False,) + (True,) * 5 + (False,)
+    assert sum(not each for each in local) == 4
+
+
+def test_unknown_names_are_answered_with_near_ones():
+    with pytest.raises(ValueError, match="llama-3.1-8b"):
+        registry.preset("llama-3.1-8")
+    with pytest.raises(ValueError, match="did you mean qwen2"):
+        registry.family_of_type("qwen3")
