@@ -69,5 +69,7 @@ def show_outputs(outputs: Outputs) -> None:
     console = rich.console.Console()
     width = max(map(len, outputs), default=0)
     for name, path in outputs.items():
-        shown = os.path.relpath(path) if isinstance(path, os.PathLike) else path
+        shown = path
+        if isinstance(path, os.PathLike) and not os.path.relpath(path).startswith(".."):
+            shown = os.path.relpath(path)
         console.print(f"{name:{width}}  {shown}", soft_wrap=True, markup=False, highlight=False)

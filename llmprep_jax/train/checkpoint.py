@@ -16,6 +16,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,6 +69,7 @@ class Checkpoints:
 
     def __init__(self, out: pathlib.Path, cfg: CheckpointConfig, meta: dict[str, Any]):
         self.folder, self._meta = out.resolve() / FOLDER, meta
+        self._deletion: threading.Thread | None = None
         _silence_orbax()
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -95,6 +97,7 @@ class Checkpoints:
             with contextlib.suppress(ValueError, OSError, RuntimeError):  # told of by now
                 self._manager.close()
             self._empty_bin()
+            self._join_deletion()
 
     @property
     def latest(self) -> int | None:
@@ -180,8 +183,15 @@ class Checkpoints:
             ) from error
 
     def _empty_bin(self) -> None:
-        if jax.process_index() == 0:
-            shutil.rmtree(self.folder / _DELETED, ignore_errors=True)
+        """Deletes what Orbax put aside, in a thread: unlinking takes 0.1 s a GB."""
+        self._join_deletion()
+        if jax.process_index() == 0 and (self.folder / _DELETED).is_dir():
+            self._deletion = threading.Thread(target=_delete, args=(self.folder / _DELETED,))
+            self._deletion.start()
+
+    def _join_deletion(self) -> None:
+        if self._deletion is not None:
+            self._deletion.join()
 
 
 def _open_manager(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
@@ -198,7 +208,11 @@ def _open_manager(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager
 def _remove_leftovers(folder: pathlib.Path) -> None:
     """What a killed run had not finished to write or to delete."""
     for path in [*folder.glob(_PARTIAL), folder / _DELETED]:
-        shutil.rmtree(path, ignore_errors=True)
+        _delete(path)
+
+
+def _delete(path: pathlib.Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
 
 
 class _NotFromOrbax(logging.Filter):

@@ -14,7 +14,7 @@ import pathlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -33,6 +33,8 @@ from llmprep_jax.train.step import LossFn, make_train_step, place_batch
 Evaluate = Callable[[nnx.Module], Mapping[str, float]]
 
 
+@runtime_checkable
+@runtime_checkable
 class Batches(Protocol):
     """An iterator over batches whose place can be saved as JSON and taken up again."""
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import toy
 
 from llmprep_jax.nn.param import AdapterParam, Param
 from llmprep_jax.sharding import make_mesh, use_mesh
@@ -24,6 +23,7 @@ from llmprep_jax.train.checkpoint import (
 )
 from llmprep_jax.train.optim import OptimConfig, make_optimizer
 from llmprep_jax.train.state import TrainState, create_state, split_model
+from tests.train.toy import toy
 
 KEEP = CheckpointConfig()
 
@@ -177,9 +177,8 @@ def test_an_unwritable_folder_is_an_os_error(tmp_path):
 
 FULL_DISK = """
 import pathlib, resource, signal, sys
-sys.path.insert(0, sys.argv[2])
 import jax, jax.numpy as jnp
-from test_checkpoint import at_step, make_state
+from tests.train.test_checkpoint import at_step, make_state
 from llmprep_jax.train.checkpoint import CheckpointConfig, Checkpoints
 from llmprep_jax.train.state import TrainState
 
@@ -200,9 +199,11 @@ except OSError as error:
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(tmp_path):
-    here = str(pathlib.Path(__file__).parent)
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), here]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    root = pathlib.Path(__file__).parents[2]
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 1, done.stderr
     (line,) = done.stdout.splitlines()
     assert "a checkpoint could not be written (Failed to write" in line or "File too large" in line

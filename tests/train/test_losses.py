@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from toy import make_batch, toy
 
 from llmprep_jax.nn.param import Param
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train.losses import cross_entropy, next_token_loss
 from llmprep_jax.train.state import merge, split_model
+from tests.train.toy import make_batch, toy
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary():

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import make_batch, toy
 
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.sharding import make_mesh, use_mesh
@@ -14,6 +13,7 @@ from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 from llmprep_jax.train.state import count, create_state, split_model
 from llmprep_jax.train.step import make_train_step, place_batch
+from tests.train.toy import make_batch, toy
 
 CFG = OptimConfig(lr=1e-2, warmup_steps=2)
 

@@ -1,0 +1,102 @@
+"""Measure the perplexity of a model on a text.
+
+    python -m experiments.evaluate MODEL DATA [a.b=c ...]
+    python -m experiments.evaluate runs/mine/merged held_out.jsonl data.seq_len=512 dtype=bfloat16
+    python -m experiments.evaluate MODEL DATA adapter=runs/mine/adapter out=after.json
+
+MODEL is a folder, a .gguf file, a run of ours or a hub id; DATA a file, a folder or a pattern.
+Prints nats a token and perplexity, and writes them with the settings to the JSON file `out`.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Literal
+
+import jax
+import rich.console
+
+import llmprep_jax as lp
+from configs.meshes import get_mesh
+from llmprep_jax import data
+from llmprep_jax.cli import Outputs, run
+from llmprep_jax.config import UsageError, override, print_config, split_arguments, to_dict
+from llmprep_jax.evaluate.perplexity import perplexity
+from llmprep_jax.sharding import use_mesh
+from llmprep_jax.text.chat import encode_chat
+
+console = rich.console.Console()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured on what.
+
+    Attributes:
+      model: given as MODEL. data: data.paths is given as DATA; data.mask chooses what counts in
+        conversations.
+      split: which part, where data.holdout is set.
+      adapter: a PEFT folder put on the model.
+      tokenizer: where the tokenizer comes from; None: from where the model does.
+      dtype: of weights and activations; None: as stored.
+      mesh: a name in configs/meshes.py.
+      max_batches: at most so many; None: all.
+      loss_chunk: positions of each row whose logits exist at one time; None: all.
+      out: the JSON file.
+    """
+
+    model: str
+    data: data.DataConfig
+    split: Literal["train", "heldout", "all"] = "all"
+    adapter: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    mesh: str | None = None
+    max_batches: int | None = None
+    loss_chunk: int | None = None
+    out: pathlib.Path = pathlib.Path("runs/perplexity.json")
+
+
+def main(arguments: list[str]) -> Outputs:
+    given, overrides = split_arguments(arguments)
+    if len(given) != 2:
+        raise UsageError(f"give a model and a data file, not {len(given)} arguments")
+    cfg = EvaluateConfig(model=given[0], data=data.DataConfig(paths=(given[1],)))
+    cfg = override(cfg, overrides)
+    print_config(cfg, console)
+    with use_mesh(get_mesh(cfg.mesh)):
+        found = measure(cfg)
+    console.print(
+        f"{found.nll:.4f} nats a token, perplexity {found.perplexity:,.3f} over "
+        f"{found.tokens:,} tokens"
+    )
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {**found._asdict(), "settings": to_dict(cfg)}
+    cfg.out.write_text(json.dumps(result, indent=2) + "\n")
+    return {"result": cfg.out}
+
+
+def measure(cfg: EvaluateConfig):
+    """Loads model and data and evaluates one on the other."""
+    mesh = get_mesh(cfg.mesh)
+    tokenizer = lp.load_processor(cfg.tokenizer or cfg.model).tokenizer
+    batches = data.evaluation_batches(
+        cfg.data,
+        tokenizer.encode,
+        functools.partial(encode_chat, tokenizer),
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id or 0,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        split=cfg.split,
+    )
+    model = lp.load_model(cfg.model, dtype=cfg.dtype, mesh=mesh)
+    tokenizer.check_vocab(model.cfg.vocab_size)
+    if cfg.adapter is not None:
+        model = lp.peft.load(model, cfg.adapter)
+    return perplexity(model, batches, cfg.loss_chunk, max_batches=cfg.max_batches, console=console)
+
+
+if __name__ == "__main__":
+    run(main)
