@@ -1,4 +1,4 @@
-"""`Document`: one text or one conversation, as every source yields it, on one side of the hold-out.
+"""`Document`, one text or one conversation as every source yields it, and its side of a hold-out.
 
 The one thing a reader would get wrong: the side is decided by a hash of the content alone, not by
 seed, order, file or format, so it stays when the data are shuffled, converted or added to, and two
@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 Messages = list[dict[str, Any]]
 
@@ -27,6 +27,19 @@ class Document:
     name: str
     text: str | None = None
     messages: Messages | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A sequence of documents."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Document: ...
+
+    def name(self, index: int) -> str:
+        """Where document `index` is, without reading it."""
+        ...
 
 
 def digest(document: Document) -> int:
@@ -67,17 +80,18 @@ def to_document(record: Any, field: str | None, name: str) -> Document:
         raise ValueError(f"{name}: a record has {wanted}, one of them; {remedy}")
     value = record[given[0]]
     try:
-        return _of_value(value, name)
+        return _of_value(value, {"text": (str,), "messages": (list,)}.get(given[0]), name)
     except ValueError as error:
         raise ValueError(f"{name}: {given[0]!r} {error}") from None
 
 
-def _of_value(value: Any, name: str) -> Document:
+def _of_value(value: Any, kinds: tuple[type, ...] | None, name: str) -> Document:
+    if not isinstance(value, kinds or (str, list)):
+        wanted = {(str,): "a string", (list,): "a list of messages"}.get(kinds)
+        raise ValueError(f"is {_kind(value)}; give {wanted or 'a string, or a list of messages'}")
     if isinstance(value, str):
         _check_text(value)
         return Document(name, text=value)
-    if not isinstance(value, list):
-        raise ValueError(f"is {_kind(value)}; give a string, or a list of messages")
     if not value:
         raise ValueError("is empty; a conversation needs a message")
     for i, message in enumerate(value):

@@ -125,7 +125,7 @@ class _RowIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         self._start = state["documents"]
         self._parent.set_state(self._start)
-        self._before = self._seen = tuple(state["before"])
+        self._before, self._seen = tuple(state["before"]), tuple(state["seen"])
         self._num_rows = state["rows"]
 
 
@@ -145,6 +145,7 @@ class _PackedIterator(_RowIterator):
 
     def __next__(self) -> Row:
         if self._rows is None:
+            self._seen = self._before  # after set_state they tell of the window that is read again
             self._rows = self._read_window()
         while self._row >= len(self._rows):
             self._start, self._before = self._parent.get_state(), self._seen
@@ -223,6 +224,7 @@ class _StreamIterator(_RowIterator):
         super().set_state(state)
         self._rest, self._used = None, 0
         if state["used"]:
+            self._seen = self._before
             self._open_document()
             self._rest, self._used = self._rest[state["used"] :], state["used"]
 

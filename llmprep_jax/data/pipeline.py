@@ -16,10 +16,10 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
-from llmprep_jax.data.documents import Document, is_held_out
+from llmprep_jax.data.documents import Document, Source, is_held_out
 from llmprep_jax.data.encoding import COUNTS, EncodeChat, Encoder, EncodeText, Overlong
 from llmprep_jax.data.packing import Packed, Row, Stream, make_batch
-from llmprep_jax.data.sources import Source, SourceOptions, open_source
+from llmprep_jax.data.sources import SourceOptions, open_source
 
 Split = Literal["train", "heldout", "all"]
 Batch = dict[str, np.ndarray]
@@ -208,12 +208,15 @@ class Batches:
         except StopIteration:
             self._ended = True
             raise
+        except Exception as error:
+            error.__dict__.pop("__notes__", None)  # Grain's, about how it cuts tracebacks
+            raise
 
     def get_state(self) -> dict[str, Any]:
         """The place after the last batch given out, as plain JSON."""
         return {"of": self._identity, "position": _plain(self._iterator.get_state())}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Any) -> None:
         """Goes to a place that `get_state` told, in this run or another.
 
         Raises:
@@ -251,14 +254,14 @@ class Batches:
         total = {key: sum(counts[key] for counts in each.values()) for key in (*COUNTS, "rows")}
         return total | ({"sources": each} if len(each) > 1 else {})
 
-    def name(self, doc_id: int) -> str:
+    def name(self, doc_id: int | np.integer) -> str:
         """Where a document of `doc_ids` is: file and line.
 
         Raises:
           ValueError: there is no such document.
         """
         for documents in self._documents:
-            if doc_id in documents.ids:
+            if int(doc_id) in documents.ids:
                 return documents.name(int(doc_id))
         raise ValueError(f"there is no document {doc_id} in these data")
 

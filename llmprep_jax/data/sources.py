@@ -11,11 +11,11 @@ import glob
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from llmprep_jax.data.documents import Document, to_document
+from llmprep_jax.data.documents import Document, Source, to_document
 from llmprep_jax.data.text_files import TextFiles
 
 Format = Literal["auto", "jsonl", "parquet", "text", "tfds"]
@@ -27,18 +27,6 @@ SUFFIXES = {
     "text": (".txt", ".text", ".md", ".rst"),
 }
 _BLOCK = 1 << 22
-
-
-class Source(Protocol):
-    """A sequence of documents."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Document: ...
-
-    def name(self, index: int) -> str:
-        """Where document `index` is, without reading it."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,15 +250,14 @@ class PreparedRecords:
         return f"{self._folder}:{self._options.tfds_split} {index + 1}"
 
     def __getitem__(self, index: int) -> Document:
-        name, record = self.name(index), {}
-        for key, value in self._records[index].items():
-            if isinstance(value, bytes):
-                value = value.decode("utf-8")
-            if value != "":
-                record[key] = value
-        if isinstance(record.get("messages"), str):
-            record["messages"] = _parse_line(record["messages"].encode(), name)
-        return to_document(record or {"text": ""}, self._options.field, name)
+        name, record = self.name(index), self._records[index]
+        texts = {
+            key: value.decode("utf-8") for key, value in record.items() if isinstance(value, bytes)
+        }
+        messages = texts.pop("messages", "")
+        if messages:
+            texts |= {"messages": _parse_line(messages.encode(), name), "text": None}
+        return to_document(texts, self._options.field, name)
 
 
 def _find_prepared(path: pathlib.Path) -> pathlib.Path | None:

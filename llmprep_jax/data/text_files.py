@@ -14,7 +14,7 @@ import numpy as np
 
 from llmprep_jax.data.documents import Document
 
-_BLANK_LINES = re.compile(rb"\n[ \t\r]*\n\s*")
+_BLANK_LINES = re.compile(rb"\r?\n[ \t\r]*\n\s*")
 
 
 class TextFiles:
@@ -80,8 +80,11 @@ def _paragraphs(data: mmap.mmap) -> Iterator[tuple[int, int]]:
     for gap in _BLANK_LINES.finditer(data, start):
         yield start, gap.start()
         start = gap.end()
-    if start < len(data):
-        yield start, len(data)
+    end = len(data)
+    while end > start and data[end - 1 : end].isspace():
+        end -= 1
+    if start < end:
+        yield start, end
 
 
 def _chunks(data: mmap.mmap, size: int) -> Iterator[tuple[int, int]]:

@@ -12,19 +12,19 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from llmprep_jax.data.documents import Document
+from llmprep_jax.data.documents import Source
 
 
 class TextDocuments(tfds.core.GeneratorBasedBuilder):
     """Records of three texts: `name`, `text`, and `messages` as JSON; one of the last two is empty.
 
     Args:
-      documents: a sequence; None to read what is prepared.
+      documents: what to write; None to read what is prepared.
     """
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, documents: Sequence[Document] | None = None, **kwargs: Any):
+    def __init__(self, *, documents: Source | None = None, **kwargs: Any):
         self._documents = documents
         super().__init__(**kwargs)
 
@@ -54,7 +54,7 @@ class TextDocuments(tfds.core.GeneratorBasedBuilder):
             )
 
 
-def write_array_record(documents: Sequence[Document], folder: str | pathlib.Path) -> pathlib.Path:
+def write_array_record(documents: Source, folder: str | pathlib.Path) -> pathlib.Path:
     """Writes all documents of a source below `folder`.
 
     Returns:
