@@ -20,7 +20,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llmprep_jax.text.messages import check_messages, join_parts, plain_values
+from llmprep_jax.text.messages import Conversation, check_messages, join_parts, plain_values
 from llmprep_jax.text.vocab import one_line
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ChatTemplate:
 
     def apply(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Conversation,
         add_generation_prompt: bool = False,
         **variables: Any,
     ) -> str:
@@ -69,7 +69,7 @@ class ChatTemplate:
 
     def find_answers(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Conversation,
         stop_tokens: Iterable[str] = (),
         special_tokens: Iterable[str] = (),
         **variables: Any,
@@ -109,7 +109,7 @@ class ChatTemplate:
         """The template with its {% generation %} blocks marked; None when it has no such block."""
         return self._compile(self.text, marked=True) if _GENERATION.search(self.text) else None
 
-    def _plain(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _plain(self, messages: Conversation) -> list[dict[str, Any]]:
         plain = check_messages(messages)
         if any(isinstance(message["content"], list) for message in plain) and not self._takes_parts:
             plain = [message | {"content": join_parts(message["content"])} for message in plain]
@@ -199,7 +199,7 @@ class ChatTemplate:
 
 
 def encode_chat(
-    tokenizer: "Tokenizer", messages: Sequence[Mapping[str, Any]], **variables: Any
+    tokenizer: "Tokenizer", messages: Conversation, **variables: Any
 ) -> tuple[list[int], list[bool]]:
     """Ids of a conversation and, for each, whether the model must learn to say it.
 

@@ -1,96 +1,19 @@
-"""GGUF files: their key-value metadata, and the tokenizer it describes.
+"""The tokenizer that a GGUF file's metadata describes.
 
-Only the header is read (format: ggml-org/ggml docs/gguf.md), with every length checked against the
-file, and in a quarter of a second for Gemma's 262144 pieces where a general reader takes ten. The
-one thing a reader would get wrong: a GGUF has no pre-tokenizer and, for SentencePiece vocabularies,
-no merges. Both are implied: the first by the name in `tokenizer.ggml.pre`, the second by the order
-of the pieces.
+The one thing a reader would get wrong: a GGUF has no pre-tokenizer and, for SentencePiece
+vocabularies, no merges. Both are implied: the first by the name in `tokenizer.ggml.pre`, the second
+by the order of the pieces.
 """
 
-import mmap
-import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
 from llmprep_jax.text import byte_level, spm
 from llmprep_jax.text.vocab import Parts, add_special, one_line, set_template
-
-_STRING, _ARRAY = 8, 9
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1"}
-_SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The key-value pairs of a GGUF file (version 2 or 3, little-endian): str, int, float, bool or
-    lists.
-
-    Raises ValueError on a file that is not GGUF, is truncated, or holds lengths beyond its end.
-    """
-    path = Path(path)
-    if path.stat().st_size < 24:
-        raise ValueError(f"{path}: not a GGUF file (under 24 bytes); download it again")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] != b"GGUF":
-            raise ValueError(f"{path}: not a GGUF file; give a .gguf file or a Hugging Face folder")
-        version, _, count = struct.unpack_from("<IQQ", data, 4)
-        if version not in (2, 3):
-            raise ValueError(
-                f"{path}: GGUF version {version}; convert it to version 2 or 3, little-endian"
-            )
-        try:
-            return _read_pairs(data, count)
-        except (struct.error, ValueError, IndexError) as error:
-            raise ValueError(
-                f"{path}: damaged GGUF metadata ({one_line(error)}); download it again"
-            ) from None
-
-
-def _read_pairs(data: mmap.mmap, count: int) -> dict[str, Any]:
-    pairs: dict[str, Any] = {}
-    at = 24
-    for _ in range(count):
-        key, at = _read_string(data, at)
-        (kind,) = struct.unpack_from("<I", data, at)
-        pairs[key], at = _read_value(data, at + 4, kind)
-    return pairs
-
-
-def _read_string(data: mmap.mmap, at: int) -> tuple[str, int]:
-    end = at + 8 + int.from_bytes(data[at : at + 8], "little")
-    if end > len(data) or at + 8 > len(data):
-        raise ValueError("a string runs past the end of the file")
-    return data[at + 8 : end].decode(), end
-
-
-def _read_value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
-    if kind == _STRING:
-        return _read_string(data, at)
-    if kind == _ARRAY:
-        item, count = struct.unpack_from("<IQ", data, at)
-        return _read_array(data, at + 12, item, count)
-    values, end = _read_array(data, at, kind, 1)
-    return values[0], end
-
-
-def _read_array(data: mmap.mmap, at: int, kind: int, count: int) -> tuple[list, int]:
-    if kind == _STRING:
-        strings = []
-        for _ in range(count):
-            text, at = _read_string(data, at)
-            strings.append(text)
-        return strings, at
-    if kind not in _SCALARS:
-        raise ValueError(f"value type {kind}")
-    dtype = np.dtype(_SCALARS[kind])
-    end = at + count * dtype.itemsize
-    if end > len(data):
-        raise ValueError("an array runs past the end of the file")
-    values = np.frombuffer(data[at:end], dtype)
-    return (values.astype(bool) if kind == 7 else values).tolist(), end
+from llmprep_jax.weights.gguf_file import read_metadata
 
 
 def read_tokenizer(path: str | Path) -> Parts:

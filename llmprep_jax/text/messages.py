@@ -12,10 +12,11 @@ from typing import Any
 
 from llmprep_jax.text.vocab import one_line
 
+Conversation = Any  # a list of messages; `check_messages` says what is wrong with any other
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def check_messages(messages: Conversation) -> list[dict[str, Any]]:
     """A plain copy of the messages. Raises ValueError naming the message that is wrong."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(
@@ -42,7 +43,7 @@ def plain_values(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{name}: {one_line(error)}; give plain JSON values") from None
 
 
-def _check_message(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
+def _check_message(i: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(
             f"message {i} is {type(message).__name__}, not an object with role and content"

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from llmprep_jax.text.chat import ChatTemplate
+from llmprep_jax.text.messages import Conversation
 from llmprep_jax.text.tokenizer import Tokenizer
 
 Inputs = dict[str, Int[np.ndarray, "B T"] | Bool[np.ndarray, "B T"]]
@@ -52,7 +53,7 @@ class Processor:
 
     def __call__(
         self,
-        messages_or_texts: str | Sequence,
+        messages_or_texts: str | Sequence[str] | Conversation,
         images: Any = None,
         *,
         add_generation_prompt: bool | None = None,
@@ -98,7 +99,10 @@ class Processor:
         self.tokenizer.save(folder)
 
     def _encode(
-        self, batch: str | Sequence, prompt: bool | None, variables: Mapping[str, Any]
+        self,
+        batch: str | Sequence[str] | Conversation,
+        prompt: bool | None,
+        variables: Mapping[str, Any],
     ) -> list[list[int]]:
         items = [batch] if isinstance(batch, str) else batch
         if isinstance(items, Mapping | bytes) or not isinstance(items, Sequence) or not items:
@@ -114,7 +118,9 @@ class Processor:
         texts = [self._render(conversation, prompt, variables) for conversation in conversations]
         return self.tokenizer.encode_batch(texts, add_special=False)
 
-    def _render(self, messages: Sequence, prompt: bool | None, variables: Mapping[str, Any]) -> str:
+    def _render(
+        self, messages: Conversation, prompt: bool | None, variables: Mapping[str, Any]
+    ) -> str:
         if prompt is None:
             last = messages[-1] if isinstance(messages, Sequence) and len(messages) else None
             prompt = not (isinstance(last, Mapping) and last.get("role") == "assistant")

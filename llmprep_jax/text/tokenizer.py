@@ -96,8 +96,8 @@ class Tokenizer:
             return [encoding.ids for encoding in encodings]
         return [[*self._prefix, *encoding.ids, *self._suffix] for encoding in encodings]
 
-    def decode(self, ids: Iterable[int] | np.ndarray, skip_special: bool = True) -> str:
-        """The text of ids, without special tokens unless `skip_special` is False.
+    def decode(self, ids: Iterable, skip_special: bool = True) -> str:
+        """The text of a row of ids (any integers), special tokens left out if `skip_special`.
 
         Ids beyond the tokenizer's own (models pad their vocabulary) decode to nothing.
         """
@@ -239,7 +239,7 @@ class Tokenizer:
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
-def _checked(text: str) -> str:
+def _checked(text: Any) -> str:
     if not isinstance(text, str):
         raise ValueError(f"text must be a str, got {type(text).__name__}; decode bytes first")
     if not text.isascii():

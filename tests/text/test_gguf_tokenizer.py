@@ -5,7 +5,6 @@ import json
 import struct
 from pathlib import Path
 
-import gguf
 import pytest
 import sentencepiece
 import tokenizers
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from llmprep_jax.text import Tokenizer
-from llmprep_jax.text.gguf import read_metadata
 from tests.text.samples import (
     CHATML,
     CONTROL,
@@ -156,33 +154,12 @@ def test_llama_3_takes_whole_words_of_the_vocabulary_and_adds_bos(tmp_path):
     assert Tokenizer.from_gguf(path).encode(" mind") == [257, 256]
 
 
-def test_metadata_reads_every_kind_of_value(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    writer.add_float32("f", 0.5)
-    writer.add_int8("i", -3)
-    writer.add_uint64("u", 1 << 40)
-    writer.add_bool("b", True)
-    writer.add_array("names", ["é", ""])
-    writer.add_array("flags", [True, False])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    pairs = {"f": 0.5, "i": -3, "u": 1 << 40, "b": True, "names": ["é", ""], "flags": [True, False]}
-    assert read_metadata(tmp_path / "t.gguf") == {"general.architecture": "llama"} | pairs
-
-
 @pytest.mark.parametrize(("data", "words"), [
-    (b"", "not a GGUF"),
-    (b"PK\3\4" + bytes(40), "not a GGUF"),
-    (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
-    (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "little-endian"),
+    (b"", "no GGUF file"),
+    (b"PK\3\4" + bytes(40), "no GGUF file"),
     (b"GGUF" + struct.pack("<IQQ", 3, 0, 1), "damaged"),
-    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "damaged"),
-    (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62), "damaged"),
-    (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"k", 99), "damaged"),
-    (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 4, 1 << 61), "damaged"),
     (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "no tokenizer"),
-], ids=range(10))  # fmt: skip
+], ids=range(4))  # fmt: skip
 def test_a_damaged_gguf_is_named_in_one_line(tmp_path, data, words):
     (tmp_path / "t.gguf").write_bytes(data)
     with pytest.raises(ValueError, match=words) as error:
