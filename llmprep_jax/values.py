@@ -128,7 +128,7 @@ def _unquote(text: str) -> str:
     return text[1:-1] if quoted else text
 
 
-def _number(word: str, kind: type) -> float:
+def _number(word: str, kind: type) -> int | float:
     with contextlib.suppress(ValueError):
         return kind(word)
     # "1e4" is a count that int() does not read

@@ -24,13 +24,13 @@ from jax.experimental import multihost_utils
 
 from llmprep_jax.train.checkpoint import CheckpointConfig, Checkpoints, abstract_of
 from llmprep_jax.train.losses import next_token_loss
-from llmprep_jax.train.metrics import Flops
+from llmprep_jax.train.metrics import Flops, Numbers
 from llmprep_jax.train.monitor import Monitor
 from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 from llmprep_jax.train.state import Split, TrainState, create_state, merge, split_model
 from llmprep_jax.train.step import LossFn, make_train_step, place_batch
 
-Evaluate = Callable[[nnx.Module], Mapping[str, float]]
+Evaluate = Callable[[nnx.Module], Numbers]
 
 
 @runtime_checkable
@@ -96,7 +96,7 @@ class FitResult:
     ema_model: nnx.Module | None
     step: int
     preempted: bool
-    metrics: Mapping[str, float]
+    metrics: Numbers
 
 
 def fit(

@@ -38,6 +38,9 @@ PEAK_FLOPS = {
 }
 
 
+Numbers = Mapping[str, int | float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Flops:
     """FLOPs of training on one token.
@@ -209,7 +212,7 @@ class Progress:
         if not self._console.is_terminal and name != "training":
             self.say(f"{name} ...")
 
-    def update(self, step: int, numbers: Mapping[str, float], seconds_left: float) -> None:
+    def update(self, step: int, numbers: Numbers, seconds_left: float) -> None:
         """Shows a step's numbers."""
         words, eta = " ".join(_shown(numbers)), _clock(seconds_left)
         self._bar.update(self._task, completed=step, numbers=words, eta=eta)
@@ -222,7 +225,7 @@ class Progress:
         self._bar.stop()
 
 
-def _shown(numbers: Mapping[str, float]) -> list[str]:
+def _shown(numbers: Numbers) -> list[str]:
     words = [f"loss {numbers['loss']:.4f}", f"{numbers['tokens_per_s']:,.0f} tok/s"]
     return [*words, f"MFU {numbers['mfu']:.1%}"] if "mfu" in numbers else words
 

@@ -18,7 +18,15 @@ import jax
 import numpy as np
 import rich.console
 
-from llmprep_jax.train.metrics import Flops, JsonLines, Progress, TensorBoard, memory, peak_flops
+from llmprep_jax.train.metrics import (
+    Flops,
+    JsonLines,
+    Numbers,
+    Progress,
+    TensorBoard,
+    memory,
+    peak_flops,
+)
 from llmprep_jax.train.step import Metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -63,7 +71,7 @@ class Monitor:
             ]
         quiet = rich.console.Console(quiet=True) if jax.process_index() else console
         self.progress = Progress(total, done, quiet)
-        self.last: dict[str, float] = {}
+        self.last: Numbers = {}
 
     def __enter__(self) -> "Monitor":
         return self
@@ -106,7 +114,7 @@ class Monitor:
         left = (self._total - self.last["step"]) * self._speed
         self.progress.update(self.last["step"], self.last, left)
 
-    def record(self, step: int, numbers: Mapping[str, float]) -> None:
+    def record(self, step: int, numbers: Numbers) -> None:
         """Records the results of an evaluation, and says them."""
         self._write({"step": step, **numbers})
         words = " ".join(f"{name} {value:,.4f}" for name, value in numbers.items())

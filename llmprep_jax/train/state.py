@@ -28,11 +28,11 @@ class TrainState:
       key: PRNG key that each step folds its number into.
     """
 
-    step: jax.Array
+    step: Any  # Any throughout: abstract values and shardings come in states too
     params: Any
     opt_state: Any
     ema: Any
-    key: jax.Array
+    key: Any
 
 
 @dataclasses.dataclass(frozen=True)

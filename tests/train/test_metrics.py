@@ -102,7 +102,7 @@ def test_the_bar_shows_loss_speed_and_eta_on_a_terminal():
     progress = Progress(10, 0, console)
     progress.phase("compiling")
     progress.phase("training")
-    progress.update(4, {"loss": 2.5, "tokens_per_s": 1234.0, "mfu": 0.25}, 3661)
+    progress.update(4, {"loss": 2.5, "tokens_per_s": 1234.0, "mfu": 0.25}, 3661.0)
     progress.close()
     for words in ("training", "4/10", "loss 2.5000", "1,234 tok/s", "MFU 25.0%", "eta 1:01:01"):
         assert words in out.getvalue()
