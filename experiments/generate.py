@@ -1,11 +1,11 @@
 """Generate text: one answer, or a chat at the terminal.
 
-    python -m experiments.generate MODEL "What is the capital of France?" [name=value ...]
-    python -m experiments.generate MODEL                      a chat; /reset, /system TEXT, /quit
+python -m experiments.generate MODEL "What is the capital of France?" [name=value ...] python -m
+experiments.generate MODEL                      a chat; /reset, /system TEXT, /quit
 
-MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. Settings: temperature,
-top_k, top_p, min_p, repetition_penalty, max_new_tokens, seed, stop, dtype, adapter (a PEFT folder),
-raw=true (the prompt as it is, without the chat template).
+MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. Settings:
+temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, seed, stop, dtype, adapter (a
+PEFT folder), raw=true (the prompt as it is, without the chat template).
 """
 
 import dataclasses

@@ -220,8 +220,8 @@ def _construct(make: Callable[[], Any], path: tuple[str, ...], new: Mapping[str,
     except UsageError:
         raise
     except (ValueError, TypeError) as error:
-        names = ", ".join(".".join((*path, key)) for key in new) or ".".join(path)
-        raise UsageError(f"{names}: {_one_line(error)}") from error
+        where = ".".join((*path, *new) if len(new) == 1 else path)
+        raise UsageError(f"{where}: {_one_line(error)}".removeprefix(": ")) from error
 
 
 def _unknown_key(path: tuple[str, ...], key: str, known: Iterable[str]) -> UsageError:

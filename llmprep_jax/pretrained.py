@@ -1,12 +1,15 @@
 """Load a model or a processor by path, and save one so that the rest of the world loads it.
 
-A path is a Hugging Face folder, a GGUF file, a run folder of ours, or a hub id. Saving re-opens what it
-wrote and compares logits with the live model before the folder is put in place. The one thing a reader would
-get wrong: `dtype` is that of the weights in memory and of the activations; None keeps the weights as stored.
+A path is a Hugging Face folder, a GGUF file, a run folder of ours, or a hub id. Saving re-opens
+what it wrote and compares logits with the live model before the folder is put in place. The one
+thing a reader would get wrong: `dtype` is that of the weights in memory and of the activations;
+None keeps the weights as stored.
 """
 
 import collections
 import dataclasses
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,14 @@ from typing import Any
 import jax
 from flax import nnx
 
+from llmprep_jax.config import from_dict
 from llmprep_jax.models import registry
-from llmprep_jax.nn.param import Compute
-from llmprep_jax.peft.adapter import is_adapted
+from llmprep_jax.nn.param import AdapterParam, Compute, Param
+from llmprep_jax.peft.adapter import inject, is_adapted
+from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.sharding import use_mesh
 from llmprep_jax.text.processor import Processor
+from llmprep_jax.train.checkpoint import all_steps, read_meta, read_params
 from llmprep_jax.weights import hub, receipt, table
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,19 +40,20 @@ def load_model(
 ) -> nnx.Module:
     """Loads a model.
 
-    Args:
-      path: a Hugging Face folder (config.json and safetensors), a .gguf file, a run folder of ours, or a hub
-        id "org/name", which is downloaded.
-      dtype: "float32", "bfloat16" or "float16"; None as stored (GGUF: float32).
-      mesh: the weights are placed on it, each device reading its part; None: the default device.
-      compute: dtypes, remat and unrolling in detail; its `param_dtype` overrides `dtype`.
+    Args: path: a Hugging Face folder (config.json and safetensors), a .gguf file, a run folder of
+    ours, or a hub id "org/name", which is downloaded. dtype: "float32", "bfloat16" or "float16";
+    None as stored (GGUF: float32). mesh: the weights are placed on it, each device reading its
+    part; None: the default device. compute: dtypes, remat and unrolling in detail; its
+    `param_dtype` overrides `dtype`.
 
-    Raises:
-      FileNotFoundError, ValueError: in one line, with the file and the remedy.
+    Raises: FileNotFoundError, ValueError: in one line, with the file and the remedy.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
-    checkpoint = hub.open_checkpoint(hub.resolve(path))
+    path = hub.resolve(path)
+    if all_steps(path):
+        return _load_run(path, dtype, mesh, compute)
+    checkpoint = hub.open_checkpoint(path)
     family = registry.family_of_type(checkpoint.config.get("model_type"))
     cfg = _read_config(family, checkpoint)
     stored = _stored_dtype(checkpoint)
@@ -63,6 +70,29 @@ def load_model(
             renames=family.renames,
             ignore=family.ignored,
         )
+
+
+def _load_run(
+    path: Path, dtype: str | None, mesh: jax.sharding.Mesh | None, compute: Compute | None
+) -> nnx.Module:
+    """The model of a run's last checkpoint; an adapter is on the base model that the run names."""
+    meta = read_meta(path)
+    trained = from_dict(Compute, meta["run"]["compute"])
+    if dtype is not None:
+        trained = Compute(dtype=dtype, param_dtype=dtype)
+    compute = compute or trained
+    with use_mesh(mesh):
+        if meta["adapter"] is not None:
+            model = load_model(meta["base"], mesh=mesh, compute=compute)
+            model = inject(model, from_dict(LoRA, meta["adapter"]))
+            graph, params, frozen = nnx.split(model, AdapterParam, ...)
+        else:
+            family = registry.family_of_type(meta["config"].get("model_type"))
+            cfg = dataclasses.replace(family.from_hf(meta["config"]), compute=compute)
+            abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
+            graph, params, frozen = nnx.split(abstract, Param, ...)
+        params = read_params(path, nnx.to_pure_dict(params))
+        return nnx.merge(graph, params, nnx.to_pure_dict(frozen))
 
 
 def _read_config(family: registry.Family, checkpoint: Any) -> Any:
@@ -102,16 +132,15 @@ def save_model(
 ) -> Path:
     """Writes a Hugging Face folder that transformers loads.
 
-    The folder is written aside, re-opened, and its logits compared with the live model's on a fixed probe;
-    only then is it put in place, with a receipt of tolerance, difference and versions. A model with adapters
-    is refused: merge it, or save the adapters with `peft.save`.
+    The folder is written aside, re-opened, and its logits compared with the live model's on a fixed
+    probe; only then is it put in place, with a receipt of tolerance, difference and versions. A
+    model with adapters is refused: merge it, or save the adapters with `peft.save`.
 
-    Args:
-      tolerance: largest allowed difference of the probe's logits, as a share of the largest of them.
+    Args: tolerance: largest allowed difference of the probe's logits, as a share of the largest of
+    them.
 
-    Raises:
-      ValueError: the model has adapters, or what was written does not give the same logits.
-      OSError: the folder cannot be written; what stood there before is untouched.
+    Raises: ValueError: the model has adapters, or what was written does not give the same logits.
+    OSError: the folder cannot be written; what stood there before is untouched.
     """
     if is_adapted(model):
         raise ValueError("the model has adapters; save lp.peft.merge(model), or use lp.peft.save")
@@ -121,7 +150,7 @@ def save_model(
         Path(folder),
         config,
         table.export(model, family.weights),
-        extra_files=None if processor is None else processor.save,
+        extra_files=functools.partial(_write_extras, config, processor),
         verify=lambda written: receipt.probe_difference(
             model, load_model(written, compute=model.cfg.compute)
         ),
@@ -129,8 +158,11 @@ def save_model(
     )
 
 
-def abstract_of(config: Mapping[str, Any]) -> nnx.Module:
-    """The model that a config.json describes, without weights: shapes, dtypes and shardings only."""
-    family = registry.family_of_type(config.get("model_type"))
-    cfg = family.from_hf(config)
-    return jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
+def _write_extras(config: Mapping[str, Any], processor: Processor | None, folder: Path) -> None:
+    """The tokenizer's files, and the ids that end a reply, where transformers looks for them."""
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if processor is not None:
+        processor.save(folder)
+        ids["eos_token_id"] = list(processor.tokenizer.stop_ids) or ids["eos_token_id"]
+    ids = {name: value for name, value in ids.items() if value is not None}
+    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")

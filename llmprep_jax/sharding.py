@@ -1,11 +1,12 @@
-"""Logical axes to mesh axes: the only file (with configs/meshes.py) that knows the names of mesh axes.
+"""Logical axes to mesh axes: the only file (with configs/meshes.py) that knows the names of mesh
+axes.
 
-Parameters and contractions name their dimensions by logical axes ("embed", "heads"); `spec` turns these
-into a `PartitionSpec` for the mesh in force, or into None where there is none, so one code runs in a unit
-test and on a pod. A mesh axis is used once in a spec: the first dimension that asks for it gets it, which
-is why ("batch", None, "embed") shards the batch over fsdp and ("embed", "mlp") the weight's rows. The one
-thing a reader would get wrong: a dimension that the mesh axis does not divide (9 heads on 2 devices) is
-replicated, not an error, when `shape` is given.
+Parameters and contractions name their dimensions by logical axes ("embed", "heads"); `spec` turns
+these into a `PartitionSpec` for the mesh in force, or into None where there is none, so one code
+runs in a unit test and on a pod. A mesh axis is used once in a spec: the first dimension that asks
+for it gets it, which is why ("batch", None, "embed") shards the batch over fsdp and ("embed",
+"mlp") the weight's rows. The one thing a reader would get wrong: a dimension that the mesh axis
+does not divide (9 heads on 2 devices) is replicated, not an error, when `shape` is given.
 """
 
 import contextlib
@@ -108,5 +109,5 @@ def spec(*axes: str | None, shape: Sequence[int] | None = None) -> jax.P | None:
 
 
 def sharding_of(x: jax.Array) -> jax.sharding.NamedSharding | None:
-    """The sharding that the type of `x` carries, None without a mesh; what a transposed op restores."""
+    """The sharding that the type of `x` carries; None without a mesh."""
     return jax.typeof(x).sharding if has_mesh() else None

@@ -5,8 +5,11 @@ needs a network or TensorFlow. The one thing a reader would get wrong: TFDS keep
 already holds and says nothing, so `write_array_record` refuses such a folder.
 """
 
+import contextlib
+import io
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,7 +72,9 @@ def write_array_record(documents: Source, folder: str | pathlib.Path) -> pathlib
     path = pathlib.Path(builder.data_path)
     if path.exists():
         raise ValueError(f"{path} holds a dataset already; remove it or choose another folder")
-    builder.download_and_prepare()
+    # TFDS says that it downloads, and makes a folder for that, though there is nothing to download
+    with tempfile.TemporaryDirectory() as nothing, contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_dir=nothing)
     return path
 
 

@@ -1,8 +1,9 @@
 """Timing contenders in turn, so that a ratio between them survives a noisy machine.
 
-Each contender lives in a process of its own (its threads, its peak memory), is built and run once, and then
-all take turns, one call each a round, while the others sleep. Medians are compared. The one thing a reader
-would get wrong: the first call holds tracing and compilation and is reported by itself.
+Each contender lives in a process of its own (its threads, its peak memory), is built and run once,
+and then all take turns, one call each a round, while the others sleep. Medians are compared. The
+one thing a reader would get wrong: the first call holds tracing and compilation and is reported by
+itself.
 """
 
 import dataclasses
@@ -36,14 +37,12 @@ def compete(
 ) -> dict[str, Score]:
     """Times every contender's call, in turn.
 
-    Args:
-      contenders: by name, a function of some module and its keyword arguments; it builds what is timed and
-        returns the call, which must not return before its work is done.
-      rounds: timed calls of each, after the first.
-      pause: seconds before each call, in which the others' threads fall asleep.
+    Args: contenders: by name, a function of some module and its keyword arguments; it builds what
+    is timed and returns the call, which must not return before its work is done. rounds: timed
+    calls of each, after the first. pause: seconds before each call, in which the others' threads
+    fall asleep.
 
-    Raises:
-      RuntimeError: a contender failed; its traceback is on stderr.
+    Raises: RuntimeError: a contender failed; its traceback is on stderr.
     """
     context = multiprocessing.get_context("spawn")
     workers = {}

@@ -1,9 +1,9 @@
 """Generation: one prefill of the prompts, then a loop of single tokens that stays on the device.
 
-The loop is a `jax.lax.while_loop` over the cache, the last logits and a buffer of new tokens; it ends when
-every row has met a stop id. Streaming runs the same loop a few tokens at a time. The one thing a reader
-would get wrong: prompts of unequal length are aligned at their ends (padding left), so that all rows write
-the same cache slot.
+The loop is a `jax.lax.while_loop` over the cache, the last logits and a buffer of new tokens; it
+ends when every row has met a stop id. Streaming runs the same loop a few tokens at a time. The one
+thing a reader would get wrong: prompts of unequal length are aligned at their ends (padding left),
+so that all rows write the same cache slot.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ class State:
 class Engine:
     """A model laid out for generation.
 
-    On a CPU the layers are unrolled for the decode loop: a scan would copy each layer's weights before it
-    multiplies them, and a decode step does little else than read weights.
+    On a CPU the layers are unrolled for the decode loop: a scan would copy each layer's weights
+    before it multiplies them, and a decode step does little else than read weights.
     """
 
     def __init__(self, model: nnx.Module):
@@ -79,15 +79,14 @@ class Engine:
     ) -> State:
         """Reads the prompts in.
 
-        Raises:
-          ValueError: an empty or misshapen batch, a row without a token, or prompt and new tokens together
-            beyond the model's context.
+        Raises: ValueError: an empty or misshapen batch, a row without a token, or prompt and new
+        tokens together beyond the model's context.
         """
         tokens_BT, mask_BT = _align_right(tokens, mask)
         total = tokens_BT.shape[1] + max_new_tokens
         if total > self.cfg.max_seq_len:
             raise ValueError(
-                f"{tokens_BT.shape[1]} prompt tokens and {max_new_tokens} new ones exceed the model's"
+                f"{tokens_BT.shape[1]} prompt tokens and {max_new_tokens} new exceed the model's"
                 f" context of {self.cfg.max_seq_len}; shorten the prompt or max_new_tokens"
             )
         padding = -tokens_BT.shape[1] % PROMPT_STEP
@@ -103,7 +102,7 @@ class Engine:
     def advance(
         self, state: State, until: int, stop_ids: Sequence[int], sampling: Sampling
     ) -> State:
-        """Draws tokens up to `until` in all, or until every row is done. The given state is used up."""
+        """Draws tokens up to `until` in all or until every row is done; uses the given state up."""
         model = self.model if self._unrolled is None else self._unrolled
         # never an empty array: its shape would compile anew
         stops = jnp.asarray([*stop_ids, -1], jnp.int32)
@@ -215,7 +214,7 @@ def stream_tokens(
     pad_id: int = 0,
     **sampling: Any,
 ) -> Iterator[np.ndarray]:
-    """As `generate_tokens`, in blocks of up to `chunk` tokens: int arrays [B, t] as they are drawn."""
+    """As `generate_tokens`, in blocks [B, t] of up to `chunk` tokens as they are drawn."""
     settings = Sampling(**sampling)
     engine = engine_of(model)
     state = engine.start(tokens, mask, settings, max_new_tokens, seed, pad_id)

@@ -1,9 +1,9 @@
 """From logits to the next token: penalties, temperature, and the truncations of the tail.
 
-The order is Hugging Face's, since the settings do not commute: repetition penalty (Keskar et al. 2019),
-temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). The one thing a reader would
-get wrong: each row draws from a key of its own (seed, row, step), so a row's text does not depend on what it
-is batched with.
+The order is Hugging Face's, since the settings do not commute: repetition penalty (Keskar et al.
+2019), temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). The one thing a
+reader would get wrong: each row draws from a key of its own (seed, row, step), so a row's text does
+not depend on what it is batched with.
 """
 
 import dataclasses
@@ -20,12 +20,10 @@ from llmprep_jax.types import Array, Bool, Float, Int
 class Sampling:
     """How tokens are drawn.
 
-    Attributes:
-      temperature: 0 takes the most likely token.
-      top_k: only the k most likely. top_p: the fewest whose probabilities reach p. min_p: those at least
-        min_p times as likely as the most likely one. None: not applied.
-      repetition_penalty: divides the positive and multiplies the negative logits of tokens that the
-        prompt or the text so far holds; 1 changes nothing.
+    Attributes: temperature: 0 takes the most likely token. top_k: only the k most likely. top_p:
+    the fewest whose probabilities reach p. min_p: those at least min_p times as likely as the most
+    likely one. None: not applied. repetition_penalty: divides the positive and multiplies the
+    negative logits of tokens that the prompt or the text so far holds; 1 changes nothing.
     """
 
     temperature: float = 0.0
@@ -52,8 +50,8 @@ def shape_logits(
 ) -> Float[Array, "B V"]:
     """Logits of the distribution that is drawn from; what is ruled out is NEG_INF.
 
-    Args:
-      seen_BV: tokens that the prompt or the text so far holds; needed for a repetition penalty only.
+    Args: seen_BV: tokens that the prompt or the text so far holds; needed for a repetition penalty
+    only.
     """
     if sampling.repetition_penalty != 1.0:
         penalty = sampling.repetition_penalty

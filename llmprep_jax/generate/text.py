@@ -1,7 +1,7 @@
 """Generation from text to text: a processor before and after the engine, stop strings, streaming.
 
-The one thing a reader would get wrong: a stop string may span tokens, so text is held back while its end
-could still become one.
+The one thing a reader would get wrong: a stop string may span tokens, so text is held back while
+its end could still become one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,14 +28,12 @@ def generate(
 ) -> str | list[str] | Iterator[str]:
     """The model's answer to a text or a conversation, or a list of answers to a list of them.
 
-    Args:
-      processor: of the model; makes the tokens and decodes them.
-      stream: return an iterator of pieces of text instead (one prompt only).
-      stop: strings that end an answer; they are cut off. stop_ids: ids that do; None: the tokenizer's.
-      sampling: see `generate_tokens`.
+    Args: processor: of the model; makes the tokens and decodes them. stream: return an iterator of
+    pieces of text instead (one prompt only). stop: strings that end an answer; they are cut off.
+    stop_ids: ids that do; None: the tokenizer's. sampling: see `generate_tokens`.
 
-    Raises:
-      ValueError: images for a text model, a stream of several prompts, or what `generate_tokens` raises.
+    Raises: ValueError: images for a text model, a stream of several prompts, or what
+    `generate_tokens` raises.
     """
     inputs = processor(messages_or_texts, images)
     stop_ids = processor.tokenizer.stop_ids if stop_ids is None else stop_ids

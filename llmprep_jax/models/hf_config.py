@@ -1,8 +1,8 @@
 """What every family's `from_hf` and `to_hf` share: RoPE fields, token ids, and refusals.
 
-Hugging Face wrote RoPE as `rope_theta` + `rope_scaling` up to transformers 4 and as `rope_parameters` from 5
-on; both are read, and both are written so that either reads us. The one thing a reader would get wrong:
-`type` is an old alias of `rope_type`.
+Hugging Face wrote RoPE as `rope_theta` + `rope_scaling` up to transformers 4 and as
+`rope_parameters` from 5 on; both are read, and both are written so that either reads us. The one
+thing a reader would get wrong: `type` is an old alias of `rope_type`.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ def refuse_unsupported(hf: Mapping[str, Any], **allowed: tuple) -> None:
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", "unknown")
         raise ValueError(
-            f"config.json describes weights quantised by {method!r}; load the unquantised checkpoint"
+            f"config.json describes weights quantised by {method!r}; load the original ones"
         )
 
 
@@ -50,7 +50,7 @@ def read_rope(
 
 
 def read_scaling(fields: Mapping[str, Any], max_seq_len: int) -> RopeScaling | None:
-    """A `RopeScaling` from the fields of `rope_scaling` or `rope_parameters`; None for plain RoPE."""
+    """A `RopeScaling` from `rope_scaling`'s or `rope_parameters`' fields; None for plain RoPE."""
     kind = fields.get("rope_type") or fields.get("type") or "default"
     if kind == "default":
         return None

@@ -1,10 +1,10 @@
 """Grouped-query attention (Ainslie et al. 2023): MHA when K = N, MQA when K = 1.
 
-What may see what is described by values, not by a dense mask: each query and key has a position and a
-segment (0 = padding or an empty cache slot), and a key is visible when it is of the same segment, not later
-and within the window. Packing, padding, ring caches and sliding windows are this one rule. The one thing a
-reader would get wrong: query heads of one group are neighbours (heads 0..G-1 share key head 0), as every
-checkpoint has it. Softmax is float32.
+What may see what is described by values, not by a dense mask: each query and key has a position and
+a segment (0 = padding or an empty cache slot), and a key is visible when it is of the same segment,
+not later and within the window. Packing, padding, ring caches and sliding windows are this one
+rule. The one thing a reader would get wrong: query heads of one group are neighbours (heads 0..G-1
+share key head 0), as every checkpoint has it. Softmax is float32.
 """
 
 import dataclasses
@@ -32,10 +32,9 @@ NO_WINDOW = 2**31 - 1  # a window that hides nothing, where the window is a valu
 class Tokens:
     """Where a block of tokens stands.
 
-    Attributes:
-      positions_BT: index of each token in its segment, for RoPE and causality; the tokens of a segment
-        stand in order, so no token of a row sees one further right.
-      segments_BT: which document a token is of; 0 is padding; None: all of one document.
+    Attributes: positions_BT: index of each token in its segment, for RoPE and causality; the tokens
+    of a segment stand in order, so no token of a row sees one further right. segments_BT: which
+    document a token is of; 0 is padding; None: all of one document.
     """
 
     positions_BT: Int[Array, "B T"]
@@ -107,14 +106,14 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the visible keys, in float32 between the two products.
 
-    Keys and values are laid out [B, K, S, H], as the cache holds them: one head's keys are one matrix.
-    `dtype` is that of the products' operands; None keeps q's.
+    Keys and values are laid out [B, K, S, H], as the cache holds them: one head's keys are one
+    matrix. `dtype` is that of the products' operands; None keeps q's.
     """
     dtype = dtype or q_BTNH.dtype
     B, T, N, H = q_BTNH.shape
     heads = spec("batch", "kv_heads", shape=k_BKSH.shape[:2])
     if has_mesh() and heads[1] is None and spec("heads", shape=(N,))[0] is not None:
-        # the mesh splits query heads but not the fewer key heads: give every query head its own copy
+        # the mesh splits query heads but not the fewer key heads: each query head gets a copy
         k_BKSH, v_BKSH = [jnp.repeat(x, N // x.shape[1], axis=1) for x in (k_BKSH, v_BKSH)]
         heads = spec("batch", "heads", shape=(B, N))
     K = k_BKSH.shape[1]
@@ -149,8 +148,9 @@ def attend_in_order(
 ) -> Float[Array, "B T N H"]:
     """Causal attention of a block of tokens to itself; `options` as `attend`.
 
-    Queries go in blocks, each to the keys up to its end alone: what is masked is not computed, which halves
-    a training step's attention on a CPU (7.0 ms against 14.1 forward and backward, SmolLM2-135M, 2 x 256).
+    Queries go in blocks, each to the keys up to its end alone: what is masked is not computed,
+    which halves a training step's attention on a CPU (7.0 ms against 14.1 forward and backward,
+    SmolLM2-135M, 2 x 256).
     """
     T = q_BTNH.shape[1]
     size = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS))
@@ -167,12 +167,10 @@ def attend_in_order(
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions, optional biases, query/key norms and soft cap.
 
-    Args:
-      dim: D. num_heads: N. num_kv_heads: K. head_dim: H.
-      qkv_bias, out_bias: biases of the projections (Qwen2 has the former).
-      qk_norm_eps: epsilon of the (1 + w) norms of each head's queries and keys (Gemma 3); None: no norms.
-      scale: of the scores; None is H^-0.5.
-      soft_cap: tanh cap of the scores, or None.
+    Args: dim: D. num_heads: N. num_kv_heads: K. head_dim: H. qkv_bias, out_bias: biases of the
+    projections (Qwen2 has the former). qk_norm_eps: epsilon of the (1 + w) norms of each head's
+    queries and keys (Gemma 3); None: no norms. scale: of the scores; None is H^-0.5. soft_cap: tanh
+    cap of the scores, or None.
     """
 
     def __init__(

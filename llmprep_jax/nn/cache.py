@@ -1,10 +1,11 @@
 """Key/value caches: all positions, or a ring of the window's size for layers with a sliding window.
 
-A cache is a value: it goes into a forward pass and a new one comes out, and inside jit its buffers are
-updated in place. Slots carry the position and segment of the token that they hold (segment 0: empty), so
-attention needs no notion of full or ring. All rows write the same slots: ragged batches are padded on the
-left. The one thing a reader would get wrong: a ring of W slots is enough for a window of W only while one
-token comes at a time; a longer block attends to the old ring and to itself, and writes afterwards.
+A cache is a value: it goes into a forward pass and a new one comes out, and inside jit its buffers
+are updated in place. Slots carry the position and segment of the token that they hold (segment 0:
+empty), so attention needs no notion of full or ring. All rows write the same slots: ragged batches
+are padded on the left. The one thing a reader would get wrong: a ring of W slots is enough for a
+window of W only while one token comes at a time; a longer block attends to the old ring and to
+itself, and writes afterwards.
 """
 
 import dataclasses
@@ -21,12 +22,11 @@ from llmprep_jax.types import Array, Float, Int
 class KVCache:
     """Keys and values of some layers.
 
-    Attributes:
-      k, v: [L, B, K, S, H], or a tuple of one [B, K, S, H] a layer (for layers that run unrolled).
-      positions_BS, segments_BS: of the token in each slot; segment 0 is an empty slot or padding.
-      length: tokens written so far, a scalar; the next goes into slot `length` (modulo S in a ring).
-      block: positions and segments of the tokens being written, between `begin` and `end`.
-      is_ring: whether slots are reused.
+    Attributes: k, v: [L, B, K, S, H], or a tuple of one [B, K, S, H] a layer (for layers that run
+    unrolled). positions_BS, segments_BS: of the token in each slot; segment 0 is an empty slot or
+    padding. length: tokens written so far, a scalar; the next goes into slot `length` (modulo S in
+    a ring). block: positions and segments of the tokens being written, between `begin` and `end`.
+    is_ring: whether slots are reused.
     """
 
     k: Array | tuple[Array, ...]
@@ -73,7 +73,7 @@ class KVCache:
         return self.positions_BS.shape[1]
 
     def begin(self, positions_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"]) -> "KVCache":
-        """Announces the tokens of a forward pass; each layer then calls `update`, and the model `end`."""
+        """Announces a forward pass's tokens; each layer then calls `update`, the model `end`."""
         return dataclasses.replace(self, block=(positions_BT, segments_BT))
 
     def update(
@@ -81,9 +81,8 @@ class KVCache:
     ) -> tuple["KVCache", Array, Array, tuple[Array, Array]]:
         """Writes one layer's new keys and values.
 
-        Returns:
-          the cache, then the keys, the values, and the (positions, segments) that the new tokens may attend
-          to, in slot order.
+        Returns: the cache, then the keys, the values, and the (positions, segments) that the new
+        tokens may attend to, in slot order.
         """
         k_BKTH, v_BKTH = k_BKTH.astype(self._dtype), v_BKTH.astype(self._dtype)
         old_k, old_v = self._layer(layer)
@@ -141,7 +140,7 @@ class KVCache:
         return dataclasses.replace(self, k=write(self.k, k_BKTH), v=write(self.v, v_BKTH))
 
     def _put(self, slots: Array, new: Array, axis: int, layer: int | Array | None = None) -> Array:
-        """Writes `new` along the slot `axis`, at the next free slots (the oldest ones in a ring)."""
+        """Writes `new` along the slot `axis`, at the next free slots (a ring's oldest)."""
         num_new = new.shape[axis]
         start = [0] * slots.ndim
         if layer is not None:

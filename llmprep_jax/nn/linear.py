@@ -1,10 +1,11 @@
 """Linear maps as einsums, and the embedding table.
 
-Every dense layer of a transformer is one einsum of an activation with a weight whose dimensions stay
-unmerged: `"BTD,DNH->BTNH"` for a query projection. `contract` is its matrix product: operands in one dtype,
-accumulation in float32, forward and backward. The one thing a reader would get wrong: autodiff of a bf16
-product with a float32 result multiplies a float32 cotangent with bf16 operands, which runs at half speed;
-hence the custom rule, which rounds the cotangent to the operands' dtype first.
+Every dense layer of a transformer is one einsum of an activation with a weight whose dimensions
+stay unmerged: `"BTD,DNH->BTNH"` for a query projection. `contract` is its matrix product: operands
+in one dtype, accumulation in float32, forward and backward. The one thing a reader would get wrong:
+autodiff of a bf16 product with a float32 result multiplies a float32 cotangent with bf16 operands,
+which runs at half speed; hence the custom rule, which rounds the cotangent to the operands' dtype
+first.
 """
 
 import functools
@@ -12,21 +13,22 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmprep_jax.nn.param import Compute, param
 from llmprep_jax.sharding import has_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float, Int
 
 fan_in_normal = jax.nn.initializers.lecun_normal
+PRODUCT = "product"  # name of a `contract`'s result, for what the backward pass keeps
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def contract(eqn: str, x: Array, w: Array, dtype: jnp.dtype, axes: tuple[str | None, ...]) -> Array:
     """Einsum of `x` and `w` with operands in `dtype`, a float32 sum, and the result in x's dtype.
 
-    Args:
-      eqn: the einsum, e.g. "BTD,DNH->BTNH"; each input dimension is in the other input or in the output.
-      axes: logical axes of the result, for its sharding.
+    Args: eqn: the einsum, e.g. "BTD,DNH->BTNH"; each input dimension is in the other input or in
+    the output. axes: logical axes of the result, for its sharding.
     """
     return _product(eqn, x, w, dtype, x.dtype, axes)
 
@@ -48,7 +50,9 @@ def _product(eqn, x, w, dtype, out_dtype, axes=None, sharding=None):
 
 
 def _contract_forward(eqn, x, w, dtype, axes):
-    return contract(eqn, x, w, dtype, axes), (x, w)
+    # named after its cast: under remat "dots" this is kept, in x's dtype, and not the float32 sum
+    y = checkpoint_name(_product(eqn, x, w, dtype, x.dtype, axes), PRODUCT)
+    return y, (x, w)
 
 
 def _contract_backward(eqn, dtype, axes, residuals, dy):
@@ -92,9 +96,10 @@ class Einsum(nnx.Module):
         inputs = [i for i, dim in enumerate(w_dims) if dim not in y_dims]
         init = fan_in_normal(in_axis=inputs, out_axis=outputs)
         self.w = param(rngs, shape, axes, init, compute.param_dtype)
-        b_shape, b_axes = [tuple(of[i] for i in outputs) for of in (shape, axes)]
-        zeros = jax.nn.initializers.zeros
-        self.b = param(rngs, b_shape, b_axes, zeros, compute.param_dtype) if bias else None
+        self.b = None
+        if bias:  # replicated: it is small, and may be added to whatever layout the result has
+            b_shape, zeros = tuple(shape[i] for i in outputs), jax.nn.initializers.zeros
+            self.b = param(rngs, b_shape, (None,) * len(b_shape), zeros, compute.param_dtype)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = contract(self.eqn, x, self.w[...], self.dtype, self.out_axes)
@@ -102,7 +107,7 @@ class Einsum(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """A table of token embeddings, [V, D], that also serves as the output head when weights are tied."""
+    """A table of token embeddings, [V, D], and the output head of models that tie it."""
 
     def __init__(self, vocab_size: int, dim: int, *, compute: Compute, rngs: nnx.Rngs):
         self.compute = compute
@@ -127,7 +132,7 @@ class Embed(nnx.Module):
 def contract_logits(
     eqn: str, x_BTD: Float[Array, "B T D"], w: Float[Array, "..."], dtype: jnp.dtype
 ) -> Float[Array, "B T V"]:
-    """The output head: as `contract`, but the logits stay in float32 for the softmax and the loss."""
+    """The output head: `contract` whose result stays in float32, for the softmax and the loss."""
     return contract(eqn, x_BTD.astype(jnp.float32), w, dtype, ("batch", "seq", "vocab"))
 
 

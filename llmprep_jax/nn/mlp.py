@@ -1,7 +1,7 @@
 """The feed-forward layers: gated (Shazeer 2020, GLU Variants: SwiGLU, GeGLU) and plain.
 
-The one thing a reader would get wrong: `jax.nn.gelu` is the tanh form by default; here "gelu" is the exact
-(erf) one and "gelu_tanh" the approximation, as the checkpoints mean them.
+The one thing a reader would get wrong: `jax.nn.gelu` is the tanh form by default; here "gelu" is
+the exact (erf) one and "gelu_tanh" the approximation, as the checkpoints mean them.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """RMSNorm (Zhang and Sennrich 2019) in its two released forms, and LayerNorm (Ba et al. 2016).
 
-All statistics are float32. The one thing a reader would get wrong: Gemma stores w and scales by 1 + w in
-float32 before it casts (`zero_centered=True`), Llama casts first and multiplies by w afterwards; in float32
-they agree, in bf16 they round differently.
+All statistics are float32. The one thing a reader would get wrong: Gemma stores w and scales by 1 +
+w in float32 before it casts (`zero_centered=True`), Llama casts first and multiplies by w
+afterwards; in float32 they agree, in bf16 they round differently.
 """
 
 import jax

@@ -1,9 +1,9 @@
 """Variables by role, and how a parameter is born: in its dtype and already sharded.
 
 The class of a variable tells who may change it: `Param` is trained, `AdapterParam` belongs to a
-parameter-efficient method, `Buffer` is state without a gradient. `nnx.split(model, AdapterParam, ...)` is
-therefore all that fine-tuning needs. The one thing a reader would get wrong: `AdapterParam` is no subclass
-of `Param`, so splitting by `Param` gives the base weights alone.
+parameter-efficient method, `Buffer` is state without a gradient. `nnx.split(model, AdapterParam,
+...)` is therefore all that fine-tuning needs. The one thing a reader would get wrong:
+`AdapterParam` is no subclass of `Param`, so splitting by `Param` gives the base weights alone.
 """
 
 import dataclasses
@@ -31,14 +31,12 @@ class Buffer(nnx.Variable):
 class Compute:
     """How a model computes, as opposed to what it computes.
 
-    Attributes:
-      dtype: dtype of activations.
-      matmul_dtype: dtype of the operands of large matrix products, whose results are accumulated in float32;
-        None means `dtype`. On CPUs with bf16 instructions, float32 activations with bf16 operands are the
-        fastest way to train (2 x float32, 2.5 x bf16 activations).
-      param_dtype: dtype in which parameters are created.
-      remat: what the backward pass recomputes: "none", "full" or "dots" (keeps matrix products).
-      unroll: layers a step of the scan; 0 unrolls all (faster steps on CPU, slower compilation).
+    Attributes: dtype: dtype of activations. matmul_dtype: dtype of the operands of large matrix
+    products, whose results are accumulated in float32; None means `dtype`. On CPUs with bf16
+    instructions, float32 activations with bf16 operands are the fastest way to train (2 x float32,
+    2.5 x bf16 activations). param_dtype: dtype in which parameters are created. remat: what the
+    backward pass recomputes: "none", "full" or "dots" (keeps matrix products). unroll: layers a
+    step of the scan; 0 unrolls all (faster steps on CPU, slower compilation).
     """
 
     dtype: str = "float32"

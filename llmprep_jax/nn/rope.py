@@ -1,9 +1,10 @@
 """Rotary position embedding (Su et al. 2021, RoFormer section 3.2) and its context-extension rules.
 
-Pair i of a head's dimensions is rotated by the angle p * f_i, with f_i = base^(-2i/H). Two layouts of the
-pairs are in use: half-split (i, i + H/2), which Llama and Gemma release, and interleaved (2i, 2i + 1), the
-paper's and DeepSeek's. The one thing a reader would get wrong: a context extension changes the frequencies,
-never the positions, so an angle is computed for any position and nothing is clamped to a table's end.
+Pair i of a head's dimensions is rotated by the angle p * f_i, with f_i = base^(-2i/H). Two layouts
+of the pairs are in use: half-split (i, i + H/2), which Llama and Gemma release, and interleaved
+(2i, 2i + 1), the paper's and DeepSeek's. The one thing a reader would get wrong: a context
+extension changes the frequencies, never the positions, so an angle is computed for any position and
+nothing is clamped to a table's end.
 """
 
 import dataclasses
@@ -20,15 +21,13 @@ from llmprep_jax.types import Array, Float, Int
 class RopeScaling:
     """How the frequencies are changed to reach beyond the trained context.
 
-    Attributes:
-      kind: "linear" (Chen et al. 2023, position interpolation), "ntk" (base * factor^(H/(H-2))), "llama3"
-        (Llama 3.1), or "yarn" (Peng et al. 2023).
-      factor: by how much the context grows.
-      original_max_seq_len: the trained context; used by llama3 and yarn.
-      low_freq_factor, high_freq_factor: llama3's borders, in turns over the trained context.
-      beta_fast, beta_slow: yarn's borders, in turns over the trained context.
-      attention_factor: yarn's multiplier of cos and sin; None derives it (from mscale or factor).
-      mscale, mscale_all_dim: DeepSeek's two yarn temperatures; 0 means not given.
+    Attributes: kind: "linear" (Chen et al. 2023, position interpolation), "ntk" (base *
+    factor^(H/(H-2))), "llama3" (Llama 3.1), or "yarn" (Peng et al. 2023). factor: by how much the
+    context grows. original_max_seq_len: the trained context; used by llama3 and yarn.
+    low_freq_factor, high_freq_factor: llama3's borders, in turns over the trained context.
+    beta_fast, beta_slow: yarn's borders, in turns over the trained context. attention_factor:
+    yarn's multiplier of cos and sin; None derives it (from mscale or factor). mscale,
+    mscale_all_dim: DeepSeek's two yarn temperatures; 0 means not given.
     """
 
     kind: Literal["linear", "ntk", "llama3", "yarn"]

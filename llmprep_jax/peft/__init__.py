@@ -1,4 +1,4 @@
-"""Parameter-efficient fine-tuning: `inject` a method, `split` what trains, `merge`, `save` and `load`."""
+"""Parameter-efficient fine-tuning: `inject`, `split`, `merge`, `save` and `load` adapters."""
 
 from llmprep_jax.peft.adapter import count, inject, is_adapted, merge, split, strip
 from llmprep_jax.peft.lora import LoRA

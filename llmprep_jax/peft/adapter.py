@@ -2,8 +2,9 @@
 
 A method is three functions of one layer (`init`, `forward`, `merge`) with its settings in a frozen
 dataclass; `inject` wraps every targeted layer of a stack at once. Training is then
-`nnx.split(model, AdapterParam, ...)`. The one thing a reader would get wrong: the wrapped model shares the
-base model's arrays, nothing is copied, and the base's own step of training is what `split` leaves out.
+`nnx.split(model, AdapterParam, ...)`. The one thing a reader would get wrong: the wrapped model
+shares the base model's arrays, nothing is copied, and the base's own step of training is what
+`split` leaves out.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
 
-Targets = str | tuple[str, ...]
+Targets = str | tuple[str, ...] | list[str]
 
 
 @runtime_checkable
@@ -46,7 +47,7 @@ class Method(Protocol):
 
 
 class Adapted(nnx.Module):
-    """A linear layer and the adapter around it; its parameters are attributes by the method's names."""
+    """A linear layer and the adapter around it, whose parameters are attributes."""
 
     def __init__(self, base: Einsum, method: Method, params: Mapping[str, Array]):
         self.base, self.method, self.names = base, method, tuple(params)
@@ -63,19 +64,18 @@ class Adapted(nnx.Module):
 def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     """A model with `method` around its targeted layers; the given model is unchanged.
 
-    Targets are "all-linear" (every linear layer but the output head), names, or one regex for whole paths.
-    A name is ours ("attn.q") or Hugging Face's ("q_proj"), matched as PEFT does: the path equals it or ends
-    with "." and it.
+    Targets are "all-linear" (every linear layer but the output head), names, or one regex for whole
+    paths. A name is ours ("attn.q") or Hugging Face's ("q_proj"), matched as PEFT does: the path
+    equals it or ends with "." and it.
 
-    Raises:
-      ValueError: a target matches no layer, or a rank exceeds a layer's dimensions.
+    Raises: ValueError: a target matches no layer, or a rank exceeds a layer's dimensions.
     """
     layers = linear_layers(model)
     chosen = {path for path in layers if matches(method.targets, layers[path])}
     _check_targets(method.targets, layers)
     rngs = nnx.Rngs(seed)
     methods = {path: method.resolve(layers[path]) for path in sorted(chosen)}
-    keys = {path: rngs.params() for path in methods}  # by path: adding a target changes no other
+    keys = {path: rngs.params() for path in sorted(layers)}  # so another target changes no other
 
     def wrap(path: tuple, node: Any) -> Any:
         name = ".".join(map(str, path))
@@ -104,7 +104,7 @@ def stacked(base: Einsum) -> int | None:
 
 
 def bases(model: nnx.Module) -> dict[str, Einsum]:
-    """A model's linear layers by path; one with an adapter goes by the path that the adapter took."""
+    """A model's linear layers by path; an adapted one by the path that its adapter took."""
     found: dict[str, Einsum] = {}
 
     def visit(path: tuple, node: Any) -> Any:
@@ -130,12 +130,16 @@ def methods(model: nnx.Module) -> dict[str, Method]:
 
 
 def linear_layers(model: nnx.Module) -> dict[str, tuple[str, ...]]:
-    """Paths of a model's linear layers, each with the names it goes by: ours, and Hugging Face's if known."""
+    """Paths of a model's linear layers, with their names: ours, and Hugging Face's if known."""
     table = getattr(model, "weights", {})
-    theirs = {
-        path: table.get(f"{path}.w", ("",))[0].removesuffix(".weight") for path in bases(model)
-    }
+    theirs = {path: table.get(weight_name(path), ("",))[0] for path in bases(model)}
+    theirs = {path: name.removesuffix(".weight") for path, name in theirs.items()}
     return {path: (path, name) if name else (path,) for path, name in theirs.items()}
+
+
+def weight_name(path: str) -> str:
+    """The weight table's name of a layer's weight; the numbers of layers in a list are left out."""
+    return ".".join([part for part in path.split(".") if not part.isdigit()] + ["w"])
 
 
 def matches(targets: Targets, names: Sequence[str]) -> bool:
@@ -150,6 +154,11 @@ def matches(targets: Targets, names: Sequence[str]) -> bool:
 
 
 def _check_targets(targets: Targets, layers: Mapping[str, Sequence[str]]) -> None:
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"target {targets!r} is no regex: {error}") from error
     each = [targets] if isinstance(targets, str) else [(target,) for target in targets]
     for target in each:
         if any(matches(target, names) for names in layers.values()):

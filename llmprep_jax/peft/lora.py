@@ -1,9 +1,11 @@
-"""LoRA (Hu et al. 2021, section 4.1): W + s B A with a low rank r, s = alpha / r; only A and B are trained.
+"""LoRA (Hu et al. 2021, section 4.1): W + s B A with a low rank r, s = alpha / r; only A and B are
+trained.
 
-The weights are einsum weights with unmerged dimensions, so A is [inputs..., r] and B [r, outputs...]. With
-`rslora` s = alpha / sqrt(r) (Kalajdzievski 2023). LoRA+ (Hayou et al. 2024) is a setting of the optimiser,
-which finds B by its name, `lora_b`. The one thing a reader would get wrong: A is drawn from U(+-1/sqrt(fan
-in)) and B is zero, so the model is unchanged, bit for bit, until the first step.
+The weights are einsum weights with unmerged dimensions, so A is [inputs..., r] and B [r,
+outputs...]. With `rslora` s = alpha / sqrt(r) (Kalajdzievski 2023). LoRA+ (Hayou et al. 2024) is a
+setting of the optimiser, which finds B by its name, `lora_b`. The one thing a reader would get
+wrong: A is drawn from U(+-1/sqrt(fan in)) and B is zero, so the model is unchanged, bit for bit,
+until the first step.
 """
 
 import dataclasses
@@ -20,23 +22,22 @@ from llmprep_jax.nn.linear import Einsum, contract
 from llmprep_jax.peft.adapter import Targets
 from llmprep_jax.sharding import spec
 
-Pattern = tuple[tuple[str, float], ...]
+Number = float | int
+Pattern = tuple[tuple[str, Number], ...] | Mapping[str, Number]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     """Settings of LoRA.
 
-    Attributes:
-      rank: r. alpha: the scale is alpha / rank, or alpha / sqrt(rank) with `rslora`.
-      targets: which layers, see `adapter.inject`.
-      rank_pattern, alpha_pattern: (name or regex of a path's end, value) for layers that differ; the first
-        that matches holds.
-      dtype: of the adapter's parameters.
+    Attributes: rank: r. alpha: the scale is alpha / rank, or alpha / sqrt(rank) with `rslora`.
+    targets: which layers, see `adapter.inject`. rank_pattern, alpha_pattern: (name or regex of a
+    path's end, value) for layers that differ; the first that matches holds. dtype: of the adapter's
+    parameters.
     """
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: Number = 32.0
     targets: Targets = "all-linear"
     rslora: bool = False
     rank_pattern: Pattern = ()
@@ -120,7 +121,7 @@ def num_inputs(base: Einsum) -> int:
     return len(dims(base)[1])
 
 
-def _first(pattern: Pattern, names: Sequence[str]) -> float | None:
+def _first(pattern: Pattern, names: Sequence[str]) -> Number | None:
     """PEFT's rule: the first key that matches the end of a path, whole names only."""
     for key, value in pattern:
         if any(re.fullmatch(rf"(.*\.)?({key})", name.replace("{l}", "0")) for name in names):

@@ -1,8 +1,9 @@
 """Hugging Face PEFT adapter folders, both ways: adapter_config.json and adapter_model.safetensors.
 
-PEFT keeps A as (r, in) and B as (out, r), one pair a layer, under `base_model.model.` and the base's module
-path; the base's own weight table therefore gives names and layouts. The one thing a reader would get wrong:
-the files decide which layers are adapted, not `target_modules`; layers without a pair get a zero B.
+PEFT keeps A as (r, in) and B as (out, r), one pair a layer, under `base_model.model.` and the
+base's module path; the base's own weight table therefore gives names and layouts. The one thing a
+reader would get wrong: the files decide which layers are adapted, not `target_modules`; layers
+without a pair get a zero B.
 """
 
 import dataclasses
@@ -70,15 +71,14 @@ def save(
 ) -> Path:
     """Writes a folder that PEFT loads onto the base model.
 
-    It is written aside, re-opened on the model's own base, and put in place only if the logits agree.
+    It is written aside, re-opened on the model's own base, and put in place only if the logits
+    agree.
 
-    Args:
-      base_model: name or path of the base, for `base_model_name_or_path`.
-      tolerance: largest allowed difference of the probe's logits, as a share of the largest of them.
+    Args: base_model: name or path of the base, for `base_model_name_or_path`. tolerance: largest
+    allowed difference of the probe's logits, as a share of the largest of them.
 
-    Raises:
-      ValueError: the model has no adapters, or what was written gives other logits.
-      OSError: the folder cannot be written.
+    Raises: ValueError: the model has no adapters, or what was written gives other logits. OSError:
+    the folder cannot be written.
     """
     if not adapter.is_adapted(model):
         raise ValueError("the model has no adapters; save_model writes whole models")
@@ -129,8 +129,8 @@ def _config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
 def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     """A model with the adapters of a PEFT folder; the given model is unchanged.
 
-    Raises:
-      FileNotFoundError, ValueError: the folder is damaged, is of another base or method, or is pickled.
+    Raises: FileNotFoundError, ValueError: the folder is damaged, is of another base or method, or
+    is pickled.
     """
     if adapter.is_adapted(model):
         raise ValueError("the model has adapters already; load onto lp.peft.strip(model)")
@@ -187,8 +187,8 @@ Pairs = dict[str, dict[int | None, dict[str, str]]]
 def _pairs(model: nnx.Module, file: SafetensorsFile) -> Pairs:
     """The tensors of a file by what they adapt.
 
-    Raises:
-      ValueError: tensors that the model has no place for, halves of pairs, wrong shapes; all are listed.
+    Raises: ValueError: tensors that the model has no place for, halves of pairs, wrong shapes; all
+    are listed.
     """
     bases, table = adapter.bases(model), adapter_table(model.weights)
     known = {}

@@ -53,7 +53,7 @@ class RunConfig(FitConfig):
     """
 
     model: str | None = None
-    architecture: Any = None
+    architecture: Any | None = None
     tokenizer: str | None = None
     adapter: LoRA | None = None
     data: DataConfig

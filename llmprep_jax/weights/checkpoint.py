@@ -7,13 +7,14 @@ checked against the shards before anything is read, and pickled weights are neve
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from llmprep_jax.weights.safetensors import INDEX, SINGLE, SafetensorsFile, one_line, quoted
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """Tensors by name, and the config.json that describes them."""
 

@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import einops
 import jax
@@ -24,7 +25,7 @@ from flax import nnx
 from llmprep_jax.weights.checkpoint import Checkpoint
 
 Table = Mapping[str, tuple[str, str]]
-Index = tuple[slice, ...]
+Index = tuple[Any, ...]  # slices, or an ellipsis
 BUFFERS = (r"rotary_emb\.inv_freq$", r"\.position_ids$")  # in old files; computed, not loaded
 _HEAD, _EMBED = "head.w", "embed.w"  # paths of the two that a model may tie
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -146,11 +147,17 @@ def load(
             if progress is not None:
                 progress(row.path)
             names = {place: found[name] for place, name in row.names().items()}
-            sharding = variable.get_value().sharding
-            flat.append(
-                (path, variable.replace(_read(row, names, checkpoint, dtype, sharding, pool)))
-            )
+            sharding = _on_devices(variable.get_value().sharding)
+            value = _read(row, names, checkpoint, dtype, sharding, pool)
+            flat.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _on_devices(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
+    """An abstract array's sharding with the devices of the mesh in force."""
+    if not isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
+        return sharding
+    return jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec)
 
 
 def _canonical_names(
@@ -189,7 +196,7 @@ def _check(
         for kind, lines in (
             ("missing", sorted(missing)),
             ("unexpected", sorted(unexpected)),
-            ("of another shape", misshapen),
+            ("of another shape", sorted(misshapen)),
         )
         if lines
     ]
@@ -268,8 +275,8 @@ def _assemble(
     across = map if len(places) > 1 else pool.map  # one tensor is shared out in bands
 
     def fill(i: int) -> None:
-        tensor = row.to_ours(checkpoint.read(names[places[i]]))[index[depth:]]
-        copy = lambda band: np.copyto(out[i][band], tensor[band], casting="unsafe")  # noqa: E731
+        tensor = row.to_ours(checkpoint.read(names[places[i]]))[(*index[depth:], ...)]
+        copy = lambda band: np.copyto(out[(i, *band)], tensor[band], casting="unsafe")  # noqa: E731
         list(across(copy, _bands(tensor)))
 
     list((pool.map if len(places) > 1 else map)(fill, range(len(places))))
@@ -279,7 +286,7 @@ def _assemble(
 def _bands(tensor: np.ndarray) -> Iterator[Index]:
     """Indices of parts of about `_BAND` bytes that lie together where the tensor is read from."""
     if tensor.nbytes <= _BAND:
-        yield ()
+        yield (...,)
         return
     axis = int(np.argmax(tensor.strides))
     size = tensor.shape[axis]
@@ -328,5 +335,5 @@ def export(
         row = rows[".".join(map(str, path))]
         stacked = np.asarray(jax.device_get(variable[...]))
         for place, name in row.names().items():
-            array = row.to_theirs(stacked[place])
+            array = row.to_theirs(stacked[(*place, ...)])
             yield name, array if dtype is None else array.astype(jnp.dtype(dtype))

@@ -14,9 +14,7 @@ from llmprep_jax.models.llama.config import Config as LlamaConfig
 _LLAMA = dict(vocab_size=96, dim=48, mlp_dim=64, num_layers=3, head_dim=8, max_seq_len=128)
 
 CONFIGS = {
-    "llama-tied-9-3-heads": LlamaConfig(
-        **_LLAMA, num_heads=9, num_kv_heads=3, tie_embeddings=True
-    ),
+    "llama-tied-9-3-heads": LlamaConfig(**_LLAMA, num_heads=9, num_kv_heads=3, tie_embeddings=True),
     "qwen2-window": LlamaConfig(
         **_LLAMA,
         num_heads=4,

@@ -1,8 +1,8 @@
 """Shapes of Gemma 3's text models (Gemma 3 technical report 2025, section 2): 270M to 27B.
 
-Hub files omit most fields, so the defaults in `from_hf` decide; they are transformers'. The one thing a
-reader would get wrong: the window is 512 for 270M and 1B and 1024 above, and 27B scales its scores by
-168^-0.5, which is neither its head width nor what the other sizes do.
+Hub files omit most fields, so the defaults in `from_hf` decide; they are transformers'. The one
+thing a reader would get wrong: the window is 512 for 270M and 1B and 1024 above, and 27B scales its
+scores by 168^-0.5, which is neither its head width nor what the other sizes do.
 """
 
 import dataclasses
@@ -25,14 +25,12 @@ from llmprep_jax.nn.rope import RopeScaling
 class Config:
     """One Gemma 3 text model.
 
-    Attributes:
-      rope_base, rope_scaling: of the global layers. rope_local_base: of the local ones, never scaled.
-      query_scale: the scores are multiplied by query_scale^-0.5 (Hugging Face's query_pre_attn_scalar).
-      window: tokens that a local layer sees, the query included.
-      global_every: layer i is global when (i + 1) % global_every == 0.
-      is_local: says so layer by layer instead, if given.
-      logits_soft_cap: tanh cap of the logits, None in every release.
-      multimodal: whether the checkpoint is a multimodal one whose language model this is.
+    Attributes: rope_base, rope_scaling: of the global layers. rope_local_base: of the local ones,
+    never scaled. query_scale: the scores are multiplied by query_scale^-0.5 (Hugging Face's
+    query_pre_attn_scalar). window: tokens that a local layer sees, the query included.
+    global_every: layer i is global when (i + 1) % global_every == 0. is_local: says so layer by
+    layer instead, if given. logits_soft_cap: tanh cap of the logits, None in every release.
+    multimodal: whether the checkpoint is a multimodal one whose language model this is.
     """
 
     vocab_size: int

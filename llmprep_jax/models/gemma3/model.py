@@ -1,9 +1,10 @@
-"""Gemma 3's language model (Gemma 3 technical report 2025, section 2.1): five local layers to a global one.
+"""Gemma 3's language model (Gemma 3 technical report 2025, section 2.1): five local layers to a
+global one.
 
-x <- x + norm(Attention(norm(x))); x <- x + norm(GeGLU(norm(x))), every norm scaling by 1 + w; queries and
-keys normed per head; local layers rotate by base 10k and see a window, global ones by base 1M and see all.
-The one thing a reader would get wrong: embeddings are multiplied by sqrt(D) rounded to the dtype of the
-weights (25.25 for 270M in bf16, not 25.298), the tied head is not.
+x <- x + norm(Attention(norm(x))); x <- x + norm(GeGLU(norm(x))), every norm scaling by 1 + w;
+queries and keys normed per head; local layers rotate by base 10k and see a window, global ones by
+base 1M and see all. The one thing a reader would get wrong: embeddings are multiplied by sqrt(D)
+rounded to the dtype of the weights (25.25 for 270M in bf16, not 25.298), the tied head is not.
 """
 
 import functools
@@ -221,7 +222,9 @@ class Model(nnx.Module):
             dtype=dtype or cfg.compute.dtype,
             per_layer=isinstance(self.layers, nnx.List),
         )
+        num_full = cfg.num_layers - num_local
+        # one layer at least: scanned layers compile both kinds, whether or not there are both
         return Caches(
-            create(num_local, num_slots=min(cfg.window, max_len), is_ring=True),
-            create(cfg.num_layers - num_local, num_slots=max_len),
+            create(max(num_local, 1), num_slots=min(cfg.window, max_len), is_ring=True),
+            create(max(num_full, 1), num_slots=max_len),
         )

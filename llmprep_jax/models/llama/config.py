@@ -1,8 +1,10 @@
-"""Shapes of the Llama family: Llama 2/3.x, SmolLM2, Qwen2/2.5, DeepSeek-LLM and the DeepSeek-R1 distills.
+"""Shapes of the Llama family: Llama 2/3.x, SmolLM2, Qwen2/2.5, DeepSeek-LLM and the DeepSeek-R1
+distills.
 
-One architecture, a few switches: Qwen2 has biases on queries, keys and values, small models tie their
-embeddings, Llama 3.1 and later scale RoPE. Hugging Face's field names occur in `from_hf` and `to_hf` only.
-The one thing a reader would get wrong: the R1 distill of Qwen-1.5B is not tied although its base model is.
+One architecture, a few switches: Qwen2 has biases on queries, keys and values, small models tie
+their embeddings, Llama 3.1 and later scale RoPE. Hugging Face's field names occur in `from_hf` and
+`to_hf` only. The one thing a reader would get wrong: the R1 distill of Qwen-1.5B is not tied
+although its base model is.
 """
 
 import dataclasses
@@ -25,10 +27,9 @@ from llmprep_jax.nn.rope import RopeScaling
 class Config:
     """One model of the family.
 
-    Attributes:
-      window: sliding window of the layers from `first_window_layer` on; None: no layer has one.
-      bos_id, eos_ids, pad_id: token ids that the checkpoint's config states; for generation and export.
-      model_type: how Hugging Face calls the architecture: "llama" or "qwen2".
+    Attributes: window: sliding window of the layers from `first_window_layer` on; None: no layer
+    has one. bos_id, eos_ids, pad_id: token ids that the checkpoint's config states; for generation
+    and export. model_type: how Hugging Face calls the architecture: "llama" or "qwen2".
     """
 
     vocab_size: int

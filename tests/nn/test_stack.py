@@ -1,0 +1,93 @@
+"""Layers as data: run in every way they give one result, and remat keeps what it says it keeps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llmprep_jax.nn.mlp import GatedMlp
+from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.stack import scan, stack, unstack
+
+make_layer = functools.partial(GatedMlp, 8, 16, compute=Compute())
+SCALES = np.array([1.0, 0.5, 2.0, -1.0], np.float32)
+
+
+def make_layers(num_layers=4):
+    return stack(make_layer, num_layers, rngs=nnx.Rngs(0))
+
+
+def step(layer, x, scale):
+    return x + scale * layer(x)
+
+
+def run(layers, x, **compute):
+    return scan(step, layers, x, SCALES, compute=Compute(**compute))
+
+
+def draw():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
+
+
+def count(primitive, jaxpr):
+    """Times that a primitive occurs in a jaxpr, scans and remats looked into."""
+    inner = jax.tree.leaves(
+        [eqn.params for eqn in jaxpr.eqns],
+        is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+    )
+    jaxprs = [getattr(x, "jaxpr", x) for x in inner if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+    here = sum(eqn.primitive.name == primitive for eqn in jaxpr.eqns)
+    return here + sum(count(primitive, each) for each in jaxprs)
+
+
+def test_a_stack_is_one_layer_with_a_leading_axis_and_other_weights_in_each_place():
+    w = make_layers().up.w[...]
+    assert w.shape == (4, 8, 16)
+    assert len({float(layer[0, 0]) for layer in w}) == 4
+
+
+@pytest.mark.parametrize("unroll", [1, 2, 0])
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
+def test_every_way_to_run_layers_is_a_loop_over_them(unroll, remat, listed):
+    layers, x = make_layers(), draw()
+    expected = x
+    for index, scale in enumerate(SCALES):
+        layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
+        expected = expected + scale * layer(expected)
+    layers = unstack(layers) if listed else layers
+    np.testing.assert_allclose(run(layers, x, unroll=unroll, remat=remat), expected, atol=1e-5)
+
+
+def test_layers_in_a_list_get_plain_numbers_whatever_is_rematerialised():
+    seen = []
+
+    def note(layer, x, scale):
+        seen.append(scale)
+        return x
+
+    for remat in ("none", "full"):
+        layers = unstack(make_layers())
+        scan(note, layers, draw(), SCALES, compute=Compute(remat=remat))
+    assert seen == [1.0, 0.5, 2.0, -1.0] * 2
+    assert all(type(scale) is float for scale in seen)
+
+
+@pytest.mark.parametrize(
+    ("remat", "products", "activations"), [("none", 9, 1), ("dots", 9, 2), ("full", 12, 2)]
+)
+def test_remat_repeats_what_it_says_it_repeats(remat, products, activations):
+    # a gated MLP: 3 products forward, 6 backward; the last one's result is not needed again
+    layers, x = make_layers(), draw()
+    gradient = jax.make_jaxpr(jax.grad(lambda layers: run(layers, x, remat=remat).sum()))(layers)
+    found = count("dot_general", gradient.jaxpr)
+    assert products - (remat == "full") <= found <= products
+    assert count("logistic", gradient.jaxpr) == activations
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown remat policy 'some'; the policies are none, full"):
+        run(make_layers(), draw(), remat="some")

@@ -1,0 +1,186 @@
+"""A mesh changes where numbers are, not what they are: every family on every kind of mesh.
+
+Tolerances: sums are taken in another order, so logits agree to 2e-5 and gradients to 1e-5 of the
+largest one of their array. The one thing a reader would get wrong: 9 heads and 3 key heads on a
+tensor axis of 2 or 4 are replicated, while the MLP and the vocabulary beside them are split.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llmprep_jax.models import registry
+from llmprep_jax.models.gemma3.config import Config as Gemma3Config
+from llmprep_jax.models.llama.config import Config as LlamaConfig
+from llmprep_jax.sharding import make_mesh, use_mesh
+from llmprep_jax.train.losses import next_token_loss
+
+MESHES = {
+    "fsdp4-tensor2": {"fsdp": 4, "tensor": 2},
+    "fsdp8": {"fsdp": 8},
+    "fsdp2-tensor4": {"fsdp": 2, "tensor": 4},
+    "data2-fsdp2-tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+_SIZES = dict(vocab_size=96, dim=32, mlp_dim=64, num_layers=2, head_dim=8, max_seq_len=64)
+CONFIGS = {
+    "llama-tied": LlamaConfig(**_SIZES, num_heads=4, num_kv_heads=2, tie_embeddings=True),
+    "llama-9-3-heads": LlamaConfig(
+        **_SIZES, num_heads=9, num_kv_heads=3, qkv_bias=True, out_bias=True, mlp_bias=True
+    ),
+    "gemma3-1-kv-head": Gemma3Config(
+        **{**_SIZES, "num_layers": 3}, num_heads=4, num_kv_heads=1, window=6, global_every=3
+    ),
+}
+# each compiles for seconds: `make test` runs the pairs that differ most, CI all of them
+FAST = (
+    *[("llama-tied", mesh) for mesh in MESHES],
+    ("llama-9-3-heads", "fsdp4-tensor2"),
+    ("gemma3-1-kv-head", "fsdp4-tensor2"),
+    ("gemma3-1-kv-head", "fsdp2-tensor4"),
+)
+PAIRS = [
+    pytest.param(name, mesh, marks=() if (name, mesh) in FAST else pytest.mark.slow)
+    for name in CONFIGS
+    for mesh in MESHES
+]
+on_pairs = pytest.mark.parametrize(("name", "mesh_name"), PAIRS)
+
+
+@functools.cache
+def build(name: str, mesh_name: str | None = None, **compute) -> nnx.Module:
+    """A model with the same numbers on every mesh, put where its constructor puts parameters."""
+    cfg = CONFIGS[name]
+    cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, **compute))
+    rng = np.random.default_rng(0)
+
+    def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
+        value = rng.normal(0, x.shape[-1] ** -0.5, x.shape).astype(x.dtype)
+        return jax.device_put(value, None if mesh_name is None else x.sharding.spec)
+
+    with use_mesh(mesh_name and make_mesh(MESHES[mesh_name])):
+        return jax.tree.map(fill, jax.eval_shape(lambda: registry.build(cfg, rngs=nnx.Rngs(0))))
+
+
+def make_batch(rows: int = 8, length: int = 12) -> dict[str, np.ndarray]:
+    """Packed rows: two documents each, and padding."""
+    rng = np.random.default_rng(3)
+    segments = np.repeat([[1, 2, 0]], rows, axis=0).repeat([5, 6, 1], axis=1).astype(np.int32)
+    positions = np.concatenate([np.arange(5), np.arange(6), [0]]).astype(np.int32)
+    return {
+        "tokens": rng.integers(0, 96, (rows, length), dtype=np.int32),
+        "targets": rng.integers(0, 96, (rows, length), dtype=np.int32),
+        "loss_mask": (segments > 0).astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.repeat(positions[None], rows, axis=0),
+    }
+
+
+@jax.jit
+def forward(model, tokens):
+    return model(tokens).logits
+
+
+@jax.jit
+def loss_and_grads(model, batch):
+    def loss_of(model):
+        loss = next_token_loss(model, batch)
+        return loss.total / loss.count
+
+    return jax.value_and_grad(loss_of)(model)
+
+
+@functools.cache
+def alone(name: str, rows: int, **compute):
+    model, batch = build(name, **compute), make_batch(rows)
+    return forward(model, batch["tokens"]), loss_and_grads(model, batch)
+
+
+def assert_close(found, expected, name, tolerance=1e-5):
+    found, expected = np.asarray(found), np.asarray(expected)
+    scale = np.abs(expected).max()
+    assert np.abs(found - expected).max() <= tolerance * scale, name
+
+
+def test_parameters_are_born_sharded_with_the_values_of_one_device():
+    make = jax.jit(lambda: registry.build(CONFIGS["llama-tied"], rngs=nnx.Rngs(0)))
+    single = make()
+    with use_mesh(make_mesh(MESHES["fsdp4-tensor2"])):
+        model = make()
+    specs = {
+        ".".join(path): jax.typeof(x[...]).sharding.spec
+        for path, x in nnx.to_flat_state(nnx.state(model))
+    }
+    assert specs == {
+        "embed.w": jax.P("tensor", "fsdp"),
+        "layers.attn.q.w": jax.P(None, "fsdp", "tensor", None),
+        "layers.attn.k.w": jax.P(None, "fsdp", "tensor", None),
+        "layers.attn.v.w": jax.P(None, "fsdp", "tensor", None),
+        "layers.attn.o.w": jax.P(None, "tensor", None, "fsdp"),
+        "layers.attn_norm.scale": jax.P(None, None),
+        "layers.mlp.down.w": jax.P(None, "tensor", "fsdp"),
+        "layers.mlp.gate.w": jax.P(None, "fsdp", "tensor"),
+        "layers.mlp.up.w": jax.P(None, "fsdp", "tensor"),
+        "layers.mlp_norm.scale": jax.P(None, None),
+        "norm.scale": jax.P(None),
+    }
+    for ours, expected in zip(jax.tree.leaves(model), jax.tree.leaves(single), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+@on_pairs
+def test_heads_that_a_mesh_does_not_divide_are_replicated(name, mesh_name):
+    model, tensor = build(name, mesh_name), MESHES[mesh_name].get("tensor", 0)
+    divided = lambda heads: "tensor" if tensor and heads % tensor == 0 else None  # noqa: E731
+    for heads, layer in (
+        (model.cfg.num_heads, model.layers.attn.q),
+        (model.cfg.num_kv_heads, model.layers.attn.k),
+    ):
+        assert jax.typeof(layer.w[...]).sharding.spec[2] == divided(heads)
+    assert jax.typeof(model.layers.mlp.up.w[...]).sharding.spec[2] == divided(64)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_that_the_mesh_does_not_divide_is_replicated(name):
+    expected, _ = alone(name, 3)
+    model = build(name, "fsdp4-tensor2")
+    with use_mesh(make_mesh(MESHES["fsdp4-tensor2"])):
+        found = forward(model, make_batch(3)["tokens"])
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@on_pairs
+def test_losses_and_gradients_equal_those_of_one_device(name, mesh_name):
+    _, (loss, grads) = alone(name, 8)
+    model = build(name, mesh_name)
+    with use_mesh(make_mesh(MESHES[mesh_name])):
+        found_loss, found = loss_and_grads(model, make_batch())
+    assert float(found_loss) == pytest.approx(float(loss), rel=1e-6)
+    for (path, ours), (_, expected), (_, weight) in zip(
+        *[nnx.to_flat_state(nnx.state(x)) for x in (found, grads, model)], strict=True
+    ):
+        assert_close(ours[...], expected[...], path)
+        assert jax.typeof(ours[...]).sharding == jax.typeof(weight[...]).sharding, path
+
+
+@on_pairs
+def test_cached_decoding_equals_one_device(name, mesh_name):
+    tokens = make_batch()["tokens"]
+    expected, _ = alone(name, 8)
+
+    @jax.jit
+    def decode(model, tokens):
+        cache, logits = model.init_cache(8, 16), []
+        for start, end in ((0, 9), (9, 10), (10, 12)):
+            out = model(tokens[:, start:end], cache=cache)
+            cache = out.cache
+            logits.append(out.logits)
+        return jnp.concatenate(logits, axis=1), cache
+
+    with use_mesh(make_mesh(MESHES[mesh_name])):
+        found, _cache = decode(build(name, mesh_name), tokens)
+    np.testing.assert_allclose(found, expected, atol=2e-5)

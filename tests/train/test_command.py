@@ -1,0 +1,267 @@
+"""The commands train and evaluate on tiny models and real files: outputs, errors, signals."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import llmprep_jax as lp
+from experiments import evaluate, train
+from llmprep_jax.cli import run
+from llmprep_jax.models.llama.config import Config
+from llmprep_jax.models.llama.model import Model
+from llmprep_jax.train.checkpoint import all_steps, read_meta, read_params
+from llmprep_jax.train.metrics import read_jsonl
+from llmprep_jax.train.state import split_model
+from tests.text.samples import CORPUS, train_byte_level
+
+CONFIG = """
+import pathlib
+from llmprep_jax.data import DataConfig, SourceOptions
+from llmprep_jax.models.llama.config import Config
+from llmprep_jax.train.checkpoint import CheckpointConfig
+from llmprep_jax.train.optim import OptimConfig
+from llmprep_jax.train.run import RunConfig
+
+HERE = pathlib.Path(__file__).parent
+SOURCE = SourceOptions(part="paragraph")
+
+def get_config():
+    return RunConfig(
+        architecture=Config(416, 16, 32, 2, 4, 2, 4, max_seq_len=64, tie_embeddings=True),
+        tokenizer=str(HERE / "tokenizer"),
+        data=DataConfig(
+            paths=(str(HERE / "text"),), source=SOURCE, seq_len=32, batch_size=8, holdout=0.2
+        ),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        steps=6,
+        eval_every=3,
+        checkpoint=CheckpointConfig(every=2),
+        out=HERE / "run",
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with config.py, a tokenizer, text, and a Hugging Face model."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "config.py").write_text(CONFIG)
+    (folder / "tokenizer").mkdir()
+    train_byte_level().save(str(folder / "tokenizer" / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "text").mkdir()
+    lines = [f"{i}: {line}" for i in range(20) for line in CORPUS]
+    (folder / "text" / "a.txt").write_text("\n\n".join(lines))
+    cfg = Config(416, 16, 32, 2, 4, 2, 4, max_seq_len=64, tie_embeddings=True)
+    model = jax.jit(lambda: Model(cfg, rngs=nnx.Rngs(7)))()
+    processor = lp.load_processor(folder / "tokenizer")
+    lp.save_model(model, folder / "model", processor=processor)
+    return folder
+
+
+def command(files, out, *overrides) -> list[str]:
+    return [str(files / "config.py"), f"out={out}", *overrides]
+
+
+def losses(out) -> dict[int, float]:
+    records = read_jsonl(pathlib.Path(out) / "metrics.jsonl")
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def exit_of(capsys, main, arguments) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stop:
+        run(main, arguments)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return stop.value.code, err
+
+
+def test_pre_training_writes_all_its_outputs(files, tmp_path):
+    out = tmp_path / "run"
+    outputs = train.main(command(files, out))
+    assert outputs == {
+        "run": out,
+        "metrics": out / "metrics.jsonl",
+        "checkpoint": out / "checkpoints" / "6",
+    }
+    assert outputs["checkpoint"].is_dir()
+    found = losses(out)
+    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+    assert found[6] < found[1] - 0.3
+    evaluations = [r for r in read_jsonl(out / "metrics.jsonl") if "eval_loss" in r]
+    assert [r["step"] for r in evaluations] == [3, 6]
+    assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
+    saved = json.loads((out / "run.json").read_text())
+    assert (saved["_type"], saved["steps"], saved["data"]["seq_len"]) == ("RunConfig", 6, 32)
+    assert lp.load_processor(out).tokenizer.eos_id == 1
+
+
+def test_a_checkpoint_says_how_to_rebuild_its_model(files, tmp_path):
+    train.main(command(files, tmp_path, "steps=2"))
+    meta = read_meta(tmp_path)
+    assert (meta["base"], meta["adapter"], meta["step"]) == (None, None, 2)
+    assert meta["config"]["model_type"] == "llama"
+    from llmprep_jax.models import registry
+    from llmprep_jax.nn.param import Param
+    from llmprep_jax.train.state import merge
+
+    family = registry.family_of_type(meta["config"]["model_type"])
+    cfg = family.from_hf(meta["config"])
+    abstract = split_model(jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0))), Param)
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        ),
+        abstract.params,
+    )
+    model = merge(abstract.graphdef, read_params(tmp_path, target), abstract.frozen)
+    logits = model(np.arange(8)[None]).logits
+    assert logits.shape == (1, 8, 416)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("mesh", ["none", "cpu_4x2"])
+def test_lora_trains_on_a_loaded_model_and_is_saved_for_peft(files, tmp_path, mesh):
+    out = tmp_path / "run"
+    lora = ["architecture=none", f"model={files / 'model'}", "tokenizer=none", "adapter.rank=2"]
+    lora += ["optim.lora_plus=4", "optim.weight_decay=0", "eval_batches=2", f"mesh={mesh}"]
+    outputs = train.main(command(files, out, *lora))
+    assert losses(out)[6] < losses(out)[1]
+    assert read_meta(out)["base"] == str(files / "model")
+    assert read_meta(out)["adapter"]["rank"] == 2
+    adapted = lp.peft.load(lp.load_model(files / "model"), outputs["adapter"])
+    assert lp.peft.is_adapted(adapted)
+    plain = lp.load_model(files / "model")
+    tokens = np.arange(10)[None]
+    assert np.abs(adapted(tokens).logits - plain(tokens).logits).max() > 1e-3
+
+
+def test_a_mesh_gives_the_losses_of_one_device(files, tmp_path):
+    train.main(command(files, tmp_path / "alone", "steps=3"))
+    train.main(command(files, tmp_path / "mesh", "steps=3", "mesh=cpu_8"))
+    alone, mesh = losses(tmp_path / "alone"), losses(tmp_path / "mesh")
+    np.testing.assert_allclose(list(mesh.values()), list(alone.values()), rtol=1e-4)
+
+
+def test_evaluate_prints_and_writes_the_perplexity(files, tmp_path, capsys):
+    out = tmp_path / "new" / "result.json"
+    arguments = [str(files / "model"), str(files / "text"), "data.seq_len=32", f"out={out}"]
+    assert evaluate.main(arguments) == {"result": out}
+    result = json.loads(out.read_text())
+    assert result["perplexity"] == pytest.approx(np.exp(result["nll"]))
+    assert result["nll"] == pytest.approx(np.log(416), abs=0.5)  # an untrained model
+    assert result["settings"]["data"]["seq_len"] == 32
+    assert f"perplexity {result['perplexity']:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["optim.lrr=1"], 2, "unknown key optim.lrr; did you mean lr?"),
+        (["steps=many"], 2, "steps=many: wanted a whole number"),
+        (["accumulate=3"], 2, "data.batch_size=8 is no multiple of accumulate=3"),
+        (["compute.dtype=bfloat"], 2, "compute.dtype='bfloat'; the dtypes are float32"),
+        (["mesh=v5e_9"], 2, "unknown mesh v5e_9; did you mean v5e_8"),
+        (["mesh=v5e_16"], 2, "mesh=v5e_16: a mesh of {'fsdp': 16} does not fit 8 devices"),
+        (["architecture=llama-3.1-9b"], 1, "unknown preset 'llama-3.1-9b'; did you mean"),
+        (["model=nowhere"], 2, "give either model (weights) or architecture"),
+        (["architecture=none", "model=nowhere"], 1, "no file or folder nowhere"),
+        (["data.paths=nowhere.txt"], 1, "nowhere.txt"),
+        (["optim.warmup_steps=7"], 1, "warmup_steps=7 is more than the run's 6"),
+        (["optim.lora_plus=2"], 1, "nothing trained is a lora_b"),
+        (["architecture.vocab_size=300"], 1, "the model's vocabulary ends at 299"),
+        (["mesh=cpu_8", "data.batch_size=4"], 1, "4 rows does not part over the mesh fsdp=8"),
+        (["data.batch_size=0"], 2, "batch_size must be at least 1"),
+        (["--resume"], 2, "unknown flag --resume"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_an_exit_code(files, tmp_path, capsys, overrides, code, message):
+    arguments = command(files, tmp_path / "run", *overrides)
+    got, error = exit_of(capsys, train.main, arguments)
+    assert (got, error.count("\n")) == (code, 1), error
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_missing_config_and_an_unwritable_folder_are_told_apart(files, tmp_path, capsys):
+    code, error = exit_of(capsys, train.main, [str(files / "confg.py")])
+    assert (code, "did you mean config.py?" in error) == (2, True)
+    (tmp_path / "file").write_text("")
+    code, error = exit_of(capsys, train.main, command(files, tmp_path / "file" / "run"))
+    assert (code, "Not a directory" in error) == (1, True)
+    assert exit_of(capsys, train.main, [])[0] == 2
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(files, tmp_path, capsys):
+    train.main(command(files, tmp_path, "steps=2"))
+    before = (tmp_path / "run.json").read_text()
+    code, error = exit_of(capsys, train.main, command(files, tmp_path, "optim.lr=1", "steps=4"))
+    assert code == 2
+    assert "holds a run with another config (optim.lr was 0.01, is 1.0)" in error
+    assert (tmp_path / "run.json").read_text() == before
+    train.main(command(files, tmp_path, "steps=4"))  # more steps are the same run
+    assert "changed since the run began: steps: 2 -> 4" in capsys.readouterr().out
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
+
+
+def start(files, out, cache) -> subprocess.Popen:
+    kept = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", *command(files, out, "steps=40")],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | kept,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(process, out, step) -> None:
+    path = pathlib.Path(out) / "metrics.jsonl"
+    begin = time.monotonic()
+    while process.poll() is None and time.monotonic() - begin < 300:
+        text = path.read_text() if path.exists() else ""
+        if re.search(rf'"step": {step}\b', text):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} never came: {process.communicate()[0][-3000:]}")
+
+
+@pytest.mark.slow  # four processes, each of which imports and compiles anew
+def test_the_command_survives_sigterm_and_kill_9_to_the_bit(files, tmp_path):
+    cache, whole, parts = tmp_path / "cache", tmp_path / "whole", tmp_path / "parts"
+    first = start(files, whole, cache)
+    text = first.communicate(timeout=600)[0]
+    assert first.returncode == 0, text
+    stopped = start(files, parts, cache)
+    wait_for_step(stopped, parts, 5)
+    stopped.send_signal(signal.SIGTERM)
+    text = stopped.communicate(timeout=300)[0]
+    assert stopped.returncode == 0, text
+    assert "stopped by SIGTERM; the same command goes on from here" in text
+    assert 5 <= all_steps(parts)[-1] < 40
+    killed = start(files, parts, cache)
+    wait_for_step(killed, parts, all_steps(parts)[-1] + 7)
+    killed.kill()
+    killed.communicate()
+    ended = start(files, parts, cache)
+    text = ended.communicate(timeout=600)[0]
+    assert ended.returncode == 0, text
+    assert re.search(r"resumed from step \d+", text)
+    assert losses(parts) == losses(whole)
+    assert len(losses(parts)) == 40
