@@ -96,10 +96,10 @@ class Einsum(nnx.Module):
         inputs = [i for i, dim in enumerate(w_dims) if dim not in y_dims]
         init = fan_in_normal(in_axis=inputs, out_axis=outputs)
         self.w = param(rngs, shape, axes, init, compute.param_dtype)
-        self.b = None
-        if bias:  # replicated: it is small, and may be added to whatever layout the result has
-            b_shape, zeros = tuple(shape[i] for i in outputs), jax.nn.initializers.zeros
-            self.b = param(rngs, b_shape, (None,) * len(b_shape), zeros, compute.param_dtype)
+        # replicated: it is small, and may be added to whatever layout the result has
+        b_shape, b_axes = tuple(shape[i] for i in outputs), (None,) * len(outputs)
+        zeros = jax.nn.initializers.zeros
+        self.b = param(rngs, b_shape, b_axes, zeros, compute.param_dtype) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = contract(self.eqn, x, self.w[...], self.dtype, self.out_axes)
