@@ -32,21 +32,30 @@ CHECK_SECONDS = 2.0
 class DataConfig:
     """Which text, and how it becomes batches.
 
-    Attributes: paths: files, folders or glob patterns. weights: the share of rows that each path
-    gets, however long it is; None: the paths are one set of documents, of which an epoch reads each
-    once. source: how to read the paths. seq_len: T, input tokens of a row. batch_size: B, rows of a
-    batch over all processes. packing: "packed" (whole documents together), "padded" (one a row),
-    "stream" (end to end, cut anywhere). pack_window: rows that are packed together; more leave less
-    padding. mask: what counts for the loss in conversations: "answers" or "all". Plain text always
-    counts. overlong: what to do with a document of more than seq_len + 1 tokens: "split",
-    "truncate", "drop", "error". None: split plain text, truncate conversations, and neither in
-    "stream", which cuts anyway. shuffle: anew in every epoch; held-out data never are. seed: of the
-    shuffle. num_epochs: None: without end. With weights, the first source that has been read so
-    often ends the data. holdout: share of documents kept for "heldout", by a hash of their content.
-    Finding them reads all documents once at the start (about 5 s a GB), so large sets better have
-    files of their own for this. prefetch: batches prepared ahead by a thread; 0: none. threads:
-    that read and encode documents; 0: the one that prepares batches does, which is faster (160,000
-    tokens/s of chats, against 105,000 with two) unless files are on a slow network.
+    Attributes:
+      paths: files, folders or glob patterns.
+      weights: the share of rows that each path gets, however long it is; None: the paths are one
+        set of documents, of which an epoch reads each once.
+      source: how to read the paths.
+      seq_len: T, input tokens of a row.
+      batch_size: B, rows of a batch over all processes.
+      packing: "packed" (whole documents together), "padded" (one a row), "stream" (end to end, cut
+        anywhere).
+      pack_window: rows that are packed together; more leave less padding.
+      mask: what counts for the loss in conversations: "answers" or "all". Plain text always counts.
+      overlong: what to do with a document of more than seq_len + 1 tokens: "split", "truncate",
+        "drop", "error". None: split plain text, truncate conversations, and neither in "stream",
+        which cuts anyway.
+      shuffle: anew in every epoch; held-out data never are.
+      seed: of the shuffle.
+      num_epochs: None: without end. With weights, the first source that has been read so often ends
+        the data.
+      holdout: share of documents kept for "heldout", by a hash of their content. Finding them reads
+        all documents once at the start (about 5 s a GB), so large sets better have files of their
+        own for this.
+      prefetch: batches prepared ahead by a thread; 0: none.
+      threads: that read and encode documents; 0: the one that prepares batches does, which is
+        faster (160,000 tokens/s of chats; two reach 105,000) unless files are on a slow network.
     """
 
     paths: tuple[str, ...]
