@@ -40,13 +40,15 @@ def load_model(
 ) -> nnx.Module:
     """Loads a model.
 
-    Args: path: a Hugging Face folder (config.json and safetensors), a .gguf file, a run folder of
-    ours, or a hub id "org/name", which is downloaded. dtype: "float32", "bfloat16" or "float16";
-    None as stored (GGUF: float32). mesh: the weights are placed on it, each device reading its
-    part; None: the default device. compute: dtypes, remat and unrolling in detail; its
-    `param_dtype` overrides `dtype`.
+    Args:
+      path: a Hugging Face folder (config.json and safetensors), a .gguf file, a run folder of ours,
+        or a hub id "org/name", which is downloaded.
+      dtype: "float32", "bfloat16" or "float16"; None as stored (GGUF: float32).
+      mesh: the weights are placed on it, each device reading its part; None: the default device.
+      compute: dtypes, remat and unrolling in detail; its `param_dtype` overrides `dtype`.
 
-    Raises: FileNotFoundError, ValueError: in one line, with the file and the remedy.
+    Raises:
+      FileNotFoundError, ValueError: in one line, with the file and the remedy.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
@@ -136,11 +138,13 @@ def save_model(
     probe; only then is it put in place, with a receipt of tolerance, difference and versions. A
     model with adapters is refused: merge it, or save the adapters with `peft.save`.
 
-    Args: tolerance: largest allowed difference of the probe's logits, as a share of the largest of
-    them.
+    Args:
+      tolerance: largest allowed difference of the probe's logits, as a share of the largest of
+        them.
 
-    Raises: ValueError: the model has adapters, or what was written does not give the same logits.
-    OSError: the folder cannot be written; what stood there before is untouched.
+    Raises:
+      ValueError: the model has adapters, or what was written does not give the same logits.
+      OSError: the folder cannot be written; what stood there before is untouched.
     """
     if is_adapted(model):
         raise ValueError("the model has adapters; save lp.peft.merge(model), or use lp.peft.save")

@@ -37,12 +37,14 @@ def compete(
 ) -> dict[str, Score]:
     """Times every contender's call, in turn.
 
-    Args: contenders: by name, a function of some module and its keyword arguments; it builds what
-    is timed and returns the call, which must not return before its work is done. rounds: timed
-    calls of each, after the first. pause: seconds before each call, in which the others' threads
-    fall asleep.
+    Args:
+      contenders: by name, a function of some module and its keyword arguments; it builds what is
+        timed and returns the call, which must not return before its work is done.
+      rounds: timed calls of each, after the first.
+      pause: seconds before each call, in which the others' threads fall asleep.
 
-    Raises: RuntimeError: a contender failed; its traceback is on stderr.
+    Raises:
+      RuntimeError: a contender failed; its traceback is on stderr.
     """
     context = multiprocessing.get_context("spawn")
     workers = {}

@@ -79,8 +79,9 @@ class Engine:
     ) -> State:
         """Reads the prompts in.
 
-        Raises: ValueError: an empty or misshapen batch, a row without a token, or prompt and new
-        tokens together beyond the model's context.
+        Raises:
+          ValueError: an empty or misshapen batch, a row without a token, or prompt and new tokens
+            together beyond the model's context.
         """
         tokens_BT, mask_BT = _align_right(tokens, mask)
         total = tokens_BT.shape[1] + max_new_tokens

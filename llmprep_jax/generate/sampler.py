@@ -20,10 +20,12 @@ from llmprep_jax.types import Array, Bool, Float, Int
 class Sampling:
     """How tokens are drawn.
 
-    Attributes: temperature: 0 takes the most likely token. top_k: only the k most likely. top_p:
-    the fewest whose probabilities reach p. min_p: those at least min_p times as likely as the most
-    likely one. None: not applied. repetition_penalty: divides the positive and multiplies the
-    negative logits of tokens that the prompt or the text so far holds; 1 changes nothing.
+    Attributes:
+      temperature: 0 takes the most likely token.
+      top_k: only the k most likely. top_p: the fewest whose probabilities reach p. min_p: those at
+        least min_p times as likely as the most likely one. None: not applied.
+      repetition_penalty: divides the positive and multiplies the negative logits of tokens that the
+        prompt or the text so far holds; 1 changes nothing.
     """
 
     temperature: float = 0.0
@@ -50,8 +52,9 @@ def shape_logits(
 ) -> Float[Array, "B V"]:
     """Logits of the distribution that is drawn from; what is ruled out is NEG_INF.
 
-    Args: seen_BV: tokens that the prompt or the text so far holds; needed for a repetition penalty
-    only.
+    Args:
+      seen_BV: tokens that the prompt or the text so far holds; needed for a repetition penalty
+        only.
     """
     if sampling.repetition_penalty != 1.0:
         penalty = sampling.repetition_penalty

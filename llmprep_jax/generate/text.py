@@ -28,12 +28,16 @@ def generate(
 ) -> str | list[str] | Iterator[str]:
     """The model's answer to a text or a conversation, or a list of answers to a list of them.
 
-    Args: processor: of the model; makes the tokens and decodes them. stream: return an iterator of
-    pieces of text instead (one prompt only). stop: strings that end an answer; they are cut off.
-    stop_ids: ids that do; None: the tokenizer's. sampling: see `generate_tokens`.
+    Args:
+      processor: of the model; makes the tokens and decodes them.
+      stream: return an iterator of pieces of text instead (one prompt only).
+      stop: strings that end an answer; they are cut off. stop_ids: ids that do; None: the
+        tokenizer's.
+      sampling: see `generate_tokens`.
 
-    Raises: ValueError: images for a text model, a stream of several prompts, or what
-    `generate_tokens` raises.
+    Raises:
+      ValueError: images for a text model, a stream of several prompts, or what `generate_tokens`
+        raises.
     """
     inputs = processor(messages_or_texts, images)
     stop_ids = processor.tokenizer.stop_ids if stop_ids is None else stop_ids

@@ -32,9 +32,10 @@ NO_WINDOW = 2**31 - 1  # a window that hides nothing, where the window is a valu
 class Tokens:
     """Where a block of tokens stands.
 
-    Attributes: positions_BT: index of each token in its segment, for RoPE and causality; the tokens
-    of a segment stand in order, so no token of a row sees one further right. segments_BT: which
-    document a token is of; 0 is padding; None: all of one document.
+    Attributes:
+      positions_BT: index of each token in its segment, for RoPE and causality; the tokens of a
+        segment stand in order, so no token of a row sees one further right.
+      segments_BT: which document a token is of; 0 is padding; None: all of one document.
     """
 
     positions_BT: Int[Array, "B T"]
@@ -167,10 +168,13 @@ def attend_in_order(
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions, optional biases, query/key norms and soft cap.
 
-    Args: dim: D. num_heads: N. num_kv_heads: K. head_dim: H. qkv_bias, out_bias: biases of the
-    projections (Qwen2 has the former). qk_norm_eps: epsilon of the (1 + w) norms of each head's
-    queries and keys (Gemma 3); None: no norms. scale: of the scores; None is H^-0.5. soft_cap: tanh
-    cap of the scores, or None.
+    Args:
+      dim: D. num_heads: N. num_kv_heads: K. head_dim: H.
+      qkv_bias, out_bias: biases of the projections (Qwen2 has the former).
+      qk_norm_eps: epsilon of the (1 + w) norms of each head's queries and keys (Gemma 3); None: no
+        norms.
+      scale: of the scores; None is H^-0.5.
+      soft_cap: tanh cap of the scores, or None.
     """
 
     def __init__(

@@ -22,11 +22,13 @@ from llmprep_jax.types import Array, Float, Int
 class KVCache:
     """Keys and values of some layers.
 
-    Attributes: k, v: [L, B, K, S, H], or a tuple of one [B, K, S, H] a layer (for layers that run
-    unrolled). positions_BS, segments_BS: of the token in each slot; segment 0 is an empty slot or
-    padding. length: tokens written so far, a scalar; the next goes into slot `length` (modulo S in
-    a ring). block: positions and segments of the tokens being written, between `begin` and `end`.
-    is_ring: whether slots are reused.
+    Attributes:
+      k, v: [L, B, K, S, H], or a tuple of one [B, K, S, H] a layer (for layers that run unrolled).
+      positions_BS, segments_BS: of the token in each slot; segment 0 is an empty slot or padding.
+      length: tokens written so far, a scalar; the next goes into slot `length` (modulo S in a
+        ring).
+      block: positions and segments of the tokens being written, between `begin` and `end`.
+      is_ring: whether slots are reused.
     """
 
     k: Array | tuple[Array, ...]
@@ -81,8 +83,9 @@ class KVCache:
     ) -> tuple["KVCache", Array, Array, tuple[Array, Array]]:
         """Writes one layer's new keys and values.
 
-        Returns: the cache, then the keys, the values, and the (positions, segments) that the new
-        tokens may attend to, in slot order.
+        Returns:
+          the cache, then the keys, the values, and the (positions, segments) that the new tokens
+          may attend to, in slot order.
         """
         k_BKTH, v_BKTH = k_BKTH.astype(self._dtype), v_BKTH.astype(self._dtype)
         old_k, old_v = self._layer(layer)

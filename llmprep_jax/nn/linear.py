@@ -27,8 +27,10 @@ PRODUCT = "product"  # name of a `contract`'s result, for what the backward pass
 def contract(eqn: str, x: Array, w: Array, dtype: jnp.dtype, axes: tuple[str | None, ...]) -> Array:
     """Einsum of `x` and `w` with operands in `dtype`, a float32 sum, and the result in x's dtype.
 
-    Args: eqn: the einsum, e.g. "BTD,DNH->BTNH"; each input dimension is in the other input or in
-    the output. axes: logical axes of the result, for its sharding.
+    Args:
+      eqn: the einsum, e.g. "BTD,DNH->BTNH"; each input dimension is in the other input or in the
+        output.
+      axes: logical axes of the result, for its sharding.
     """
     return _product(eqn, x, w, dtype, x.dtype, axes)
 

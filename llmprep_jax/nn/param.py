@@ -31,12 +31,14 @@ class Buffer(nnx.Variable):
 class Compute:
     """How a model computes, as opposed to what it computes.
 
-    Attributes: dtype: dtype of activations. matmul_dtype: dtype of the operands of large matrix
-    products, whose results are accumulated in float32; None means `dtype`. On CPUs with bf16
-    instructions, float32 activations with bf16 operands are the fastest way to train (2 x float32,
-    2.5 x bf16 activations). param_dtype: dtype in which parameters are created. remat: what the
-    backward pass recomputes: "none", "full" or "dots" (keeps matrix products). unroll: layers a
-    step of the scan; 0 unrolls all (faster steps on CPU, slower compilation).
+    Attributes:
+      dtype: dtype of activations.
+      matmul_dtype: dtype of the operands of large matrix products, whose results are accumulated in
+        float32; None means `dtype`. On CPUs with bf16 instructions, float32 activations with bf16
+        operands are the fastest way to train (2 x float32, 2.5 x bf16 activations).
+      param_dtype: dtype in which parameters are created.
+      remat: what the backward pass recomputes: "none", "full" or "dots" (keeps matrix products).
+      unroll: layers a step of the scan; 0 unrolls all (faster steps on CPU, slower compilation).
     """
 
     dtype: str = "float32"

@@ -21,13 +21,15 @@ from llmprep_jax.types import Array, Float, Int
 class RopeScaling:
     """How the frequencies are changed to reach beyond the trained context.
 
-    Attributes: kind: "linear" (Chen et al. 2023, position interpolation), "ntk" (base *
-    factor^(H/(H-2))), "llama3" (Llama 3.1), or "yarn" (Peng et al. 2023). factor: by how much the
-    context grows. original_max_seq_len: the trained context; used by llama3 and yarn.
-    low_freq_factor, high_freq_factor: llama3's borders, in turns over the trained context.
-    beta_fast, beta_slow: yarn's borders, in turns over the trained context. attention_factor:
-    yarn's multiplier of cos and sin; None derives it (from mscale or factor). mscale,
-    mscale_all_dim: DeepSeek's two yarn temperatures; 0 means not given.
+    Attributes:
+      kind: "linear" (Chen et al. 2023, position interpolation), "ntk" (base * factor^(H/(H-2))),
+        "llama3" (Llama 3.1), or "yarn" (Peng et al. 2023).
+      factor: by how much the context grows.
+      original_max_seq_len: the trained context; used by llama3 and yarn.
+      low_freq_factor, high_freq_factor: llama3's borders, in turns over the trained context.
+      beta_fast, beta_slow: yarn's borders, in turns over the trained context.
+      attention_factor: yarn's multiplier of cos and sin; None derives it (from mscale or factor).
+      mscale, mscale_all_dim: DeepSeek's two yarn temperatures; 0 means not given.
     """
 
     kind: Literal["linear", "ntk", "llama3", "yarn"]

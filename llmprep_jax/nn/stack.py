@@ -43,10 +43,12 @@ def scan(
 ) -> Any:
     """carry = step(layer, carry, *values[l]) for each layer l.
 
-    Args: step: the body; it is rematerialised as `compute.remat` says. layers: what `stack` made,
-    or a list of modules. carry: what goes through the layers. values: arrays with a leading layer
-    axis; with a list of layers each step gets them as plain numbers, so that `if` may branch on
-    them.
+    Args:
+      step: the body; it is rematerialised as `compute.remat` says.
+      layers: what `stack` made, or a list of modules.
+      carry: what goes through the layers.
+      values: arrays with a leading layer axis; with a list of layers each step gets them as plain
+        numbers, so that `if` may branch on them.
     """
     remat = _remat(compute.remat)
     if isinstance(layers, nnx.List):

@@ -68,7 +68,8 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     paths. A name is ours ("attn.q") or Hugging Face's ("q_proj"), matched as PEFT does: the path
     equals it or ends with "." and it.
 
-    Raises: ValueError: a target matches no layer, or a rank exceeds a layer's dimensions.
+    Raises:
+      ValueError: a target matches no layer, or a rank exceeds a layer's dimensions.
     """
     layers = linear_layers(model)
     chosen = {path for path in layers if matches(method.targets, layers[path])}

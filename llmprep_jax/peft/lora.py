@@ -30,10 +30,12 @@ Pattern = tuple[tuple[str, Number], ...] | Mapping[str, Number]
 class LoRA:
     """Settings of LoRA.
 
-    Attributes: rank: r. alpha: the scale is alpha / rank, or alpha / sqrt(rank) with `rslora`.
-    targets: which layers, see `adapter.inject`. rank_pattern, alpha_pattern: (name or regex of a
-    path's end, value) for layers that differ; the first that matches holds. dtype: of the adapter's
-    parameters.
+    Attributes:
+      rank: r. alpha: the scale is alpha / rank, or alpha / sqrt(rank) with `rslora`.
+      targets: which layers, see `adapter.inject`.
+      rank_pattern, alpha_pattern: (name or regex of a path's end, value) for layers that differ;
+        the first that matches holds.
+      dtype: of the adapter's parameters.
     """
 
     rank: int = 16

@@ -74,11 +74,14 @@ def save(
     It is written aside, re-opened on the model's own base, and put in place only if the logits
     agree.
 
-    Args: base_model: name or path of the base, for `base_model_name_or_path`. tolerance: largest
-    allowed difference of the probe's logits, as a share of the largest of them.
+    Args:
+      base_model: name or path of the base, for `base_model_name_or_path`.
+      tolerance: largest allowed difference of the probe's logits, as a share of the largest of
+        them.
 
-    Raises: ValueError: the model has no adapters, or what was written gives other logits. OSError:
-    the folder cannot be written.
+    Raises:
+      ValueError: the model has no adapters, or what was written gives other logits.
+      OSError: the folder cannot be written.
     """
     if not adapter.is_adapted(model):
         raise ValueError("the model has no adapters; save_model writes whole models")
@@ -129,8 +132,9 @@ def _config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
 def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     """A model with the adapters of a PEFT folder; the given model is unchanged.
 
-    Raises: FileNotFoundError, ValueError: the folder is damaged, is of another base or method, or
-    is pickled.
+    Raises:
+      FileNotFoundError, ValueError: the folder is damaged, is of another base or method, or is
+        pickled.
     """
     if adapter.is_adapted(model):
         raise ValueError("the model has adapters already; load onto lp.peft.strip(model)")
@@ -187,8 +191,9 @@ Pairs = dict[str, dict[int | None, dict[str, str]]]
 def _pairs(model: nnx.Module, file: SafetensorsFile) -> Pairs:
     """The tensors of a file by what they adapt.
 
-    Raises: ValueError: tensors that the model has no place for, halves of pairs, wrong shapes; all
-    are listed.
+    Raises:
+      ValueError: tensors that the model has no place for, halves of pairs, wrong shapes; all are
+        listed.
     """
     bases, table = adapter.bases(model), adapter_table(model.weights)
     known = {}

@@ -25,12 +25,16 @@ from llmprep_jax.nn.rope import RopeScaling
 class Config:
     """One Gemma 3 text model.
 
-    Attributes: rope_base, rope_scaling: of the global layers. rope_local_base: of the local ones,
-    never scaled. query_scale: the scores are multiplied by query_scale^-0.5 (Hugging Face's
-    query_pre_attn_scalar). window: tokens that a local layer sees, the query included.
-    global_every: layer i is global when (i + 1) % global_every == 0. is_local: says so layer by
-    layer instead, if given. logits_soft_cap: tanh cap of the logits, None in every release.
-    multimodal: whether the checkpoint is a multimodal one whose language model this is.
+    Attributes:
+      rope_base, rope_scaling: of the global layers. rope_local_base: of the local ones, never
+        scaled.
+      query_scale: the scores are multiplied by query_scale^-0.5 (Hugging Face's
+        query_pre_attn_scalar).
+      window: tokens that a local layer sees, the query included.
+      global_every: layer i is global when (i + 1) % global_every == 0.
+      is_local: says so layer by layer instead, if given.
+      logits_soft_cap: tanh cap of the logits, None in every release.
+      multimodal: whether the checkpoint is a multimodal one whose language model this is.
     """
 
     vocab_size: int

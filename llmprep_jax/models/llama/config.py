@@ -27,9 +27,11 @@ from llmprep_jax.nn.rope import RopeScaling
 class Config:
     """One model of the family.
 
-    Attributes: window: sliding window of the layers from `first_window_layer` on; None: no layer
-    has one. bos_id, eos_ids, pad_id: token ids that the checkpoint's config states; for generation
-    and export. model_type: how Hugging Face calls the architecture: "llama" or "qwen2".
+    Attributes:
+      window: sliding window of the layers from `first_window_layer` on; None: no layer has one.
+      bos_id, eos_ids, pad_id: token ids that the checkpoint's config states; for generation and
+        export.
+      model_type: how Hugging Face calls the architecture: "llama" or "qwen2".
     """
 
     vocab_size: int
