@@ -14,13 +14,13 @@ demo-short: $(VENV)/.demo     ## the same in a minute and a half, for CI
 	$(BIN)/python -m experiments.demo out=$(DEMO)-short steps=12 eval_batches=8 optim.warmup_steps=2
 
 test: $(VENV)/.test           ## the fast suite
-	$(BIN)/python -m pytest -m "not slow and not parity"
+	$(BIN)/python -m pytest --ignore=tests/parity -m "not slow"
 
 test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take minutes
-	$(BIN)/python -m pytest -m "slow and not parity"
+	$(BIN)/python -m pytest --ignore=tests/parity -m slow
 
 parity: $(VENV)/.parity       ## live comparison with transformers and peft on CPU (Python 3.11)
-	$(BIN)/python -m pytest -m parity
+	$(BIN)/python -m pytest tests/parity
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

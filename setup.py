@@ -22,8 +22,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["llmprep_jax*", "experiments*", "configs*"]),
-    package_data={"configs": ["data/*"]},
+    packages=[*find_packages(include=["llmprep_jax*"]), "experiments", "configs", "configs.data"],
+    package_data={"configs.data": ["*"]},
     install_requires=[
         *["jax>=0.10.2,<0.13", "flax>=0.12.8,<0.13", "optax>=0.2.8,<0.3", "chex>=0.1.92,<0.2"],
         *["orbax-checkpoint>=0.12.8,<0.13", "grain>=0.2.18,<0.3", "array-record>=0.8.1,<1"],
