@@ -45,12 +45,14 @@ def read_rope(
     """The RoPE base and scaling of a config.json, from either spelling."""
     new = hf.get("rope_parameters") or {}
     old = hf.get("rope_scaling") or {}
-    base = new.get("rope_theta") or hf.get("rope_theta") or default_base
+    bases = (new.get("rope_theta"), hf.get("rope_theta"), old.get("rope_theta"), default_base)
+    base = next(base for base in bases if base)
     return float(base), read_scaling(new or old, max_seq_len)
 
 
 def read_scaling(fields: Mapping[str, Any], max_seq_len: int) -> RopeScaling | None:
     """A `RopeScaling` from `rope_scaling`'s or `rope_parameters`' fields; None for plain RoPE."""
+    refuse_unsupported(fields, partial_rotary_factor=(None, 1.0))
     kind = fields.get("rope_type") or fields.get("type") or "default"
     if kind == "default":
         return None

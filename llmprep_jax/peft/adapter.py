@@ -72,8 +72,8 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
       ValueError: a target matches no layer, or a rank exceeds a layer's dimensions.
     """
     layers = linear_layers(model)
-    chosen = {path for path in layers if matches(method.targets, layers[path])}
     _check_targets(method.targets, layers)
+    chosen = {path for path in layers if matches(method.targets, layers[path])}
     rngs = nnx.Rngs(seed)
     methods = {path: method.resolve(layers[path]) for path in sorted(chosen)}
     keys = {path: rngs.params() for path in sorted(layers)}  # so another target changes no other

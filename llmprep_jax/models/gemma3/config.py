@@ -94,6 +94,11 @@ _DEFAULTS = dict(
     eos_token_id=1,
     pad_token_id=0,
 )
+# fields that a multimodal config.json states beside `text_config`, whose own are defaults then
+_OUTER = (
+    *("tie_word_embeddings", "quantization_config"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 
 
 def from_hf(hf: Mapping[str, Any]) -> Config:
@@ -105,8 +110,9 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
     multimodal = hf["model_type"] == "gemma3"
     if multimodal:
         text = hf.get("text_config") or {}
-        tied = {k: hf[k] for k in ("tie_word_embeddings", "quantization_config") if k in hf}
-        hf = {**tied, **text}
+        # the multimodal class caps no logits, whatever its text part says
+        text = {**text, "final_logit_softcapping": None}
+        hf = {**text, **{name: hf[name] for name in _OUTER if hf.get(name) is not None}}
     hf = {**_DEFAULTS, **{name: value for name, value in hf.items() if value is not None}}
     refuse_unsupported(
         hf,
@@ -117,6 +123,9 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
     require(hf, *[name for name in list(_DEFAULTS)[:8]], "sliding_window")
     base, scaling, local_base = _read_rope(hf)
     kinds = hf.get("layer_types")
+    unknown = set(kinds or ()) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise ValueError(f"config.json has layer_types {sorted(unknown)}, which Gemma 3 has not")
     every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     return Config(
         vocab_size=hf["vocab_size"],
@@ -148,6 +157,8 @@ def _read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float]
     new = hf.get("rope_parameters") or {}
     if "full_attention" in new:
         full, local = new["full_attention"], new.get("sliding_attention") or {}
+        if read_scaling(local, max_seq_len) is not None:
+            raise ValueError(f"config.json scales the RoPE of local layers ({local}); Gemma 3 none")
         base, local_base = full.get("rope_theta", 1e6), local.get("rope_theta", 1e4)
         return float(base), read_scaling(full, max_seq_len), float(local_base)
     scaling = read_scaling(hf.get("rope_scaling") or {}, max_seq_len)

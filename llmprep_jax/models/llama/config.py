@@ -1,5 +1,4 @@
-"""Shapes of the Llama family: Llama 2/3.x, SmolLM2, Qwen2/2.5, DeepSeek-LLM and the DeepSeek-R1
-distills.
+"""Shapes of Llama 2/3.x, SmolLM2, Qwen2/2.5, DeepSeek-LLM and the DeepSeek-R1 distills.
 
 One architecture, a few switches: Qwen2 has biases on queries, keys and values, small models tie
 their embeddings, Llama 3.1 and later scale RoPE. Hugging Face's field names occur in `from_hf` and
@@ -71,7 +70,9 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
       ValueError: a field is missing, or asks for something that this family does not compute.
     """
     kind = hf["model_type"]
-    refuse_unsupported(hf, hidden_act=("silu",), pretraining_tp=(1, None))
+    refuse_unsupported(
+        hf, hidden_act=("silu",), pretraining_tp=(1, None), partial_rotary_factor=(1.0, None)
+    )
     require(
         hf,
         "vocab_size",
@@ -80,9 +81,10 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
         "num_hidden_layers",
         "num_attention_heads",
     )
-    num_heads = hf["num_attention_heads"]
-    rope_base, rope_scaling = read_rope(hf, hf.get("max_position_embeddings") or 2048)
     qwen = kind == "qwen2"
+    num_heads = hf["num_attention_heads"]
+    max_seq_len = hf.get("max_position_embeddings") or (32768 if qwen else 2048)
+    rope_base, rope_scaling = read_rope(hf, max_seq_len)
     window, first_window_layer = _read_window(hf) if qwen else (None, 0)
     return Config(
         vocab_size=hf["vocab_size"],
@@ -90,9 +92,9 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
         mlp_dim=hf["intermediate_size"],
         num_layers=hf["num_hidden_layers"],
         num_heads=num_heads,
-        num_kv_heads=hf.get("num_key_value_heads") or (32 if qwen else num_heads),
+        num_kv_heads=hf.get("num_key_value_heads", 32 if qwen else None) or num_heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
-        max_seq_len=hf.get("max_position_embeddings") or (32768 if qwen else 2048),
+        max_seq_len=max_seq_len,
         rope_base=rope_base,
         rope_scaling=rope_scaling,
         norm_eps=hf.get("rms_norm_eps", 1e-6),

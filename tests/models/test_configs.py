@@ -1,0 +1,250 @@
+"""config.json as released, in every spelling, and what is refused rather than computed wrongly."""
+
+import dataclasses
+
+import pytest
+
+from llmprep_jax.models import registry
+from llmprep_jax.models.gemma3.config import Config as Gemma3Config
+from llmprep_jax.models.llama.config import Config as LlamaConfig
+from llmprep_jax.nn.rope import RopeScaling
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+}
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+QWEN = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 21,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "rope_theta": 10000,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+}
+GEMMA = {  # what the multimodal 4B's file says, and no more
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"hidden_size": 1152},
+}
+
+
+def read(hf, **changes):
+    hf = {**hf, **changes}
+    return registry.family_of_type(hf["model_type"]).from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3_ROPE}},
+        {"rope_scaling": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_ROPE}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_ROPE}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "llama3", **LLAMA3_ROPE}},
+    ],
+    ids=["old", "older", "theta-inside", "new", "mixed"],
+)
+def test_both_spellings_of_rope_are_read(rope):
+    cfg = read(LLAMA, **rope)
+    assert cfg.rope_base == 500_000.0
+    assert cfg.rope_scaling == RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+
+
+def test_llama_is_read_with_its_defaults():
+    cfg = read(LLAMA)
+    assert cfg == LlamaConfig(
+        vocab_size=128256,
+        dim=4096,
+        mlp_dim=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_seq_len=131072,
+        rope_base=10_000.0,
+        norm_eps=1e-5,
+        bos_id=128000,
+        eos_ids=(128001, 128008, 128009),
+    )
+    short = {k: v for k, v in LLAMA.items() if k not in ("num_key_value_heads", "rms_norm_eps")}
+    assert read(short).num_kv_heads == 32
+    assert read(short).norm_eps == 1e-6
+    assert read(LLAMA, head_dim=64).head_dim == 64
+    assert read(LLAMA, attention_bias=True, mlp_bias=True).out_bias
+
+
+def test_qwen_has_biases_on_queries_keys_and_values_alone():
+    cfg = read(QWEN)
+    assert (cfg.qkv_bias, cfg.out_bias, cfg.mlp_bias) == (True, False, False)
+    assert cfg.window is None
+    assert cfg.eos_ids == (151643,)
+    assert not cfg.tie_embeddings
+    # a null is as many as query heads, an absent field is transformers' default
+    assert read(QWEN, num_key_value_heads=None).num_kv_heads == 12
+    wide = {k: v for k, v in QWEN.items() if k != "num_key_value_heads"}
+    assert read(wide, num_attention_heads=64).num_kv_heads == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "window", "first"),
+    [
+        ({"use_sliding_window": True}, 4096, 21),
+        ({"use_sliding_window": True, "max_window_layers": 28}, None, 0),
+        ({"use_sliding_window": True, "sliding_window": None}, None, 0),
+        ({"layer_types": ["full_attention"] * 28}, None, 0),
+        ({"layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 25}, 4096, 3),
+    ],
+    ids=["on", "beyond-the-last-layer", "no-size", "all-full", "by-layer"],
+)
+def test_qwens_window_holds_from_a_layer_on(changes, window, first):
+    cfg = read(QWEN, **changes)
+    assert (cfg.window, cfg.first_window_layer) == (window, first)
+
+
+def test_gemma_takes_what_its_file_omits_from_transformers():
+    cfg = read(GEMMA)
+    assert cfg == Gemma3Config(
+        vocab_size=262208,
+        dim=2560,
+        mlp_dim=10240,
+        num_layers=34,
+        num_heads=8,
+        num_kv_heads=4,
+        window=1024,
+        rope_scaling=RopeScaling("linear", 8.0, 131072),
+        eos_ids=(1, 106),
+        multimodal=True,
+    )
+    assert sum(not local for local in cfg.local_layers()) == 5
+
+
+def test_the_multimodal_gemma_caps_no_logits():
+    text = {**GEMMA["text_config"], "final_logit_softcapping": 30.0}
+    assert read(GEMMA, text_config=text).logits_soft_cap is None
+    assert read(text).logits_soft_cap == 30.0
+
+
+def test_gemmas_rope_is_read_per_kind_of_layer():
+    nested = {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    old = {"rope_theta": 5e5, "rope_local_base_freq": 2e4}
+    old["rope_scaling"] = {"type": "linear", "factor": 4.0}
+    for rope in ({"rope_parameters": nested}, old):
+        cfg = read(GEMMA["text_config"], **{"rope_scaling": None, **rope})
+        assert (cfg.rope_base, cfg.rope_local_base) == (5e5, 2e4)
+        assert cfg.rope_scaling == RopeScaling("linear", 4.0, 131072)
+
+
+def test_gemmas_pattern_may_be_another_or_said_layer_by_layer():
+    text = {**GEMMA["text_config"], "num_hidden_layers": 4}
+    assert read(text, sliding_window_pattern=2).local_layers() == (True, False, True, False)
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    assert read(text, layer_types=kinds).local_layers() == (False, True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("hf", "changes", "message"),
+    [
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (LLAMA, {"pretraining_tp": 2}, "pretraining_tp=2"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25"),
+        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic'"),
+        (LLAMA, {"num_key_value_heads": 5}, "no multiple of num_kv_heads"),
+        (LLAMA, {"hidden_size": "4096"}, "hidden_size='4096'"),
+        (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq'"),
+        (
+            QWEN,
+            {"layer_types": ["sliding_attention", "full_attention"] * 14},
+            "a full layer after sliding ones",
+        ),
+        (GEMMA["text_config"], {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        (GEMMA["text_config"], {"use_bidirectional_attention": True}, "use_bidirectional"),
+        (GEMMA["text_config"], {"layer_types": ["chunked_attention"] * 34}, "chunked_attention"),
+        (GEMMA["text_config"], {"layer_types": ["full_attention"]}, "is_local has 1 of 34 layers"),
+        (
+            GEMMA["text_config"],
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": {"type": "yarn"}}},
+            "factor",
+        ),
+    ],
+)
+def test_what_is_not_computed_is_refused(hf, changes, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        read(hf, **changes)
+
+
+def test_missing_sizes_are_named_together():
+    with pytest.raises(ValueError, match="lacks vocab_size, hidden_size, intermediate_size"):
+        read({"model_type": "llama"})
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        read(LLAMA, rope_scaling={"type": "llama3", **LLAMA3_ROPE}),
+        read(LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+        read(
+            LLAMA,
+            rope_scaling={
+                "type": "yarn",
+                "factor": 40.0,
+                "original_max_position_embeddings": 4096,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+                "truncate": False,
+            },
+        ),
+        read(LLAMA, rope_scaling={"type": "yarn", "factor": 4.0, "attention_factor": 1.25}),
+        read(LLAMA, rope_scaling={"type": "linear", "factor": 2.0}, eos_token_id=None),
+        read(QWEN, use_sliding_window=True),
+        read(GEMMA["text_config"], final_logit_softcapping=30.0, query_pre_attn_scalar=168),
+    ],
+    ids=["llama3", "biases", "yarn", "yarn-factor", "linear", "qwen-window", "gemma3"],
+)
+def test_a_config_survives_the_way_to_config_json_and_back(cfg):
+    family = registry.family_of(cfg)
+    again = family.from_hf(family.to_hf(cfg))
+    if family.name == "gemma3":
+        cfg = dataclasses.replace(cfg, is_local=cfg.local_layers())
+    assert again == cfg
