@@ -101,7 +101,10 @@ def save(
 def _config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
     methods = adapter.methods(model)
     first = next(iter(methods.values()))
-    modules = {path: model.weights[adapter.weight_name(path)][0].removesuffix(".weight") for path in methods}
+    modules = {
+        path: model.weights[adapter.weight_name(path)][0].removesuffix(".weight")
+        for path in methods
+    }
     leaf = {path: module.rsplit(".", 1)[-1] for path, module in modules.items()}
     ranks = {leaf[path]: m.rank for path, m in methods.items() if m.rank != first.rank}
     alphas = {leaf[path]: m.alpha for path, m in methods.items() if m.alpha != first.alpha}
