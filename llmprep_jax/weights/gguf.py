@@ -99,11 +99,17 @@ class GgufCheckpoint:
         array = self._dequantise(self._tensors[name])
         if self.arch == "llama" and re.search(r"self_attn\.[qk]_proj\.", name):
             heads = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
-            halves = array.reshape(self.config[heads], -1, 2, *array.shape[1:])
-            return halves.swapaxes(1, 2).reshape(array.shape)
+            return self._put_halves_back(array, self.config[heads])
         if self.arch == "gemma3" and name.endswith("norm.weight"):
             return array - np.float32(1)
         return array
+
+    def _put_halves_back(self, array: np.ndarray, heads: int) -> np.ndarray:
+        if array.ndim == 0 or heads < 1 or len(array) % (2 * heads):
+            shape = list(array.shape)
+            raise ValueError(f"{self.path}: a q or k of shape {shape} does not fit {heads} heads")
+        halves = array.reshape(heads, -1, 2, *array.shape[1:])
+        return halves.swapaxes(1, 2).reshape(array.shape)
 
     def _dequantise(self, tensor: GgufTensor) -> np.ndarray:
         label = f"{self.path}: tensor {quoted(tensor.name)}"

@@ -154,10 +154,11 @@ def load(
 
 
 def _on_devices(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
-    """An abstract array's sharding with the devices of the mesh in force."""
-    if not isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
+    """An abstract array's sharding on the mesh in force, where one without is replicated."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
         return sharding
-    return jax.sharding.NamedSharding(jax.sharding.get_mesh(), sharding.spec)
+    return jax.sharding.NamedSharding(mesh, jax.P() if sharding is None else sharding.spec)
 
 
 def _canonical_names(
