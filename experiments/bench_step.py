@@ -10,18 +10,15 @@ MFU is not given: on a CPU there is no stated peak.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-import rich.console
-import rich.table
 
 from llmprep_jax import cli
 from llmprep_jax.config import UsageError, override, split_arguments
-from llmprep_jax.evaluate.contest import Score, compete
+from llmprep_jax.evaluate import contest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,35 +127,14 @@ def main(arguments: list[str]) -> cli.Outputs:
         "torch, bfloat16": (theirs, dict(settings=settings, dtype="bfloat16")),
         "torch, autocast to bf16": (theirs, dict(settings=settings, dtype="autocast")),
     }
-    scores = compete(contenders, rounds=settings.rounds)
-    show(settings, scores)
+    scores = contest.compete(contenders, rounds=settings.rounds)
+    title = f"{settings.work}: {settings.batch} x {settings.seq} tokens a step"
+    result = (title, settings.batch * settings.seq, scores)
+    contest.show(*result)
     if settings.out is None:
         return {}
-    rows = {name: dataclasses.asdict(score) for name, score in scores.items()}
-    settings.out.write_text(json.dumps({"work": settings.work, "scores": rows}, indent=2) + "\n")
+    contest.save(settings.out, *result)
     return {"scores": settings.out}
-
-
-def show(settings: Settings, scores: dict[str, Score]) -> None:
-    peers = [score.median for name, score in scores.items() if name.startswith("torch")]
-    float32 = scores["torch, float32"].median
-    title = f"{settings.work}: {settings.batch} x {settings.seq} tokens a step"
-    table = rich.table.Table(title=title)
-    for column in ("", "step", "tokens/s", "first call", "peak memory"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_column("x torch float32", justify="right")
-    table.add_column("x torch's best", justify="right")
-    for name, score in scores.items():
-        table.add_row(
-            name,
-            f"{score.median:.2f} s",
-            f"{settings.batch * settings.seq / score.median:.0f}",
-            f"{score.first:.1f} s",
-            f"{score.peak_bytes / 1e9:.1f} GB",
-            f"{float32 / score.median:.2f}",
-            f"{min(peers) / score.median:.2f}",
-        )
-    rich.console.Console(width=110).print(table)
 
 
 if __name__ == "__main__":

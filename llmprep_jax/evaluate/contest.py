@@ -7,13 +7,18 @@ itself.
 """
 
 import dataclasses
+import json
 import multiprocessing
+import pathlib
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
+
+import rich.console
+import rich.table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,3 +108,31 @@ def _timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def show(title: str, tokens: int, scores: Mapping[str, Score]) -> None:
+    """Prints the scores of calls of so many tokens, each beside every peer: those not "ours"."""
+    peers = [name for name in scores if not name.startswith("ours")]
+    table = rich.table.Table(title=title)
+    table.add_column("")
+    for column in ("a call", "tokens/s", "first call", "peak memory"):
+        table.add_column(column, justify="right")
+    for name in peers:
+        table.add_column(f"x {name}", justify="right")
+    for name, score in scores.items():
+        table.add_row(
+            name,
+            f"{score.median:.2f} s",
+            f"{tokens / score.median:.0f}",
+            f"{score.first:.1f} s",
+            f"{score.peak_bytes / 1e9:.1f} GB",
+            *(f"{scores[peer].median / score.median:.2f}" for peer in peers),
+        )
+    rich.console.Console(width=132).print(table)
+
+
+def save(path: pathlib.Path, title: str, tokens: int, scores: Mapping[str, Score]) -> None:
+    """Writes every time of every contender to a JSON file."""
+    rows = {name: dataclasses.asdict(score) for name, score in scores.items()}
+    content = {"title": title, "tokens_per_call": tokens, "seconds": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -87,7 +87,9 @@ class Entry:
         return {name: size for name, size in self.sizes().items() if name != "1"}
 
 
-def entries(module: nnx.Module, table: Table, kind: type = nnx.Variable) -> dict[str, Entry]:
+def entries(
+    module: nnx.Module | nnx.State, table: Table, kind: type = nnx.Variable
+) -> dict[str, Entry]:
     """The table's rows for a module's variables of `kind`, by path.
 
     A number in a path (layers in a list) is the value of the row's first placeholder.
@@ -325,7 +327,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def export(
-    module: nnx.Module, table: Table, *, dtype: str | None = None
+    module: nnx.Module | nnx.State, table: Table, *, dtype: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, array) of every tensor, one parameter in host memory at a time.
 

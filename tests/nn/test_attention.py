@@ -20,6 +20,7 @@ from llmprep_jax.nn.attention import (
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.rope import rope_angles, rope_frequencies
+from tests.random_modules import random_module
 
 
 def draw(*shape, seed=0):
@@ -167,7 +168,8 @@ def test_long_attention_has_at_most_eight_blocks():
 
 
 def make_attention(num_kv_heads=2, **options):
-    return Attention(32, 4, num_kv_heads, 8, compute=Compute(), rngs=nnx.Rngs(0), **options)
+    sizes = (32, 4, num_kv_heads, 8)
+    return random_module(lambda: Attention(*sizes, compute=Compute(), rngs=nnx.Rngs(0), **options))
 
 
 def run(attention, x, positions=None):

@@ -68,7 +68,8 @@ def test_products_are_in_the_dtype_of_the_activations(dtype):
 
 def test_logits_are_float32_whatever_the_activations_are():
     x, w = operands("BTD,VD->BTV")
-    assert contract_logits("BTD,VD->BTV", x.astype("bfloat16"), w, "bfloat16").dtype == jnp.float32
+    logits = contract_logits("BTD,VD->BTV", x.astype("bfloat16"), w, jnp.dtype("bfloat16"))
+    assert logits.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

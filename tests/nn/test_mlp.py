@@ -8,6 +8,7 @@ from flax import nnx
 
 from llmprep_jax.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from llmprep_jax.nn.param import Compute
+from tests.random_modules import random_module
 
 
 def draw(*shape):
@@ -44,9 +45,9 @@ def test_silu_has_its_minimum():
 
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
 def test_a_gated_layer_multiplies_its_two_halves(act):
-    mlp = GatedMlp(8, 16, act=act, bias=True, compute=Compute(), rngs=nnx.Rngs(0))
-    for layer in (mlp.gate, mlp.up, mlp.down):
-        layer.b[...] = draw(*layer.b.shape)
+    mlp = random_module(
+        lambda: GatedMlp(8, 16, act=act, bias=True, compute=Compute(), rngs=nnx.Rngs(0))
+    )
     x = draw(2, 3, 8)
     gate, up = x @ mlp.gate.w[...] + mlp.gate.b[...], x @ mlp.up.w[...] + mlp.up.b[...]
     expected = (ACTIVATIONS[act](gate) * up) @ mlp.down.w[...] + mlp.down.b[...]
@@ -54,7 +55,8 @@ def test_a_gated_layer_multiplies_its_two_halves(act):
 
 
 def test_a_plain_layer_has_one_half():
-    mlp = Mlp(8, 16, compute=Compute(), rngs=nnx.Rngs(0))
+    mlp = random_module(lambda: Mlp(8, 16, compute=Compute(), rngs=nnx.Rngs(0)))
     x = draw(2, 3, 8)
-    expected = jax.nn.gelu(x @ mlp.up.w[...], approximate=False) @ mlp.down.w[...]
+    hidden = jax.nn.gelu(x @ mlp.up.w[...] + mlp.up.b[...], approximate=False)
+    expected = hidden @ mlp.down.w[...] + mlp.down.b[...]
     np.testing.assert_allclose(mlp(x), expected, atol=1e-5)

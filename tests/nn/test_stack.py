@@ -11,13 +11,14 @@ from flax import nnx
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.stack import scan, stack, unstack
+from tests.random_modules import random_module
 
 make_layer = functools.partial(GatedMlp, 8, 16, compute=Compute())
 SCALES = np.array([1.0, 0.5, 2.0, -1.0], np.float32)
 
 
 def make_layers(num_layers=4):
-    return stack(make_layer, num_layers, rngs=nnx.Rngs(0))
+    return random_module(lambda: stack(make_layer, num_layers, rngs=nnx.Rngs(0)))
 
 
 def step(layer, x, scale):
@@ -44,7 +45,7 @@ def count(primitive, jaxpr):
 
 
 def test_a_stack_is_one_layer_with_a_leading_axis_and_other_weights_in_each_place():
-    w = make_layers().up.w[...]
+    w = stack(make_layer, 4, rngs=nnx.Rngs(0)).up.w[...]
     assert w.shape == (4, 8, 16)
     assert len({float(layer[0, 0]) for layer in w}) == 4
 

@@ -3,6 +3,8 @@
 Weights go through files: transformers saves, we load, so names, layouts and configs are tested too.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,8 +133,10 @@ def test_greedy_generation_is_token_for_token_the_same(pair, side):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_the_language_model_of_a_multimodal_gemma_loads(tmp_path):
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_the_language_model_of_a_multimodal_gemma_loads(tmp_path, cap):
     _, fields = torch_models.CASES["gemma3"]
+    fields = {**fields, "final_logit_softcapping": cap}  # which the multimodal class leaves alone
     config = transformers.Gemma3Config(
         text_config=transformers.Gemma3TextConfig(**fields),
         vision_config=dict(
@@ -158,12 +162,45 @@ def test_the_language_model_of_a_multimodal_gemma_loads(tmp_path):
     np.testing.assert_allclose(forward(ours, tokens), expected, atol=1e-4)
 
 
-def test_bf16_follows_transformers_bf16_as_closely_as_rounding_lets_it(tmp_path):
-    theirs = torch_models.make("llama")
-    folder = torch_models.save(theirs.to(torch.bfloat16), tmp_path)
-    ours, tokens = lp.load_model(folder), torch_models.tokens()
-    assert ours.layers.mlp.up.w.dtype == jnp.bfloat16
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_bf16_follows_transformers_bf16_as_closely_as_rounding_lets_it(tmp_path, name):
+    theirs = torch_models.make(name)
+    tokens = torch_models.tokens()
     with torch.no_grad():
+        exact = theirs(torch.tensor(tokens)).logits.numpy()
+        folder = torch_models.save(theirs.to(torch.bfloat16), tmp_path)
         expected = theirs(torch.tensor(tokens)).logits.float().numpy()
+    ours = lp.load_model(folder)
+    assert ours.layers.mlp.up.w.dtype == jnp.bfloat16
     found = np.asarray(forward(ours, tokens))
     assert np.abs(found - expected).mean() < 0.02 * np.abs(expected).max()
+    # and no further from float32 than theirs
+    assert np.abs(found - exact).mean() < 1.5 * np.abs(expected - exact).mean()
+
+
+def test_packed_documents_agree(pair):
+    theirs, ours = pair
+    tokens = torch_models.tokens()
+    positions = np.array([[*range(7), *range(12), *range(5)]] * 2)
+    segments = np.array([[1] * 7 + [2] * 12 + [3] * 5] * 2)
+    with torch.no_grad():  # positions that begin anew are packed documents to transformers
+        expected = theirs(torch.tensor(tokens), position_ids=torch.tensor(positions)).logits
+    found = forward(ours, tokens, positions=positions, segment_ids=segments)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
+def test_a_config_in_the_spelling_of_transformers_4_is_the_same_model(pair, tmp_path):
+    theirs, ours = pair
+    folder = torch_models.save(theirs, tmp_path)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    if "full_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    config["rope_theta"] = rope.pop("rope_theta")
+    rope["type"] = rope.pop("rope_type")
+    config["rope_scaling"] = None if rope["type"] == "default" else rope
+    path.write_text(json.dumps(config))
+    again, tokens = lp.load_model(folder), torch_models.tokens()
+    np.testing.assert_array_equal(forward(again, tokens), forward(ours, tokens))

@@ -52,7 +52,17 @@ CASES = {
         "Qwen2",
         {**_SIZES, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
+    "qwen2-layer-types": (
+        "Qwen2",
+        {
+            **_SIZES,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "gemma3": ("Gemma3", _GEMMA),
+    "gemma3-pattern": ("Gemma3", {**_GEMMA, "sliding_window_pattern": 2, "rms_norm_eps": 1e-5}),
     "gemma3-mqa-untied": (
         "Gemma3",
         {**_GEMMA, "num_key_value_heads": 1, "tie_word_embeddings": False},

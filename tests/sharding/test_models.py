@@ -5,7 +5,6 @@ largest one of their array. The one thing a reader would get wrong: 9 heads and 
 tensor axis of 2 or 4 are replicated, while the MLP and the vocabulary beside them are split.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -19,6 +18,7 @@ from llmprep_jax.models.gemma3.config import Config as Gemma3Config
 from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train.losses import next_token_loss
+from tests.models.tiny import forward, random_model
 
 MESHES = {
     "fsdp4-tensor2": {"fsdp": 4, "tensor": 2},
@@ -52,18 +52,10 @@ on_pairs = pytest.mark.parametrize(("name", "mesh_name"), PAIRS)
 
 
 @functools.cache
-def build(name: str, mesh_name: str | None = None, **compute) -> nnx.Module:
-    """A model with the same numbers on every mesh, put where its constructor puts parameters."""
-    cfg = CONFIGS[name]
-    cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, **compute))
-    rng = np.random.default_rng(0)
-
-    def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
-        value = rng.normal(0, x.shape[-1] ** -0.5, x.shape).astype(x.dtype)
-        return jax.device_put(value, None if mesh_name is None else x.sharding.spec)
-
+def build(name: str, mesh_name: str | None = None) -> nnx.Module:
+    """The same numbers on every mesh."""
     with use_mesh(mesh_name and make_mesh(MESHES[mesh_name])):
-        return jax.tree.map(fill, jax.eval_shape(lambda: registry.build(cfg, rngs=nnx.Rngs(0))))
+        return random_model(CONFIGS[name])
 
 
 def make_batch(rows: int = 8, length: int = 12) -> dict[str, np.ndarray]:
@@ -81,11 +73,6 @@ def make_batch(rows: int = 8, length: int = 12) -> dict[str, np.ndarray]:
 
 
 @jax.jit
-def forward(model, tokens):
-    return model(tokens).logits
-
-
-@jax.jit
 def loss_and_grads(model, batch):
     def loss_of(model):
         loss = next_token_loss(model, batch)
@@ -95,8 +82,8 @@ def loss_and_grads(model, batch):
 
 
 @functools.cache
-def alone(name: str, rows: int, **compute):
-    model, batch = build(name, **compute), make_batch(rows)
+def alone(name: str, rows: int):
+    model, batch = build(name), make_batch(rows)
     return forward(model, batch["tokens"]), loss_and_grads(model, batch)
 
 

@@ -1,0 +1,161 @@
+"""The lower rungs of the ladder: every module of every layer on the inputs transformers gave it.
+
+When logits differ, the lowest rung that fails here says where: each failure is a list of modules.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import llmprep_jax as lp
+from llmprep_jax.nn.attention import Tokens
+from llmprep_jax.nn.rope import rope_angles, rope_frequencies
+from llmprep_jax.weights.table import entries
+from tests.parity import torch_models
+
+pytestmark = pytest.mark.parity
+TOLERANCE = 1e-5  # of the largest value of a module's output
+
+
+class Trace:
+    """What went into and came out of every module of transformers' model, in the order of calls."""
+
+    def __init__(self, model, tokens):
+        self.calls = {}
+        hooks = [
+            module.register_forward_hook(self._note(name), with_kwargs=True)
+            for name, module in model.named_modules()
+        ]
+        with torch.no_grad():
+            model(torch.tensor(tokens))
+        for hook in hooks:
+            hook.remove()
+
+    def _note(self, name):
+        def note(module, args, kwargs, output):
+            args = args or tuple(kwargs.values())
+            self.calls.setdefault(name, []).append((args, output))
+
+        return note
+
+    def of(self, name):
+        """Input and output of a module that was called once."""
+        (((x, *_), output),) = self.calls[name]
+        output = output[0] if isinstance(output, tuple) else output
+        return x.numpy(), output.numpy()
+
+
+@pytest.fixture(scope="module", params=torch_models.CASES)
+def case(request, tmp_path_factory):
+    theirs = torch_models.make(request.param)
+    folder = torch_models.save(theirs, tmp_path_factory.mktemp("hf"))
+    return Trace(theirs, torch_models.tokens()), lp.load_model(folder)
+
+
+def layer_of(model, number):
+    return jax.tree.map(lambda x: x[number], model.layers)
+
+
+def modules(model, suffix):
+    """(our module, transformers' name) for each row of the weights table whose path ends so."""
+    for path, row in entries(model, model.weights).items():
+        if not path.endswith(suffix) or path in ("embed.w", "head.w"):
+            continue
+        for place, name in row.names().items():
+            module = layer_of(model, *place) if place else model
+            for step in path.split(".")[len(place) : -1]:
+                module = getattr(module, step)
+            yield module, name.removesuffix(".weight")
+
+
+def differ(found, expected):
+    scale = np.abs(expected).max()
+    return np.abs(np.asarray(found) - expected).max() > TOLERANCE * scale
+
+
+def test_norms_agree(case):
+    trace, ours = case
+    failures, checked = [], list(modules(ours, ".scale"))
+    for module, name in checked:
+        x, expected = trace.of(name)
+        if differ(module(x), expected):
+            failures.append(name)
+    assert not failures
+    assert len(checked) >= 2 * ours.cfg.num_layers + 1
+
+
+def test_projections_agree(case):
+    trace, ours = case
+    failures, checked = [], list(modules(ours, ".w"))
+    for module, name in checked:
+        x, expected = trace.of(name)
+        x_dims, w_dims = module.eqn.split("->")[0].split(",")
+        shared = [size for dim, size in zip(w_dims, module.w.shape, strict=True) if dim in x_dims]
+        found = module(jnp.asarray(x).reshape(*x.shape[:2], *shared))
+        if differ(found.reshape(expected.shape), expected):
+            failures.append(name)
+    assert not failures
+    assert len(checked) == 7 * ours.cfg.num_layers
+
+
+def ropes_of(cfg):
+    """(base, scaling) by the kind of layer, None where there is one kind."""
+    if hasattr(cfg, "rope_local_base"):
+        local, full = (cfg.rope_local_base, None), (cfg.rope_base, cfg.rope_scaling)
+        return {"sliding_attention": local, "full_attention": full}
+    return {None: (cfg.rope_base, cfg.rope_scaling)}
+
+
+def test_rotations_agree(case):
+    trace, ours = case
+    positions, ropes = jnp.arange(24)[None], ropes_of(ours.cfg)
+    kinds = set()
+    for (_, _, *kind), (cos, sin) in trace.calls["model.rotary_emb"]:
+        kind = kind[0] if kind else None
+        kinds.add(kind)
+        found = rope_angles(positions, *rope_frequencies(ours.cfg.head_dim, *ropes[kind]))
+        for ours_BTR, theirs_BTH in zip(found, (cos, sin), strict=True):
+            expected = np.split(theirs_BTH.numpy()[:1], 2, axis=-1)
+            np.testing.assert_allclose(ours_BTR, expected[0], atol=2e-6)
+            np.testing.assert_array_equal(*expected)
+    assert kinds
+
+
+def places(tokens):
+    return Tokens(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+
+
+def layer_call(model, number, tokens):
+    """What a layer is called with beside its input: for attention, and for the block."""
+    cfg, where = model.cfg, places(tokens)
+    if hasattr(cfg, "local_layers"):
+        local, full = model._kinds(where)
+        is_local = cfg.local_layers()[number]
+        return (where, *(local if is_local else full)), (where, local, full, None, is_local, 0)
+    rope = rope_angles(
+        where.positions_BT, *rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
+    )
+    window = cfg.window if number >= cfg.first_window_layer else None
+    return (where, rope, window), (where, rope, window)
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp", "block"])
+def test_layers_agree(case, part):
+    trace, ours = case
+    failures = []
+    for number in range(ours.cfg.num_layers):
+        layer, name = layer_of(ours, number), f"model.layers.{number}"
+        attention, block = layer_call(ours, number, torch_models.tokens())
+        if part == "attention":
+            name += ".self_attn"
+            found = layer.attn(trace.of(name)[0], *attention)[0]
+        elif part == "mlp":
+            name += ".mlp"
+            found = layer.mlp(trace.of(name)[0])
+        else:
+            found = layer(trace.of(name)[0], *block)[0]
+        if differ(found, trace.of(name)[1]):
+            failures.append(name)
+    assert not failures
