@@ -1,7 +1,19 @@
 """Parameter-efficient fine-tuning: `inject`, `split`, `merge`, `save` and `load` adapters."""
 
-from llmprep_jax.peft.adapter import count, inject, is_adapted, merge, split, strip
+from llmprep_jax.peft.adapter import inject, is_adapted, merge, split, strip
+from llmprep_jax.peft.counts import count, print_counts
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_format import load, save
 
-__all__ = ["LoRA", "count", "inject", "is_adapted", "load", "merge", "save", "split", "strip"]
+__all__ = [
+    "LoRA",
+    "count",
+    "inject",
+    "is_adapted",
+    "load",
+    "merge",
+    "print_counts",
+    "save",
+    "split",
+    "strip",
+]

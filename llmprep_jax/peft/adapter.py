@@ -7,22 +7,27 @@ shares the base model's arrays, nothing is copied, and the base's own step of tr
 `split` leaves out.
 """
 
-import dataclasses
-import difflib
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
+from llmprep_jax.peft.targets import (
+    Names,
+    Targets,
+    bases,
+    check_keys,
+    linear_layers,
+    select,
+    stacked,
+)
 
-Targets = str | tuple[str, ...] | list[str]
+Params = Mapping[str, Array]
 
 
 @runtime_checkable
@@ -35,13 +40,13 @@ class Method(Protocol):
         """The settings for one layer, which goes by `names`."""
         ...
 
-    def init(self, base: Einsum, rngs: nnx.Rngs) -> Mapping[str, Array]:
+    def init(self, base: Einsum, rngs: nnx.Rngs) -> Params:
         """Parameters by name, such that `forward` equals the base."""
         ...
 
-    def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array: ...
+    def forward(self, params: Params, base: Einsum, x: Array) -> Array: ...
 
-    def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
+    def merge(self, params: Params, base: Einsum) -> Array:
         """The base's weight with the adapter in it, in float32."""
         ...
 
@@ -49,7 +54,7 @@ class Method(Protocol):
 class Adapted(nnx.Module):
     """A linear layer and the adapter around it, whose parameters are attributes."""
 
-    def __init__(self, base: Einsum, method: Method, params: Mapping[str, Array]):
+    def __init__(self, base: Einsum, method: Method, params: Params):
         self.base, self.method, self.names = base, method, tuple(params)
         for name, value in params.items():
             setattr(self, name, AdapterParam(value))
@@ -69,113 +74,88 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     equals it or ends with "." and it.
 
     Raises:
-      ValueError: a target matches no layer, or a rank exceeds a layer's dimensions.
+      ValueError: a target matches no layer, a rank exceeds a layer's dimensions, or the model has
+        adapters.
     """
+    if is_adapted(model):
+        raise ValueError("the model has adapters already; inject into lp.peft.strip(model)")
     layers = linear_layers(model)
-    _check_targets(method.targets, layers)
-    chosen = {path for path in layers if matches(method.targets, layers[path])}
+    chosen = {path: layers[path] for path in select(method.targets, layers)}
+    for label in ("rank_pattern", "alpha_pattern"):
+        check_keys(label, getattr(method, label, ()), chosen)
+    methods = {path: _resolve(method, path, names) for path, names in chosen.items()}
     rngs = nnx.Rngs(seed)
-    methods = {path: method.resolve(layers[path]) for path in sorted(chosen)}
     keys = {path: rngs.params() for path in sorted(layers)}  # so another target changes no other
-
-    def wrap(path: tuple, node: Any) -> Any:
-        name = ".".join(map(str, path))
-        if not isinstance(node, Einsum) or name not in methods:
-            return node
-        return Adapted(node, methods[name], _init(methods[name], node, keys[name]))
-
-    return nnx.recursive_map(wrap, model)
+    found = {path: base for path, base in bases(model).items() if path in methods}
+    # one program: op by op this takes seconds
+    params = _init(tuple(methods.items()), found, {path: keys[path] for path in methods})
+    return wrap(model, methods, params)
 
 
-def _init(method: Method, base: Einsum, key: jax.Array) -> Mapping[str, Array]:
+def _resolve(method: Method, path: str, layers: Sequence[Names]) -> Method:
+    """The one method that all layers of a path have."""
+    one, *others = dict.fromkeys(method.resolve(names) for names in layers)
+    if others:
+        raise ValueError(
+            f"rank_pattern or alpha_pattern sets layers of the stack {path} apart; give all of them"
+            " one value, or unstack(model.layers) first"
+        )
+    return one
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(
+    methods: tuple[tuple[str, Method], ...],
+    bases: Mapping[str, Einsum],
+    keys: Mapping[str, jax.Array],
+) -> dict[str, Params]:
+    return {path: _init_layers(path, method, bases[path], keys[path]) for path, method in methods}
+
+
+def _init_layers(path: str, method: Method, base: Einsum, key: jax.Array) -> Params:
     """The parameters of one layer, or with a leading axis those of a stack of layers."""
 
     def one(base: Einsum, key: jax.Array) -> dict[str, Array]:
         return dict(method.init(base, nnx.Rngs(key)))
 
-    num_layers = stacked(base)
-    if num_layers is None:
-        return one(base, key)
-    return jax.vmap(one)(base, jax.random.split(key, num_layers))
+    try:
+        if stacked(base) is None:
+            return one(base, key)
+        return jax.vmap(one)(base, jax.random.split(key, stacked(base)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def stacked(base: Einsum) -> int | None:
-    """How many layers' weights a linear layer holds, None for one layer."""
-    return base.w.shape[0] if len(base.w.shape) > len(base.axes) else None
-
-
-def bases(model: nnx.Module) -> dict[str, Einsum]:
-    """A model's linear layers by path; an adapted one by the path that its adapter took."""
-    found: dict[str, Einsum] = {}
+def wrap(
+    model: nnx.Module, methods: Mapping[str, Method], params: Mapping[str, Params]
+) -> nnx.Module:
+    """A model with adapters of these methods and parameters, by path."""
 
     def visit(path: tuple, node: Any) -> Any:
-        if isinstance(node, Einsum):
-            found[".".join(map(str, path)).removesuffix(".base")] = node
-        return node
+        name = ".".join(map(str, path))
+        if not isinstance(node, Einsum) or name not in methods:
+            return node
+        return Adapted(node, methods[name], params[name])
 
-    nnx.recursive_map(visit, model)
-    return found
+    return nnx.recursive_map(visit, model)
 
 
 def methods(model: nnx.Module) -> dict[str, Method]:
     """The adapters' methods by the path of the layer that they are around."""
-    found: dict[str, Method] = {}
+    return {path: adapted.method for path, adapted in adapters(model).items()}
+
+
+def adapters(model: nnx.Module) -> dict[str, Adapted]:
+    """The adapted layers by path."""
+    found: dict[str, Adapted] = {}
 
     def visit(path: tuple, node: Any) -> Any:
         if isinstance(node, Adapted):
-            found[".".join(map(str, path))] = node.method
+            found[".".join(map(str, path))] = node
         return node
 
     nnx.recursive_map(visit, model)
     return found
-
-
-def linear_layers(model: nnx.Module) -> dict[str, tuple[str, ...]]:
-    """Paths of a model's linear layers, with their names: ours, and Hugging Face's if known."""
-    table = getattr(model, "weights", {})
-    theirs = {path: table.get(weight_name(path), ("",))[0] for path in bases(model)}
-    theirs = {path: name.removesuffix(".weight") for path, name in theirs.items()}
-    return {path: (path, name) if name else (path,) for path, name in theirs.items()}
-
-
-def weight_name(path: str) -> str:
-    """The weight table's name of a layer's weight; the numbers of layers in a list are left out."""
-    return ".".join([part for part in path.split(".") if not part.isdigit()] + ["w"])
-
-
-def matches(targets: Targets, names: Sequence[str]) -> bool:
-    """Whether a layer that goes by `names` is targeted, by PEFT's rules."""
-    if targets == "all-linear":
-        return True
-    # `{l}` stands for every layer's number
-    names = [name.replace("{l}", "0") for name in names]
-    if isinstance(targets, str):
-        return any(re.fullmatch(targets, name) for name in names)
-    return any(name == t or name.endswith(f".{t}") for name in names for t in targets)
-
-
-def _check_targets(targets: Targets, layers: Mapping[str, Sequence[str]]) -> None:
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"target {targets!r} is no regex: {error}") from error
-    each = [targets] if isinstance(targets, str) else [(target,) for target in targets]
-    for target in each:
-        if any(matches(target, names) for names in layers.values()):
-            continue
-        known = sorted({name.rsplit(".", 1)[-1] for names in layers.values() for name in names})
-        text = target if isinstance(target, str) else target[0]
-        near = difflib.get_close_matches(text, known, n=3, cutoff=0.3) or known
-        raise ValueError(f"target {text!r} matches no linear layer; near names: {', '.join(near)}")
-    if not each:
-        raise ValueError('no targets given; "all-linear" takes every linear layer')
-
-
-def _map_adapted(model: nnx.Module, change: Callable[[Adapted], Any]) -> nnx.Module:
-    return nnx.recursive_map(
-        lambda _, node: change(node) if isinstance(node, Adapted) else node, model
-    )
 
 
 def is_adapted(model: nnx.Module) -> bool:
@@ -207,30 +187,32 @@ def merge(model: nnx.Module) -> nnx.Module:
     return _map_adapted(model, merged)
 
 
-def _merge_one(method: Method, base: Einsum, params: Mapping[str, Array]) -> Array:
+def _merge_one(method: Method, base: Einsum, params: Params) -> Array:
     return method.merge(params, base)
 
 
-@dataclasses.dataclass(frozen=True)
-class Count:
-    """Sizes of a model with adapters: parameters and bytes."""
-
-    trainable: int
-    frozen: int
-    trainable_bytes: int
-    frozen_bytes: int
-
-    @property
-    def share(self) -> float:
-        """Trainable parameters as a share of all."""
-        return self.trainable / max(self.trainable + self.frozen, 1)
+def _map_adapted(model: nnx.Module, change: Callable[[Adapted], Any]) -> nnx.Module:
+    return nnx.recursive_map(
+        lambda _, node: change(node) if isinstance(node, Adapted) else node, model
+    )
 
 
-def count(model: nnx.Module) -> Count:
-    """Counts parameters; an abstract model will do."""
-    sizes = []
-    for state in split(model):
-        leaves = jax.tree.leaves(state)
-        numbers = [int(np.prod(leaf.shape)) for leaf in leaves]
-        sizes.append((sum(numbers), sum(n * x.dtype.itemsize for n, x in zip(numbers, leaves))))  # noqa: B905
-    return Count(sizes[0][0], sizes[1][0], sizes[0][1], sizes[1][1])
+def dims(base: Einsum) -> tuple[str, str, str, str]:
+    """(activation, weight's inputs, weight's outputs, result) of a layer's einsum, as letters."""
+    inputs, y_dims = base.eqn.split("->")
+    x_dims, w_dims = inputs.split(",")
+    ins = "".join(dim for dim in w_dims if dim not in y_dims)
+    outs = "".join(dim for dim in w_dims if dim in y_dims)
+    return x_dims, ins, outs, y_dims
+
+
+def shape_of(base: Einsum) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """One layer's (input, output) sizes, unmerged."""
+    shape, num_inputs = tuple(base.w.shape)[-len(base.axes) :], len(dims(base)[1])
+    return shape[:num_inputs], shape[num_inputs:]
+
+
+def axes_of(base: Einsum) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """The logical axes of a layer's (inputs, outputs)."""
+    num_inputs = len(dims(base)[1])
+    return base.axes[:num_inputs], base.axes[num_inputs:]

@@ -10,7 +10,6 @@ until the first step.
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -19,11 +18,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum, contract
-from llmprep_jax.peft.adapter import Targets
+from llmprep_jax.peft.adapter import axes_of, dims, shape_of
+from llmprep_jax.peft.targets import Number, Pattern, Targets, as_pattern, check_number, first
 from llmprep_jax.sharding import spec
-
-Number = float | int
-Pattern = tuple[tuple[str, Number], ...] | Mapping[str, Number]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +44,13 @@ class LoRA:
     dtype: str = "float32"
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"LoRA's rank is {self.rank}; it must be at least 1")
+        check_number("LoRA's rank", self.rank, whole=True)
+        check_number("LoRA's alpha", self.alpha, whole=False)
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
         for name in ("rank_pattern", "alpha_pattern"):
-            if isinstance(getattr(self, name), Mapping):
-                object.__setattr__(self, name, tuple(getattr(self, name).items()))
+            pattern = as_pattern(name, getattr(self, name), whole=name == "rank_pattern")
+            object.__setattr__(self, name, pattern)
 
     @property
     def scale(self) -> float:
@@ -61,7 +58,7 @@ class LoRA:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def resolve(self, names: Sequence[str]) -> "LoRA":
-        rank, alpha = _first(self.rank_pattern, names), _first(self.alpha_pattern, names)
+        rank, alpha = first(self.rank_pattern, names), first(self.alpha_pattern, names)
         return dataclasses.replace(
             self,
             rank=self.rank if rank is None else int(rank),
@@ -71,15 +68,16 @@ class LoRA:
         )
 
     def init(self, base: Einsum, rngs: nnx.Rngs) -> dict[str, Array]:
-        w_shape, inputs = base.w.shape, num_inputs(base)
-        fan_in, fan_out = math.prod(w_shape[:inputs]), math.prod(w_shape[inputs:])
+        (ins, outs), (in_axes, out_axes) = shape_of(base), axes_of(base)
+        fan_in, fan_out = math.prod(ins), math.prod(outs)
         if self.rank > min(fan_in, fan_out):
             raise ValueError(
-                f"LoRA's rank {self.rank} exceeds the dimensions {fan_in} x {fan_out} of a layer"
+                f"LoRA's rank {self.rank} exceeds the dimensions {fan_in} x {fan_out} of the layer;"
+                " lower rank, or give the layer its own in rank_pattern"
             )
-        a_shape, b_shape = (*w_shape[:inputs], self.rank), (self.rank, *w_shape[inputs:])
-        a_spec = spec(*base.axes[:inputs], None, shape=a_shape)
-        b_spec = spec(None, *base.axes[inputs:], shape=b_shape)
+        a_shape, b_shape = (*ins, self.rank), (self.rank, *outs)
+        a_spec = spec(*in_axes, None, shape=a_shape)
+        b_spec = spec(None, *out_axes, shape=b_shape)
         bound = 1 / math.sqrt(fan_in)
         a = jax.random.uniform(
             rngs.params(), a_shape, self.dtype, -bound, bound, out_sharding=a_spec
@@ -88,44 +86,18 @@ class LoRA:
 
     def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
         x_dims, ins, outs, y_dims = dims(base)
-        low = f"{y_dims[:2]}R"
-        x_low = contract(f"{x_dims},{ins}R->{low}", x, params["lora_a"], base.dtype, _LOW_AXES)
-        b = params["lora_b"] * self.scale
-        return base(x) + contract(f"{low},R{outs}->{y_dims}", x_low, b, base.dtype, base.out_axes)
+        rows = "".join(dim for dim in y_dims if dim not in outs)
+        low_axes = (*base.out_axes[: len(rows)], None)
+        eqn = f"{x_dims},{ins}r->{rows}r"
+        x_low = contract(eqn, x, params["lora_a"], base.dtype, low_axes)
+        # scaled in float32, as PEFT does for adapters of any dtype
+        b = params["lora_b"].astype(jnp.float32) * self.scale
+        return base(x) + contract(f"{rows}r,r{outs}->{y_dims}", x_low, b, base.dtype, base.out_axes)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         _, ins, outs, _ = dims(base)
         a, b = params["lora_a"].astype(jnp.float32), params["lora_b"].astype(jnp.float32)
-        delta = jnp.einsum(
-            f"{ins}R,R{outs}->{ins}{outs}",
-            a,
-            b,
-            precision="highest",
-            out_sharding=spec(*base.axes, shape=base.w.shape),
-        )
+        out = spec(*base.axes, shape=base.w.shape)
+        eqn = f"{ins}r,r{outs}->{ins}{outs}"
+        delta = jnp.einsum(eqn, a, b, precision="highest", out_sharding=out)
         return base.w[...].astype(jnp.float32) + self.scale * delta
-
-
-_LOW_AXES = ("batch", "seq", None)
-
-
-def dims(base: Einsum) -> tuple[str, str, str, str]:
-    """(activation, weight's inputs, weight's outputs, result) of a layer's einsum, as letters."""
-    inputs, y_dims = base.eqn.split("->")
-    x_dims, w_dims = inputs.split(",")
-    ins = "".join(dim for dim in w_dims if dim not in y_dims)
-    outs = "".join(dim for dim in w_dims if dim in y_dims)
-    return x_dims, ins, outs, y_dims
-
-
-def num_inputs(base: Einsum) -> int:
-    """How many of the weight's leading dimensions are inputs."""
-    return len(dims(base)[1])
-
-
-def _first(pattern: Pattern, names: Sequence[str]) -> Number | None:
-    """PEFT's rule: the first key that matches the end of a path, whole names only."""
-    for key, value in pattern:
-        if any(re.fullmatch(rf"(.*\.)?({key})", name.replace("{l}", "0")) for name in names):
-            return value
-    return None

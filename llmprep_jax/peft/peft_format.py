@@ -2,17 +2,16 @@
 
 PEFT keeps A as (r, in) and B as (out, r), one pair a layer, under `base_model.model.` and the
 base's module path; the base's own weight table therefore gives names and layouts. The one thing a
-reader would get wrong: the files decide which layers are adapted, not `target_modules`; layers
-without a pair get a zero B.
+reader would get wrong: a stack has one rank and one scale, so a layer of a smaller rank is padded
+with zeros, a layer without a pair (layers_to_transform) is all zeros and stays so in training, and
+what differs in a layer's scale goes into its B.
 """
 
 import dataclasses
 import math
-import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,9 @@ from flax import nnx
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import adapter
-from llmprep_jax.peft.lora import LoRA, num_inputs
+from llmprep_jax.peft.lora import LoRA
+from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
+from llmprep_jax.peft.targets import Place, bases, modules, plain, stacked
 from llmprep_jax.sharding import spec
 from llmprep_jax.weights.checkpoint import read_json
 from llmprep_jax.weights.receipt import probe_difference, save_folder
@@ -31,13 +32,7 @@ from llmprep_jax.weights.table import Entry, Table, export
 
 CONFIG, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_UNSUPPORTED = (
-    "use_dora",
-    "fan_in_fan_out",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-)
+_SHOWN = 8  # names of each kind in an error
 
 
 def adapter_table(weights: Table) -> dict[str, tuple[str, str]]:
@@ -89,47 +84,13 @@ def save(
     adapters = nnx.state(model, AdapterParam)
     return save_folder(
         folder,
-        _config(model, base_model),
+        make_config(model, base_model),
         export(adapters, adapter_table(model.weights)),
         config_name=CONFIG,
         weights_name=WEIGHTS_FILE,
         verify=lambda written: probe_difference(model, load(base, written)),
         tolerance=tolerance,
     )
-
-
-def _config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
-    methods = adapter.methods(model)
-    first = next(iter(methods.values()))
-    modules = {
-        path: model.weights[adapter.weight_name(path)][0].removesuffix(".weight")
-        for path in methods
-    }
-    leaf = {path: module.rsplit(".", 1)[-1] for path, module in modules.items()}
-    ranks = {leaf[path]: m.rank for path, m in methods.items() if m.rank != first.rank}
-    alphas = {leaf[path]: m.alpha for path, m in methods.items() if m.alpha != first.alpha}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "revision": None,
-        "inference_mode": True,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": 0.0,
-        "use_rslora": first.rslora,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "bias": "none",
-        "init_lora_weights": True,
-        "target_modules": sorted(set(leaf.values())),
-        "exclude_modules": None,
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-    }
 
 
 def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
@@ -142,18 +103,22 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     if adapter.is_adapted(model):
         raise ValueError("the model has adapters already; load onto lp.peft.strip(model)")
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
-    settings = _settings(folder / CONFIG, config)
+    config = read_config(folder / CONFIG, _read_json(folder))
     file = _open(folder)
-    pairs = _pairs(model, file)
+    pairs = _pairs(model, config, file)
+    found, table = bases(model), adapter_table(model.weights)
+    methods, params = {}, {}
+    for path, layers in pairs.items():
+        methods[path] = _one_method(layers)
+        rows = {kind: table[f"{plain(path)}.{kind}"][1] for kind in ("lora_a", "lora_b")}
+        params[path] = _read(found[path], methods[path], layers, rows, file)
+    return adapter.wrap(model, methods, params)
 
-    def wrap(path: tuple, node: Any) -> Any:
-        name = ".".join(map(str, path))
-        if not isinstance(node, Einsum) or name not in pairs:
-            return node
-        return _read(node, name, settings, model.weights, pairs[name], file)
 
-    return nnx.recursive_map(wrap, model)
+def _read_json(folder: Path) -> dict:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}; give the folder of a PEFT adapter")
+    return read_json(folder / CONFIG)
 
 
 def _open(folder: Path) -> SafetensorsFile:
@@ -167,113 +132,123 @@ def _open(folder: Path) -> SafetensorsFile:
     raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}; save the adapter again")
 
 
-def _settings(path: Path, config: Mapping[str, Any]) -> LoRA:
-    kind, bias = config.get("peft_type"), config.get("bias", "none")
-    if kind != "LORA":
-        raise ValueError(f"{path} is of peft_type {kind!r}; supported: LORA")
-    asked = [name for name in _UNSUPPORTED if config.get(name)]
-    asked += [f"bias={bias!r}"] if bias != "none" else []
-    if asked:
-        raise ValueError(f"{path} uses {', '.join(asked)}, which plain LoRA lacks")
-    try:
-        return LoRA(
-            rank=operator.index(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            rslora=bool(config.get("use_rslora")),
-            rank_pattern=tuple((config.get("rank_pattern") or {}).items()),
-            alpha_pattern=tuple((config.get("alpha_pattern") or {}).items()),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} has no sound r and lora_alpha ({error!r})") from error
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One layer's tensors.
+
+    Attributes:
+      module: Hugging Face's name of the layer. method: LoRA as it is set for this layer.
+      shapes: what A and B must be.
+    """
+
+    module: str
+    method: LoRA
+    shapes: tuple[tuple[int, int], tuple[int, int]]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """A's and B's names in the file."""
+        return tuple(f"{_PREFIX}{self.module}.lora_{kind}.weight" for kind in "AB")
 
 
-# our path -> layer (None: not stacked) -> (A's name, B's name)
-Pairs = dict[str, dict[int | None, dict[str, str]]]
-
-
-def _pairs(model: nnx.Module, file: SafetensorsFile) -> Pairs:
-    """The tensors of a file by what they adapt.
+def _pairs(
+    model: nnx.Module, config: AdapterConfig, file: SafetensorsFile
+) -> dict[str, dict[Place, Pair]]:
+    """The layers that a folder adapts, by our path and place in a stack.
 
     Raises:
-      ValueError: tensors that the model has no place for, halves of pairs, wrong shapes; all are
+      ValueError: the file is not what the config and this model lead to expect; all differences are
         listed.
     """
-    bases, table = adapter.bases(model), adapter_table(model.weights)
-    known = {}
-    for path, base in bases.items():
-        layers = [None] if adapter.stacked(base) is None else range(adapter.stacked(base))
-        for kind in ("lora_a", "lora_b"):
-            name = table[f"{path}.{kind}"][0]
-            known |= {name.format(l=layer): (path, layer, kind) for layer in layers}
-    pairs: Pairs = {}
-    for name in file.names:
-        if name in known:
-            path, layer, kind = known[name]
-            pairs.setdefault(path, {}).setdefault(layer, {})[kind] = name
-    each = [(path, names) for path, layers in pairs.items() for names in layers.values()]
-    problems = {
-        "unexpected": [name for name in file.names if name not in known],
-        "without its other half": [n for _, two in each if len(two) == 1 for n in two.values()],
-        "of another shape": [
-            f"{name} is {file.shape(name)}, expected {expected}"
-            for path, names in each
-            for kind, name in names.items()
-            if file.shape(name) != (expected := _their_shape(bases[path], kind, file.shape(name)))
-        ],
-    }
-    lines = [
-        f"{len(names)} {kind}: {', '.join(names[:8])}" + (" ..." if len(names) > 8 else "")
-        for kind, names in problems.items()
-        if names
-    ]
-    if lines or not pairs:
-        reason = "; ".join(lines) or "it holds no LoRA pair"
-        raise ValueError(f"{file.path} does not fit this base model: {reason}")
+    pairs: dict[str, dict[Place, Pair]] = {}
+    found = bases(model)
+    for path, layers in modules(model).items():
+        ins, outs = adapter.shape_of(found[path])
+        for place, module in layers.items():
+            method = config.method.resolve((module,))
+            shapes = (method.rank, math.prod(ins)), (math.prod(outs), method.rank)
+            pair = Pair(module, method, shapes)
+            # without target_modules, what the file holds is what is adapted
+            adapted = any(name in file for name in pair.names)
+            if config.adapts(module) if config.targets is not None else adapted:
+                pairs.setdefault(path, {})[place] = pair
+    wanted = [pair for layers in pairs.values() for pair in layers.values()]
+    problems = _differences(wanted, file)
+    if problems or not wanted:
+        reason = "; ".join(problems) or "its target_modules name no layer of the model"
+        raise ValueError(
+            f"{file.path} does not fit this base model: {reason}; load it on the base that"
+            f" {CONFIG} names"
+        )
     return pairs
 
 
-def _their_shape(base: Einsum, kind: str, found: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that A or B must have, given its rank."""
-    ins, outs = num_inputs(base), base.w.shape[-len(base.axes) :]
-    fan_in, fan_out = math.prod(outs[:ins]), math.prod(outs[ins:])
-    if kind == "lora_a":
-        return (found[0] if found else 0, fan_in)
-    return (fan_out, found[1] if len(found) > 1 else 0)
+def _differences(wanted: Sequence[Pair], file: SafetensorsFile) -> list[str]:
+    """How a file differs from what it must hold, one phrase a kind."""
+    shape = {name: file.shape(name) for name in file.names}
+    expected = {
+        name: dims for pair in wanted for name, dims in zip(pair.names, pair.shapes, strict=True)
+    }
+    unlike = {
+        f"{a} is {_dims(shape[a])} and {b} is {_dims(shape[b])}": (a, b)
+        for a, b in (pair.names for pair in wanted)
+        if {a, b} <= set(shape) and shape[a][:1] != shape[b][-1:]
+    }
+    told = {name for names in unlike.values() for name in names}
+    kinds = {
+        "missing": [name for name in expected if name not in shape],
+        "unexpected": [name for name in shape if name not in expected],
+        "of two ranks": list(unlike),
+        "of another shape": [
+            f"{name} is {_dims(shape[name])}, expected {_dims(dims)}"
+            for name, dims in expected.items()
+            if name in shape and name not in told and shape[name] != dims
+        ],
+        "not of a float dtype": [
+            name for name in shape if not jnp.issubdtype(file.dtype(name), jnp.floating)
+        ],
+    }
+    return [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(" ".join(name[:200].split()) for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _one_method(layers: Mapping[Place, Pair]) -> LoRA:
+    """What a stack's layers have in common: the largest rank, with that layer's alpha."""
+    return max((pair.method for pair in layers.values()), key=lambda method: method.rank)
 
 
 def _read(
     base: Einsum,
-    path: str,
-    settings: LoRA,
-    weights: Table,
-    layers: Mapping[int | None, Mapping[str, str]],
+    method: LoRA,
+    layers: Mapping[Place, Pair],
+    patterns: Mapping[str, str],
     file: SafetensorsFile,
-) -> adapter.Adapted:
-    """One (stack of) layer(s) with its adapter; layers of a smaller rank are padded with zeros."""
-    module = weights[f"{path}.w"][0].removesuffix(".weight")
-    own = {layer: settings.resolve((module.format(l=layer),)) for layer in layers}
-    ranks = {layer: file.shape(names["lora_a"])[0] for layer, names in layers.items()}
-    own = {layer: dataclasses.replace(one, rank=ranks[layer]) for layer, one in own.items()}
-    method = max(own.values(), key=lambda one: one.rank)
-    shape, ins = base.w.shape[-len(base.axes) :], num_inputs(base)
-    num_layers = adapter.stacked(base)
-    stack = () if num_layers is None else (num_layers,)
-    table = adapter_table(weights)
-    params = {}
-    for kind, dims, axes in (
-        ("lora_a", (*shape[:ins], method.rank), (*base.axes[:ins], None)),
-        ("lora_b", (method.rank, *shape[ins:]), (None, *base.axes[ins:])),
-    ):
-        out = np.zeros((*stack, *dims), np.float32)
-        for layer, names in layers.items():
-            rank = ranks[layer]
-            one = (*dims[:-1], rank) if kind == "lora_a" else (rank, *dims[1:])
-            value = Entry(path, one, "", table[f"{path}.{kind}"][1]).to_ours(file.read(names[kind]))
-            # a layer's own scale goes into B where it is not the stack's
-            value = value * (own[layer].scale / method.scale if kind == "lora_b" else 1.0)
-            at = out if layer is None else out[layer]
-            at[(..., slice(rank)) if kind == "lora_a" else slice(rank)] = value
-        axes = axes if num_layers is None else ("layers", *axes)
-        sharding = spec(*axes, shape=out.shape)
-        params[kind] = jnp.asarray(out) if sharding is None else jax.device_put(out, sharding)
-    return adapter.Adapted(base, method, params)
+) -> dict[str, jax.Array]:
+    """A and B of one layer or of a stack."""
+    (ins, outs), (in_axes, out_axes) = adapter.shape_of(base), adapter.axes_of(base)
+    stack = () if stacked(base) is None else (stacked(base),)
+    a = np.zeros((*stack, *ins, method.rank), np.float32)
+    b = np.zeros((*stack, method.rank, *outs), np.float32)
+    for place, pair in layers.items():
+        rank, ratio = pair.method.rank, pair.method.scale / method.scale
+        a_theirs, b_theirs = map(file.read, pair.names)
+        a[place][..., :rank] = Entry("", (*ins, rank), "", patterns["lora_a"]).to_ours(a_theirs)
+        b[place][:rank] = Entry("", (rank, *outs), "", patterns["lora_b"]).to_ours(b_theirs)
+        b[place] *= np.float32(ratio)
+    return {
+        "lora_a": _on_devices(a, *("layers",) * len(stack), *in_axes, None),
+        "lora_b": _on_devices(b, *("layers",) * len(stack), None, *out_axes),
+    }
+
+
+def _on_devices(array: np.ndarray, *axes: str | None) -> jax.Array:
+    sharding = spec(*axes, shape=array.shape)
+    return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)

@@ -1,0 +1,235 @@
+"""adapter_config.json of Hugging Face PEFT 0.21: what it asks for, and what we write.
+
+Every field is one of three kinds: read here, without effect on what the adapter computes, or
+refused by name when it is set. The one thing a reader would get wrong: a field that is in none of
+the three lists (of a newer PEFT) is refused too when it is set, since it may change the result.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from llmprep_jax.peft.adapter import methods
+from llmprep_jax.peft.lora import LoRA
+from llmprep_jax.peft.targets import (
+    Number,
+    Targets,
+    as_pattern,
+    check_number,
+    check_regex,
+    matches,
+    modules,
+)
+from llmprep_jax.weights.safetensors import quoted
+
+READ = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "init_lora_weights",
+    "bias",
+)
+# where it comes from, how it was trained, and settings of what other fields switch on
+WITHOUT_EFFECT = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "runtime_config",
+    "megatron_core",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "ensure_weight_tying",
+)
+REFUSED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "megatron_config",
+)
+# these start from A and B alone; pissa, olora, corda, loftq and lora_ga change the base's weights
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_ADVICE = "merge it into its base with peft (merge_and_unload) and load that model"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What a config asks for.
+
+    Attributes:
+      method: the settings, patterns included.
+      targets, excluded: names or a regex of modules; None: whatever the file holds, and none.
+      layers: numbers of the only layers that are adapted, None for all.
+      containers: regexes of what layers are numbered in, () for anything.
+    """
+
+    method: LoRA
+    targets: Targets | None
+    excluded: Targets | None
+    layers: tuple[int, ...] | None
+    containers: tuple[str, ...]
+
+    def adapts(self, module: str) -> bool:
+        """Whether PEFT adapts a module of this name."""
+        if self.excluded and matches(self.excluded, [module]):
+            return False
+        if not matches(self.targets, [module]):
+            return False
+        if isinstance(self.targets, str) or not self.layers:
+            return True
+        within = [rf"(?:.*?\.)??(?:{name})" for name in self.containers] or [r".*?\.[^.]*"]
+        found = [re.match(rf"{each}\.(?P<layer>\d+)\.", module) for each in within]
+        number = next((match["layer"] for match in found if match), None)
+        return number is not None and int(number) in self.layers
+
+
+def read_config(path: Path, config: Mapping[str, Any]) -> AdapterConfig:
+    """Checks a config.
+
+    Args:
+      path: of its file, for the errors.
+
+    Raises:
+      ValueError: it is of another method, sets what plain LoRA lacks, or makes no sense.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path} is of peft_type {quoted(kind)}; supported: LORA")
+    known = {*READ, *WITHOUT_EFFECT}
+    asked = [name for name, value in config.items() if name not in known and value]
+    asked += ["bias"] if config.get("bias", "none") != "none" else []
+    asked += ["init_lora_weights"] if config.get("init_lora_weights") not in _INITS else []
+    if asked:
+        lacks = ", ".join(f"{name}={quoted(config[name])}" for name in sorted(asked))
+        raise ValueError(f"{path} sets {lacks}, which plain LoRA lacks; {_ADVICE}")
+    try:
+        return _read(config)
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}; save the adapter again") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read(config: Mapping[str, Any]) -> AdapterConfig:
+    rslora = config.get("use_rslora") or False
+    if not isinstance(rslora, bool):
+        raise ValueError(f"use_rslora is {quoted(rslora)}; it must be true or false")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"{name} is {quoted(config[name])}; it must be an object")
+    check_number("r", config["r"], whole=True)
+    check_number("lora_alpha", config["lora_alpha"], whole=False)
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or []
+    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+        raise ValueError(f"layers_to_transform is {quoted(layers)}; it must hold layers' numbers")
+    containers = _names(config, "layers_pattern") or ()
+    containers = (containers,) if isinstance(containers, str) else containers
+    for name in containers:
+        check_regex("layers_pattern", name)
+    targets = [_names(config, name) for name in ("target_modules", "exclude_modules")]
+    for text in targets:
+        if isinstance(text, str):
+            check_regex("target_modules or exclude_modules", text)
+    method = LoRA(
+        rank=int(config["r"]),
+        alpha=config["lora_alpha"],
+        targets=targets[0] or "all-linear",
+        rslora=rslora,
+        rank_pattern=as_pattern("rank_pattern", config.get("rank_pattern") or {}, whole=True),
+        alpha_pattern=as_pattern("alpha_pattern", config.get("alpha_pattern") or {}, whole=False),
+    )
+    return AdapterConfig(method, *targets, tuple(layers) or None, containers)
+
+
+def _names(config: Mapping[str, Any], field: str) -> str | tuple[str, ...] | None:
+    """A field that holds a string or a list of them."""
+    value = config.get(field)
+    if not value or isinstance(value, str):
+        return value or None
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError(f"{field} is {quoted(value)}; it must hold names")
+    return tuple(value)
+
+
+def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
+    """The config of a model's adapters, for PEFT."""
+    of_model, adapted = modules(model), methods(model)
+    first = next(iter(adapted.values()))
+    by_name = {name: method for path, method in adapted.items() for name in of_model[path].values()}
+    every = {name for names in of_model.values() for name in names.values()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": None,
+        "inference_mode": True,
+        "r": first.rank,
+        "lora_alpha": _whole(first.alpha),
+        "lora_dropout": 0.0,
+        "use_rslora": first.rslora,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "init_lora_weights": True,
+        "target_modules": sorted(_shortest(dict.fromkeys(by_name, True), every)),
+        "exclude_modules": None,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {
+            name: rank
+            for name, rank in _shortest({n: m.rank for n, m in by_name.items()}, by_name).items()
+            if rank != first.rank
+        },
+        "alpha_pattern": {
+            name: _whole(alpha)
+            for name, alpha in _shortest({n: m.alpha for n, m in by_name.items()}, by_name).items()
+            if alpha != first.alpha
+        },
+    }
+
+
+def _shortest(values: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
+    """The values by a module's last name where all of that name have one value, else by module."""
+    of_leaf: dict[str, set] = {}
+    for module in every:
+        of_leaf.setdefault(module.rsplit(".", 1)[-1], set()).add(values.get(module))
+    short = {}
+    for module, value in values.items():
+        leaf = module.rsplit(".", 1)[-1]
+        short[leaf if len(of_leaf[leaf]) == 1 else module] = value
+    return short
+
+
+def _whole(number: Number) -> Number:
+    """PEFT's lora_alpha is a whole number where it can be."""
+    return int(number) if int(number) == number else number

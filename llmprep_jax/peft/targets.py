@@ -1,0 +1,158 @@
+"""Which linear layers an adapter goes around, by PEFT's rules of names.
+
+A layer goes by our path ("layers.attn.q") and by Hugging Face's module name
+("model.layers.3.self_attn.q_proj"). The one thing a reader would get wrong: a stack holds many
+layers under one path and is adapted whole, so a regex that picks layer 3 alone is refused there;
+layers in a list (`nn.stack.unstack`) are picked one by one.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.weights.table import Entry
+
+Targets = str | tuple[str, ...] | list[str]
+Number = float | int
+Pattern = tuple[tuple[str, Number], ...] | Mapping[str, Number]
+Place = tuple[int, ...]  # in a stack; () for a layer of its own
+Names = tuple[str, ...]  # what one layer goes by
+
+
+def bases(model: nnx.Module) -> dict[str, Einsum]:
+    """A model's linear layers by path; an adapted one by the path that its adapter took."""
+    found: dict[str, Einsum] = {}
+
+    def visit(path: tuple, node: Any) -> Any:
+        if isinstance(node, Einsum):
+            found[".".join(map(str, path)).removesuffix(".base")] = node
+        return node
+
+    nnx.recursive_map(visit, model)
+    return found
+
+
+def stacked(base: Einsum) -> int | None:
+    """How many layers' weights a linear layer holds, None for one layer."""
+    return base.w.shape[0] if len(base.w.shape) > len(base.axes) else None
+
+
+def plain(path: str) -> str:
+    """A path as weight tables have it: without the numbers of layers in a list."""
+    return ".".join(part for part in path.split(".") if not part.isdigit())
+
+
+def modules(model: nnx.Module) -> dict[str, dict[Place, str]]:
+    """Hugging Face's module names of the linear layers that the model's weight table has."""
+    table, found = getattr(model, "weights", {}), {}
+    for path, base in bases(model).items():
+        if f"{plain(path)}.w" in table:
+            place = tuple(int(part) for part in path.split(".") if part.isdigit())
+            row = Entry(path, tuple(base.w.shape), *table[f"{plain(path)}.w"], place)
+            found[path] = {at: name.removesuffix(".weight") for at, name in row.names().items()}
+    return found
+
+
+def linear_layers(model: nnx.Module) -> dict[str, list[Names]]:
+    """The names of each layer of every path that holds linear layers."""
+    theirs = modules(model)
+    ours = {path: tuple(dict.fromkeys((path, plain(path)))) for path in bases(model)}
+    return {
+        path: [(*own, name) for name in theirs[path].values()] if path in theirs else [own]
+        for path, own in ours.items()
+    }
+
+
+def matches(targets: Targets, names: Sequence[str]) -> bool:
+    """Whether a layer that goes by `names` is targeted."""
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, name) for name in names)
+    return any(name == t or name.endswith(f".{t}") for name in names for t in targets)
+
+
+def select(targets: Targets, layers: Mapping[str, Sequence[Names]]) -> list[str]:
+    """The paths that are targeted, sorted.
+
+    Raises:
+      ValueError: a target is no regex, matches no layer, or matches some layers of a stack alone.
+    """
+    if not targets:
+        raise ValueError('no targets given; "all-linear" takes every linear layer')
+    if isinstance(targets, str):
+        check_regex("target", targets)
+    for target in [targets] if isinstance(targets, str) else [(each,) for each in targets]:
+        if not any(matches(target, names) for each in layers.values() for names in each):
+            refuse_unmatched("target", target if isinstance(target, str) else target[0], layers)
+    chosen = []
+    for path in sorted(layers):
+        found = {matches(targets, names) for names in layers[path]}
+        if len(found) > 1:
+            raise ValueError(
+                f"targets {targets!r} take some layers of the stack {path} and leave others; take"
+                " all of them, or unstack(model.layers) first"
+            )
+        chosen += [path] if found == {True} else []
+    return chosen
+
+
+def first(pattern: Pattern, names: Sequence[str]) -> Number | None:
+    """The value of the first key that matches the end of a name, whole parts only."""
+    for key, value in pattern:
+        if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
+            return value
+    return None
+
+
+def as_pattern(label: str, pattern: Any, *, whole: bool) -> tuple[tuple[str, Number], ...]:
+    """A checked pattern as a tuple of pairs; `whole` asks for counts.
+
+    Raises:
+      ValueError: a key is no regex, or a value no number that will do.
+    """
+    pairs = tuple(pattern.items() if isinstance(pattern, Mapping) else map(tuple, pattern))
+    for key, value in pairs:
+        check_regex(f"{label} key", key)
+        check_number(f"{label} of {key!r}", value, whole=whole)
+    return pairs
+
+
+def check_number(label: str, value: Any, *, whole: bool) -> None:
+    """Refuses what is no count (`whole`), or no finite number other than 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if whole and not (number and int(value) == value and value >= 1):
+        raise ValueError(f"{label} is {value!r}; it must be a whole number of at least 1")
+    if not whole and not (number and math.isfinite(value) and value != 0):
+        raise ValueError(f"{label} is {value!r}; it must be a finite number other than 0")
+
+
+def check_regex(label: str, text: Any) -> None:
+    """Refuses what is no regular expression."""
+    try:
+        re.compile(text)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{label} {text!r} is no regex: {error}; escape what is meant as is"
+        ) from (error)
+
+
+def check_keys(label: str, pattern: Pattern, layers: Mapping[str, Sequence[Names]]) -> None:
+    """Refuses a pattern's key that matches none of `layers`."""
+    for key, _ in pattern:
+        if not any(first(((key, 1),), names) for each in layers.values() for names in each):
+            refuse_unmatched(f"{label} key", key, layers)
+
+
+def refuse_unmatched(label: str, text: str, layers: Mapping[str, Sequence[Names]]) -> None:
+    """Raises the error of a name or regex without a layer."""
+    known = {name.rsplit(".", 1)[-1] for each in layers.values() for name in each[0]}
+    # a regex is near a name by its last word: ".*\.wq" is nearer to "q" than to "o_proj"
+    word = (re.findall(r"\w+", text) or [text])[-1]
+    near = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.3) or sorted(known)
+    raise ValueError(f"{label} {text!r} matches no linear layer; near names: {', '.join(near)}")
