@@ -37,7 +37,7 @@ class Method(Protocol):
     targets: Targets
 
     def resolve(self, names: Sequence[str]) -> "Method":
-        """The settings for one layer, which goes by `names`."""
+        """The settings for one layer, which goes by `names`; without targets and patterns."""
         ...
 
     def init(self, base: Einsum, rngs: nnx.Rngs) -> Params:

@@ -63,6 +63,7 @@ class LoRA:
             self,
             rank=self.rank if rank is None else int(rank),
             alpha=self.alpha if alpha is None else alpha,
+            targets=(),
             rank_pattern=(),
             alpha_pattern=(),
         )

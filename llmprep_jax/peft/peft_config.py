@@ -162,7 +162,6 @@ def _read(config: Mapping[str, Any]) -> AdapterConfig:
     method = LoRA(
         rank=int(config["r"]),
         alpha=config["lora_alpha"],
-        targets=targets[0] or "all-linear",
         rslora=rslora,
         rank_pattern=as_pattern("rank_pattern", config.get("rank_pattern") or {}, whole=True),
         alpha_pattern=as_pattern("alpha_pattern", config.get("alpha_pattern") or {}, whole=False),
