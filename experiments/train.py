@@ -68,6 +68,8 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
     batches, evaluate = open_data(cfg, processor)
     trainable = Param if cfg.adapter is None else AdapterParam
     parts = split_model(model, trainable)
+    if cfg.adapter is not None:
+        lp.peft.print_counts(model, console)
     trained, total = count(parts.params), count(parts.params) + count(parts.frozen)
     console.print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
     return fit(

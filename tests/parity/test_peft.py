@@ -1,0 +1,180 @@
+"""LoRA against Hugging Face PEFT, in float32: logits, gradients, and folders both ways.
+
+The base goes through a folder, and so does each adapter: PEFT saves and we load, or the other way.
+"""
+
+import copy
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+import llmprep_jax as lp
+from llmprep_jax.nn.param import AdapterParam
+from llmprep_jax.nn.stack import unstack
+from llmprep_jax.peft.peft_config import READ, REFUSED, WITHOUT_EFFECT
+from llmprep_jax.peft.peft_format import adapter_table
+from llmprep_jax.weights.table import export
+from tests.parity import torch_models
+
+pytestmark = pytest.mark.parity
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+forward = jax.jit(lambda model, tokens: model(tokens).logits, compiler_options=QUICK)
+TOKENS = torch_models.tokens()
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SETTINGS = {
+    "all-linear": dict(r=4, lora_alpha=8, target_modules="all-linear"),
+    "q_proj": dict(r=8, lora_alpha=8, target_modules=["q_proj"]),
+    "rslora": dict(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], use_rslora=True),
+    "patterns": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=ALL,
+        rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
+        alpha_pattern={"layers.0.self_attn.v_proj": 1, "down_proj": 3},
+    ),
+    "patterns-by-name": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=ALL,
+        rank_pattern={"q_proj": 2, "mlp.up_proj": 6},
+        alpha_pattern={"down_proj": 3},
+    ),
+    "regex": dict(r=4, lora_alpha=8, target_modules=r".*\.(0|2)\..*(q|o)_proj"),
+    "some-layers": dict(
+        r=4, lora_alpha=8, target_modules=ALL, layers_to_transform=[1], exclude_modules=["k_proj"]
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
+def base(request, tmp_path_factory):
+    """transformers' model and ours with its weights."""
+    theirs = torch_models.make(request.param)
+    folder = torch_models.save(theirs, tmp_path_factory.mktemp("hf"))
+    return theirs, lp.load_model(folder)
+
+
+def adapt(model: transformers.PreTrainedModel, settings: dict) -> peft.PeftModel:
+    """PEFT's model with adapters that are all random, B too; the base stays as it is."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return adapted
+
+
+def logits_of(model) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def assert_same(found, expected, tolerance: float = 1e-4) -> None:
+    """Equal to within a share of the largest value."""
+    assert np.abs(np.asarray(found) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_folder_that_peft_saves_gives_the_same_logits(base, tmp_path, settings):
+    check_their_folder(*base, tmp_path, settings)
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "mica"])
+def test_ways_to_begin_that_leave_the_base_alone_are_read(base, tmp_path, init):
+    settings = dict(r=4, lora_alpha=8, target_modules=["v_proj"], init_lora_weights=init)
+    check_their_folder(*base, tmp_path, settings)
+
+
+def check_their_folder(theirs, ours, tmp_path, settings):
+    adapted = adapt(theirs, settings)
+    adapted.save_pretrained(tmp_path)
+    expected = logits_of(adapted)
+    assert np.abs(expected - logits_of(theirs)).max() > 0.02  # the adapter does something
+    assert_same(forward(lp.peft.load(ours, tmp_path), TOKENS), expected)
+
+
+@pytest.mark.parametrize("name", ["all-linear", "rslora", "patterns-by-name"])
+def test_every_gradient_of_a_and_b_agrees(base, tmp_path, name):
+    theirs, ours = base
+    adapted = adapt(theirs, SETTINGS[name])
+    adapted.save_pretrained(tmp_path)
+    adapted(torch.tensor(TOKENS)).logits.square().mean().backward()
+    expected = {
+        key.replace(".default", ""): parameter.grad.numpy()
+        for key, parameter in adapted.named_parameters()
+        if parameter.grad is not None
+    }
+    model = lp.peft.load(ours, tmp_path)
+    graph, trained, frozen = nnx.split(model, AdapterParam, ...)
+
+    def loss(trained):
+        return jnp.square(nnx.merge(graph, trained, frozen)(TOKENS).logits).mean()
+
+    grads = jax.jit(jax.grad(loss), compiler_options=QUICK)(trained)
+    found = dict(export(grads, adapter_table(model.weights)))
+    assert found.keys() == expected.keys()
+    for key, gradient in found.items():
+        scale = max(np.abs(expected[key]).max(), 1e-5)
+        assert np.abs(gradient - expected[key]).max() / scale < 1e-4, key
+
+
+@pytest.mark.parametrize("name", ["all-linear", "rslora", "patterns"])
+def test_a_folder_that_we_save_gives_the_same_logits_in_peft(base, tmp_path, name):
+    theirs, ours = base
+    adapt(theirs, SETTINGS[name]).save_pretrained(tmp_path / "theirs")
+    model = lp.peft.load(ours, tmp_path / "theirs")
+    lp.peft.save(model, tmp_path / "ours", base_model="org/base")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    assert_same(forward(model, TOKENS), logits_of(again))
+    config = again.peft_config["default"]
+    assert config.use_rslora == SETTINGS[name].get("use_rslora", False)
+    assert config.base_model_name_or_path == "org/base"
+
+
+def test_adapters_on_some_layers_of_a_list_load_in_peft(base, tmp_path):
+    theirs, ours = base
+    graph, state = nnx.split(ours)
+    listed = nnx.merge(graph, state)
+    listed.layers = unstack(ours.layers)
+    rank_pattern = {"layers.2.self_attn.o_proj": 3}
+    method = lp.peft.LoRA(4, 8, targets=r".*layers\.[02]\..*\.o_proj", rank_pattern=rank_pattern)
+    model = lp.peft.inject(listed, method)
+    graph, adapters, rest = nnx.split(model, AdapterParam, ...)
+    model = nnx.merge(graph, jax.tree.map(lambda x: x + 0.1, adapters), rest)  # B is zero else
+    lp.peft.save(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    assert_same(forward(model, TOKENS), logits_of(again))
+    ranks = {key: x.shape[0] for key, x in again.named_parameters() if "lora_A" in key}
+    assert sorted(ranks.values()) == [3, 4]
+
+
+def test_a_merged_folder_gives_the_same_logits_in_transformers(base, tmp_path):
+    theirs, ours = base
+    adapted = adapt(theirs, SETTINGS["all-linear"])
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = lp.peft.merge(lp.peft.load(ours, tmp_path / "adapter"))
+    lp.save_model(model, tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager"
+    ).eval()
+    assert_same(logits_of(again), logits_of(adapted))
+
+
+def test_every_field_of_peft_is_known():
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert {*READ, *WITHOUT_EFFECT, *REFUSED} == fields
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_no_refused_field_is_set_by_default(field):
+    assert not getattr(peft.LoraConfig(), field)
