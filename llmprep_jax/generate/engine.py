@@ -18,6 +18,7 @@ from flax import nnx
 
 from llmprep_jax.generate.sampler import Sampling, draw, shape_logits
 from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.stack import unstack
 from llmprep_jax.types import Array
 
@@ -114,8 +115,31 @@ def _unrolled(model: nnx.Module) -> nnx.Module:
     """The same model with its layers as a list; embeddings and head are shared, not copied."""
     graph, state = nnx.split(model)
     unrolled = nnx.merge(graph, state)
-    unrolled.layers = unstack(model.layers)
+    unrolled.layers = _lay_out(unstack(model.layers))
     return unrolled
+
+
+def _lay_out(layers: nnx.List) -> nnx.List:
+    """Weights as the CPU's matrix-vector products read them fastest: bf16 with the inputs last.
+
+    27 GB/s against 3 for SmolLM2's MLP; in float32 both layouts run at memory speed.
+    """
+
+    def turn(path: tuple, node: Any) -> Any:
+        if not isinstance(node, Einsum) or node.dtype != jnp.bfloat16:
+            return node
+        x_dims, rest = node.eqn.split(",")
+        w_dims, y_dims = rest.split("->")
+        ins = [i for i, dim in enumerate(w_dims) if dim not in y_dims]
+        order = [i for i in range(len(w_dims)) if i not in ins] + ins
+        graph, state = nnx.split(node)
+        state["w"] = state["w"].replace(jnp.transpose(node.w[...], order))
+        turned = nnx.merge(graph, state)
+        turned.eqn = f"{x_dims},{''.join(w_dims[i] for i in order)}->{y_dims}"
+        turned.axes = tuple(node.axes[i] for i in order)
+        return turned
+
+    return nnx.recursive_map(turn, layers)
 
 
 @jax.jit
@@ -167,7 +191,12 @@ def _decode(model, state, until, stop_ids, sampling) -> State:
     def going(state):
         return (state.step < until) & ~jnp.all(state.done_B)
 
-    return jax.lax.while_loop(going, functools.partial(_step, model, stop_ids, sampling), state)
+    def step(state):
+        # tied to the step, or XLA's CPU compiler turns bf16 weights into float32 ahead of the loop
+        here, step = jax.lax.optimization_barrier((model, state.step))
+        return _step(here, stop_ids, sampling, dataclasses.replace(state, step=step))
+
+    return jax.lax.while_loop(going, step, state)
 
 
 def _step(model: nnx.Module, stop_ids: Array, sampling: Sampling, state: State) -> State:

@@ -46,7 +46,9 @@ def _product(eqn, x, w, dtype, out_dtype, axes=None, sharding=None):
         ins = math.prod(x.shape[x.ndim - num_in :])
         outs = w.shape[num_in:] if w_axis == 0 else w.shape[: w.ndim - num_in]
         w_shape = (ins, -1) if w_axis == 0 else (-1, ins)
-        y = dot(x.reshape(-1, ins), w.reshape(w_shape), (((1,), (w_axis,)), ((), ())))
+        # a transpose of its own, else XLA's CPU compiler makes a float32 copy of bf16 weights
+        w_matrix = w.reshape(w_shape).T if w_axis else w.reshape(w_shape)
+        y = dot(x.reshape(-1, ins), w_matrix, (((1,), (0,)), ((), ())))
         return y.reshape(*x.shape[:out_axis], *outs).astype(out_dtype)
     if axes is not None:
         inputs, out = eqn.split("->")
