@@ -32,6 +32,7 @@ from llmprep_jax.train.metrics import count_flops
 from llmprep_jax.train.monitor import METRICS_FILE
 from llmprep_jax.train.run import RunConfig, claim_folder, make_meta
 from llmprep_jax.train.state import count, split_model
+from llmprep_jax.train.step import check_rows
 
 console = rich.console.Console()
 
@@ -61,6 +62,7 @@ def main(arguments: list[str]) -> Outputs:
 
 def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
     """Builds model and data, and fits one to the other."""
+    check_rows(cfg.data.batch_size // cfg.accumulate)
     processor = lp.load_processor(cfg.tokenizer or cfg.model)
     model = build_model(cfg, mesh)
     processor.tokenizer.check_vocab(model.cfg.vocab_size)

@@ -34,7 +34,6 @@ Evaluate = Callable[[nnx.Module], Numbers]
 
 
 @runtime_checkable
-@runtime_checkable
 class Batches(Protocol):
     """An iterator over batches whose place can be saved as JSON and taken up again."""
 
@@ -78,6 +77,7 @@ class FitConfig:
             raise ValueError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2^32), not {self.seed}")
+        make_schedule(self.optim, self.steps)  # that the warmup fits is told of before any loading
 
 
 @dataclasses.dataclass(frozen=True)

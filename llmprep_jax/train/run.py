@@ -76,6 +76,8 @@ class RunConfig(FitConfig):
                 f"data.batch_size={self.data.batch_size} is no multiple of "
                 f"accumulate={self.accumulate}"
             )
+        if self.adapter is None and self.optim.lora_plus != 1:
+            raise ValueError("optim.lora_plus is for LoRA adapters; leave it, or set adapter.rank")
         _check_compute(self.compute)
         for name in ("eval_batches", "loss_chunk"):
             value = getattr(self, name)

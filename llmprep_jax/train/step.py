@@ -156,14 +156,27 @@ def place_batch(batch: Mapping[str, np.ndarray], accumulate: int = 1) -> dict[st
 def _place(micro: np.ndarray) -> jax.Array:
     if not has_mesh():
         return jax.device_put(micro)
+    check_rows(micro.shape[1] * jax.process_count())
     mesh, axes = jax.sharding.get_mesh(), jax.P(None, *spec("batch", "seq"))
     sharding = jax.sharding.NamedSharding(mesh, axes)
-    rows = micro.shape[1] * jax.process_count()
+    return jax.make_array_from_process_local_data(sharding, micro)
+
+
+def check_rows(rows: int) -> None:
+    """Refuses a microbatch of so many rows, over all processes, that does not part over the mesh.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if not has_mesh():
+        return
+    mesh = jax.sharding.get_mesh()
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec("batch")))
     try:
-        sharding.shard_shape((micro.shape[0], rows, *micro.shape[2:]))
+        sharding.shard_shape((rows,))
     except ValueError:
         sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
         raise ValueError(
-            f"a microbatch of {rows} rows does not part over the mesh {sizes}"
+            f"a microbatch of {rows} rows does not part over the mesh {sizes}; "
+            "change data.batch_size, accumulate or mesh"
         ) from None
-    return jax.make_array_from_process_local_data(sharding, micro)

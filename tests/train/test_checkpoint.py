@@ -1,8 +1,5 @@
 """Checkpoints: bit-exact, onto any mesh, retained as asked, and nothing lost when a save fails."""
 
-import pathlib
-import subprocess
-import sys
 import time
 
 import jax
@@ -23,6 +20,7 @@ from llmprep_jax.train.checkpoint import (
 )
 from llmprep_jax.train.optim import OptimConfig, make_optimizer
 from llmprep_jax.train.state import TrainState, create_state, split_model
+from tests.train.disk import disk_for_files_of
 from tests.train.toy import toy
 
 KEEP = CheckpointConfig()
@@ -175,40 +173,23 @@ def test_an_unwritable_folder_is_an_os_error(tmp_path):
         Checkpoints(tmp_path / "file", KEEP, {})
 
 
-FULL_DISK = """
-import pathlib, resource, signal, sys
-import jax, jax.numpy as jnp
-from tests.train.test_checkpoint import at_step, make_state
-from llmprep_jax.train.checkpoint import CheckpointConfig, Checkpoints
-from llmprep_jax.train.state import TrainState
-
-out, state = pathlib.Path(sys.argv[1]), make_state()
-state = TrainState(state.step, {"w": jnp.ones(2**18)}, state.opt_state, None, state.key)
-try:
-    with Checkpoints(out, CheckpointConfig(keep_last=1), {}) as checkpoints:
-        checkpoints.save(at_step(state, 1), {})
-        checkpoints.wait()
-        # from here on no file may grow beyond 64 KiB, which is how a full disk looks to the writer
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
-        checkpoints.save(at_step(state, 2), {})
-except OSError as error:
-    print(error)
-    sys.exit(1)
-"""
-
-
 def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(tmp_path):
-    root = pathlib.Path(__file__).parents[2]
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    (line,) = done.stdout.splitlines()
-    assert "a checkpoint could not be written (Failed to write" in line or "File too large" in line
+    state = make_state()
+    state = TrainState(state.step, {"w": jnp.ones(2**18)}, state.opt_state, None, state.key)
+
+    def save_two():
+        with Checkpoints(tmp_path, CheckpointConfig(keep_last=1), {}) as checkpoints:
+            checkpoints.save(at_step(state, 1), {})
+            checkpoints.wait()
+            with disk_for_files_of(2**16):
+                checkpoints.save(at_step(state, 2), {})
+                checkpoints.wait()
+
+    with pytest.raises(OSError, match="a checkpoint could not be written") as error:
+        save_two()
+    (line,) = str(error.value).splitlines()
+    assert "File too large" in line or "Failed to write" in line
     assert "whole are 1; free space" in line
-    assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
     assert read_meta(tmp_path) == {"step": 1}
 

@@ -1,6 +1,7 @@
 """Runs as a whole: bit-equal however they are stopped, and stopped as they should be."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import signal
@@ -40,6 +41,18 @@ def losses(out) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run that nothing stops ends with, and its folder; made once for each config."""
+
+    @functools.cache
+    def run(cfg=CFG, trainable=Param):
+        out = tmp_path_factory.mktemp("whole")
+        return train(out, cfg, trainable=trainable), out
+
+    return run
+
+
 class StopAt(Rows):
     """Sends this process SIGTERM while a batch is fetched."""
 
@@ -77,45 +90,43 @@ def test_a_run_learns_logs_every_step_evaluates_and_keeps_checkpoints(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
-def test_looking_at_the_metrics_seldom_changes_no_number(tmp_path):
-    train(tmp_path / "often")
-    train(tmp_path / "seldom", dataclasses.replace(CFG, log_every=7))
-    assert losses(tmp_path / "often") == losses(tmp_path / "seldom")
+def test_looking_at_the_metrics_seldom_changes_no_number(tmp_path, whole):
+    train(tmp_path, dataclasses.replace(CFG, log_every=7))
+    assert losses(tmp_path) == losses(whole()[1])
 
 
 @pytest.mark.parametrize("trainable", [Param, AdapterParam])
-def test_sigterm_saves_and_the_same_call_goes_on_to_the_bit(tmp_path, trainable):
+def test_sigterm_saves_and_the_same_call_goes_on_to_the_bit(tmp_path, whole, trainable):
     cfg = dataclasses.replace(CFG, ema_decay=0.9)
-    whole = train(tmp_path / "whole", cfg, trainable=trainable)
+    unstopped, out = whole(cfg, trainable)
     before = signal.getsignal(signal.SIGTERM)
-    stopped = train(tmp_path / "parts", cfg, StopAt(6), trainable=trainable)
+    stopped = train(tmp_path, cfg, StopAt(6), trainable=trainable)
     assert (stopped.step, stopped.preempted) == (7, True)
-    assert all_steps(tmp_path / "parts") == [4, 7]
+    assert all_steps(tmp_path) == [4, 7]
     assert signal.getsignal(signal.SIGTERM) == before
-    ended = train(tmp_path / "parts", cfg, trainable=trainable)
+    ended = train(tmp_path, cfg, trainable=trainable)
     assert (ended.step, ended.preempted) == (12, False)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    for one, other in ((whole.model, ended.model), (whole.ema_model, ended.ema_model)):
+    assert losses(tmp_path) == losses(out)
+    for one, other in ((unstopped.model, ended.model), (unstopped.ema_model, ended.ema_model)):
         jax.tree.map(np.testing.assert_array_equal, params_of(one), params_of(other))
 
 
-def test_a_run_that_is_over_returns_at_once(tmp_path):
-    first = train(tmp_path)
-    again = train(tmp_path)
+def test_a_run_that_is_over_returns_at_once(whole):
+    first, out = whole()
+    again = train(out)
     assert (again.step, again.preempted) == (12, False)
     jax.tree.map(np.testing.assert_array_equal, params_of(first.model), params_of(again.model))
 
 
-def test_a_run_goes_on_upon_another_mesh(tmp_path):
-    train(tmp_path / "alone")
-    train(tmp_path / "moved", batches=StopAt(5))
+def test_a_run_goes_on_upon_another_mesh(tmp_path, whole):
+    train(tmp_path, batches=StopAt(5))
     with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
-        train(tmp_path / "moved")
-    alone, moved = losses(tmp_path / "alone"), losses(tmp_path / "moved")
+        train(tmp_path)
+    alone, moved = losses(whole()[1]), losses(tmp_path)
     np.testing.assert_allclose(list(moved.values()), list(alone.values()), rtol=1e-5)
 
 
-def test_a_non_finite_loss_stops_the_run_and_saves_nothing_of_it(tmp_path):
+def test_a_non_finite_loss_stops_the_run_and_saves_nothing_of_it(tmp_path, whole):
     with pytest.raises(NonFiniteError) as error:
         train(tmp_path, batches=Rows(poison=9))
     ids = ", ".join(str(i) for i in range(900, 908))
@@ -125,8 +136,7 @@ def test_a_non_finite_loss_stops_the_run_and_saves_nothing_of_it(tmp_path):
     assert str(error.value).endswith(f"last good checkpoint: {tmp_path / 'checkpoints' / '8'}")
     assert all_steps(tmp_path) == [4, 8]
     train(tmp_path)  # with the batch mended the run goes on from there
-    train(tmp_path / "clean")
-    assert losses(tmp_path) == losses(tmp_path / "clean")
+    assert losses(tmp_path) == losses(whole()[1])
 
 
 @pytest.mark.parametrize("poison", [3, 11])
@@ -191,11 +201,6 @@ def kill_and_resume(folder: pathlib.Path, *, kills: int, steps: int, seed: int) 
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     return done.stdout
-
-
-def test_kill_9_twice_leaves_every_loss_bit_equal(tmp_path):
-    out = kill_and_resume(tmp_path, kills=2, steps=24, seed=1)
-    assert out.splitlines()[-1] == "every loss and the last checkpoint are bit-equal"
 
 
 @pytest.mark.slow  # twenty fresh processes, a second or two each

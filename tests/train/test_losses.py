@@ -86,11 +86,12 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(chunk):
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
 def test_a_mesh_gives_the_loss_of_one_device(axes, chunk):
     batch = {name: x for name, x in make_batch().items() if name != "doc_ids"}
-    alone = next_token_loss(toy(), batch, chunk=chunk)
+    loss = jax.jit(next_token_loss, static_argnames="chunk")
+    alone = loss(toy(), batch, chunk=chunk)
     with use_mesh(make_mesh(axes)):
         model = toy()
         rows = {name: jax.device_put(x, jax.P(("fsdp",))) for name, x in batch.items()}
-        sharded = jax.jit(next_token_loss, static_argnames="chunk")(model, rows, chunk=chunk)
+        sharded = loss(model, rows, chunk=chunk)
     np.testing.assert_allclose(sharded.total, alone.total, rtol=1e-6)
     assert float(sharded.count) == float(alone.count)
 
