@@ -30,7 +30,7 @@ from llmprep_jax.train.loop import Evaluate, FitResult, fit
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.metrics import count_flops
 from llmprep_jax.train.monitor import METRICS_FILE
-from llmprep_jax.train.run import RunConfig, claim_folder, make_meta
+from llmprep_jax.train.run import RunConfig, claim_folder, describe_data, make_meta, padding_share
 from llmprep_jax.train.state import count, split_model
 from llmprep_jax.train.step import check_rows
 
@@ -74,7 +74,7 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
         lp.peft.print_counts(model, console)
     trained, total = count(parts.params), count(parts.params) + count(parts.frozen)
     console.print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
-    return fit(
+    result = fit(
         model,
         trainable,
         batches,
@@ -88,6 +88,11 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
         flops=count_flops(model.cfg, parts.params, parts.frozen, cfg.data.seq_len),
         console=console,
     )
+    rows_of_tokens = cfg.data.batch_size * cfg.data.seq_len
+    if jax.process_index() == 0:
+        padding = padding_share(cfg.out / METRICS_FILE, rows_of_tokens)
+        console.print(describe_data(batches.report(), padding), soft_wrap=True, highlight=False)
+    return result
 
 
 def build_model(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> nnx.Module:

@@ -5,6 +5,7 @@ will not do, 2 the command was called wrongly, 130 interrupted. The one thing a 
 wrong: `--help` and `--debug` (tracebacks) are the only flags; everything else is `name=value`.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -55,13 +56,21 @@ def explain(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, UsageError):
         return 2, f"{text} (see --help)"
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return 1, f"{error.filename}: {error.strerror}"
+        return 1, f"{error.filename}: {error.strerror}; {_remedy(error)}"
     if isinstance(error, (ValueError, OSError)):
         return 1, text
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:
         remedy = "take a smaller batch, a shorter context or remat"
         return 1, f"out of device memory: {text[:200]}; {remedy}"
     return 1, None
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space, or choose another place"
+    if error.errno == errno.ENOENT:
+        return "check the path"
+    return "check the path and its permissions, or choose another place"
 
 
 def show_outputs(outputs: Outputs) -> None:

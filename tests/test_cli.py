@@ -41,8 +41,14 @@ def test_a_command_ends_by_naming_its_outputs(capsys, tmp_path, monkeypatch):
     [
         (UsageError("unknown key a"), 2, "error: unknown key a (see --help)\n"),
         (ValueError("a.txt: too\nlong"), 1, "error: a.txt: too long\n"),
-        (FileNotFoundError(2, "No such file", "b.txt"), 1, "error: b.txt: No such file\n"),
+        (
+            FileNotFoundError(2, "No such file", "b.txt"),
+            1,
+            "error: b.txt: No such file; check the path\n",
+        ),
         (OSError("disk full"), 1, "error: disk full\n"),
+        (OSError(28, "No space left", "c"), 1, "error: c: No space left; free some space, or"),
+        (PermissionError(13, "No", "d"), 1, "error: d: No; check the path and its permissions"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (RuntimeError("RESOURCE_EXHAUSTED: x"), 1, "error: out of device memory"),
     ],

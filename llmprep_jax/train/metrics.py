@@ -8,6 +8,7 @@ of T / 2. The one thing a reader would get wrong: publications that count the ma
 attention too report a higher MFU for the same speed.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,14 +16,14 @@ import os
 import pathlib
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import rich.console
 import rich.progress
 from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from llmprep_jax.train.optim import path_name
 
@@ -110,6 +111,18 @@ def _resident() -> int:
     return pages * resource.getpagesize()
 
 
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """Names the file where a write fails: the system's error of an open file does not."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise OSError(
+            f"cannot write {path}: {reason}; free space or check its permissions, and run again"
+        ) from error
+
+
 class JsonLines:
     """A file of one JSON object a line, in which nothing occurs twice.
 
@@ -121,9 +134,10 @@ class JsonLines:
         self._path = path
         kept = _lines_up_to(path, step) if path.exists() else []
         aside = path.with_suffix(".tmp")
-        aside.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(aside, path)
-        self._file = path.open("a", buffering=1)  # line by line: a kill loses none
+        with _writing(path):
+            aside.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(aside, path)
+            self._file = path.open("ab", buffering=0)  # a kill loses no line, a full disk one
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record; numbers that JSON has no word for become null."""
@@ -131,7 +145,8 @@ class JsonLines:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self._file.write(json.dumps(finite) + "\n")
+        with _writing(self._path):
+            self._file.write((json.dumps(finite) + "\n").encode())
 
     def close(self) -> None:
         self._file.close()
@@ -157,13 +172,21 @@ class TensorBoard:
     """Scalars in TensorBoard's event files, written without TensorFlow."""
 
     def __init__(self, folder: pathlib.Path, step: int):
-        self._writer = EventFileWriter(str(folder))
+        # read in the order of their names, so the time leads, finer than a second
+        self._path = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
+        with _writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("xb", buffering=0)
+        self._writer = RecordWriter(self._file)
+        self._add(0, file_version="brain.Event:2")
         # tells TensorBoard to drop what an earlier file holds from here on
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(step + 1, session_log=start)
 
     def _add(self, step: int, **what: Any) -> None:
-        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
+        event = event_pb2.Event(wall_time=time.time(), step=step, **what)
+        with _writing(self._path):  # here and now: TensorBoard's own thread prints tracebacks
+            self._writer.write(event.SerializeToString())
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes the numbers of a record under their names."""
@@ -175,7 +198,7 @@ class TensorBoard:
         self._add(record["step"], summary=summary_pb2.Summary(value=values))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 class Progress:

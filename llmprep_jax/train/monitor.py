@@ -151,5 +151,6 @@ class Monitor:
         good = "there is no checkpoint yet" if last_good is None else folder / str(last_good)
         return (
             f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}; "
-            f"documents of its batch: {shown or 'not known'}; last good checkpoint: {good}"
+            f"documents of its batch: {shown or 'not known'}; look at them or lower optim.lr; "
+            f"last good checkpoint: {good}"
         )

@@ -21,6 +21,7 @@ from llmprep_jax.nn.stack import REMAT_POLICIES
 from llmprep_jax.peft import LoRA
 from llmprep_jax.train.checkpoint import all_steps
 from llmprep_jax.train.loop import FitConfig
+from llmprep_jax.train.metrics import read_jsonl
 
 RUN_FILE = "run.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -108,7 +109,7 @@ def claim_folder(cfg: RunConfig) -> list[str]:
     path = cfg.out / RUN_FILE
     changes = []
     if all_steps(cfg.out) and path.is_file():
-        old = json.loads(path.read_text())
+        old = _read_run(path)
         changes = list(changed_fields(old, json.loads(to_json(cfg))))
         fixed = [(key, was, now) for key, was, now in changes if not _is_free(key)]
         if fixed:
@@ -123,6 +124,43 @@ def claim_folder(cfg: RunConfig) -> list[str]:
         aside.write_text(to_json(cfg) + "\n")
         aside.replace(path)
     return [f"{key}: {was!r} -> {now!r}" for key, was, now in changes]
+
+
+def _read_run(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        old = json.loads(path.read_text())
+    except ValueError:  # no JSON, or no text
+        old = None
+    if not isinstance(old, dict):
+        raise ValueError(
+            f"{path} is damaged; delete it to go on with the run's checkpoints under this config"
+        )
+    return old
+
+
+def describe_data(report: Mapping[str, Any], padding: float | None) -> str:
+    """What became of the documents that were read, in one line.
+
+    Args:
+      report: of `Batches.report`; its documents run ahead of the batches by a packing window.
+      padding: the share of the batches' tokens that was padding; None: not known.
+    """
+    cut = {name: report[name] for name in ("split", "truncated", "dropped") if report[name]}
+    long = ", ".join(f"{number:,} {name}" for name, number in cut.items()) or "none"
+    lost = f" ({report['lost']:,} targets lost)" if report["lost"] else ""
+    parts = [
+        f"read {report['documents']:,} documents, {report['tokens']:,} tokens",
+        *([] if padding is None else [f"padding {padding:.1%}"]),
+        f"longer than the context: {long}{lost}",
+        *([f"without a target: {report['empty']:,}"] if report["empty"] else []),
+    ]
+    return "data: " + "; ".join(parts)
+
+
+def padding_share(metrics: pathlib.Path, tokens_per_step: int) -> float | None:
+    """The share of padding in all batches of a run, from its metrics file."""
+    inputs = [record["input_tokens"] for record in read_jsonl(metrics) if "input_tokens" in record]
+    return 1 - sum(inputs) / (len(inputs) * tokens_per_step) if inputs else None
 
 
 def _is_free(key: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 def compilation(tmp_path_factory):
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_compile_time_secs": 0.02,
         "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in settings}

@@ -185,6 +185,32 @@ def test_bad_input_is_one_line_and_an_exit_code(files, tmp_path, capsys, overrid
     assert message in error
 
 
+def test_a_run_ends_by_saying_what_became_of_its_documents(files, tmp_path, capsys):
+    lines = [json.dumps({"text": " ".join(["word"] * n)}) for n in (60, 3, 4, 5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    small = [f"data.paths={tmp_path / 'a.jsonl'}", "data.source.part=file", "data.holdout=0"]
+    small += ["data.overlong=drop", "data.num_epochs=1", "data.batch_size=1", "data.pack_window=1"]
+    small += ["data.shuffle=false"]
+    train.main(command(files, tmp_path / "run", *small, "steps=1", "optim.warmup_steps=0"))
+    out = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"data: read (\d+) documents, \d+ tokens; padding (\d+\.\d)%;", out)
+    assert found, out
+    assert 2 <= int(found[1]) <= 4  # it reads until a row is full
+    (record,) = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert float(found[2]) == pytest.approx(100 * (1 - record["input_tokens"] / 32), abs=0.05)
+    assert "longer than the context: 1 dropped" in out
+
+
+def test_a_non_finite_loss_is_one_line_and_keeps_the_earlier_checkpoint(files, tmp_path, capsys):
+    broken = ["optim.lr=1e30", "checkpoint.every=1", "data.holdout=0"]
+    code, error = exit_of(capsys, train.main, command(files, tmp_path, *broken))
+    assert (code, error.count("\n")) == (1, 1), error
+    pattern = r"error: step 2: loss \S+, gradient norm nan; documents of its batch: \d+ \(\S+a\.txt"
+    assert re.match(pattern, error), error
+    assert error.endswith(f"last good checkpoint: {tmp_path / 'checkpoints' / '1'}\n")
+    assert (all_steps(tmp_path), read_meta(tmp_path)["step"]) == ([1], 1)
+
+
 def test_a_missing_config_and_an_unwritable_folder_are_told_apart(files, tmp_path, capsys):
     code, error = exit_of(capsys, train.main, [str(files / "confg.py")])
     assert (code, "did you mean config.py?" in error) == (2, True)

@@ -95,9 +95,9 @@ def test_looking_at_the_metrics_seldom_changes_no_number(tmp_path, whole):
     assert losses(tmp_path) == losses(whole()[1])
 
 
-@pytest.mark.parametrize("trainable", [Param, AdapterParam])
-def test_sigterm_saves_and_the_same_call_goes_on_to_the_bit(tmp_path, whole, trainable):
-    cfg = dataclasses.replace(CFG, ema_decay=0.9)
+@pytest.mark.parametrize(("trainable", "ema_decay"), [(Param, None), (AdapterParam, 0.9)])
+def test_sigterm_saves_and_the_same_call_goes_on_to_the_bit(tmp_path, whole, trainable, ema_decay):
+    cfg = dataclasses.replace(CFG, ema_decay=ema_decay)
     unstopped, out = whole(cfg, trainable)
     before = signal.getsignal(signal.SIGTERM)
     stopped = train(tmp_path, cfg, StopAt(6), trainable=trainable)
@@ -107,6 +107,7 @@ def test_sigterm_saves_and_the_same_call_goes_on_to_the_bit(tmp_path, whole, tra
     ended = train(tmp_path, cfg, trainable=trainable)
     assert (ended.step, ended.preempted) == (12, False)
     assert losses(tmp_path) == losses(out)
+    assert (ended.ema_model is None) == (ema_decay is None)
     for one, other in ((unstopped.model, ended.model), (unstopped.ema_model, ended.ema_model)):
         jax.tree.map(np.testing.assert_array_equal, params_of(one), params_of(other))
 

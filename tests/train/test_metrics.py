@@ -21,6 +21,7 @@ from llmprep_jax.train.metrics import (
     read_jsonl,
 )
 from llmprep_jax.train.monitor import Monitor, NonFiniteError
+from tests.train.disk import disk_for_files_of
 
 
 class Config:
@@ -155,6 +156,15 @@ def test_a_non_finite_step_is_named_with_its_documents_and_the_last_checkpoint(t
             monitor.flush(lambda: 40)
     message = str(error.value)
     assert message.startswith("step 2: loss inf, gradient norm 1.0; documents of its batch: ")
-    assert "7 (web:7), 9 (web:9); last" in message
+    assert "7 (web:7), 9 (web:9); look at them or lower optim.lr; last" in message
     assert message.endswith(f"last good checkpoint: {tmp_path / 'checkpoints' / '40'}")
     assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", [JsonLines, TensorBoard])
+def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path, kind):
+    file = kind(tmp_path / "metrics", 0)
+    with disk_for_files_of(16), pytest.raises(OSError, match="File too large; free space") as error:
+        file.write({"step": 1, "loss": 2.0, "eval_loss": 3.0})
+    assert str(error.value).startswith(f"cannot write {tmp_path / 'metrics'}")
+    file.close()

@@ -63,7 +63,7 @@ def make_batch(seed: int = 0, rows: int = 8, length: int = 12, masked: bool = Tr
 
 
 def params_of(model) -> dict:
-    return nnx.to_pure_dict(nnx.state(model, Param))
+    return {} if model is None else nnx.to_pure_dict(nnx.state(model, Param))
 
 
 class Rows:
