@@ -123,6 +123,25 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+class _File:
+    """A file that keeps nothing back: a kill loses nothing, and what a full disk refuses is told
+    of once, where Python's buffer would try it again on closing."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+
+    def write(self, data: bytes) -> None:
+        with _writing(self._path):
+            while data:  # a disk that fills up takes the first bytes without an error
+                data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class JsonLines:
     """A file of one JSON object a line, in which nothing occurs twice.
 
@@ -131,13 +150,12 @@ class JsonLines:
     """
 
     def __init__(self, path: pathlib.Path, step: int):
-        self._path = path
         kept = _lines_up_to(path, step) if path.exists() else []
         aside = path.with_suffix(".tmp")
         with _writing(path):
             aside.write_text("".join(f"{line}\n" for line in kept))
             os.replace(aside, path)
-            self._file = path.open("ab", buffering=0)  # a kill loses no line, a full disk one
+        self._file = _File(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record; numbers that JSON has no word for become null."""
@@ -145,8 +163,7 @@ class JsonLines:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        with _writing(self._path):
-            self._file.write((json.dumps(finite) + "\n").encode())
+        self._file.write((json.dumps(finite) + "\n").encode())
 
     def close(self) -> None:
         self._file.close()
@@ -173,10 +190,8 @@ class TensorBoard:
 
     def __init__(self, folder: pathlib.Path, step: int):
         # read in the order of their names, so the time leads, finer than a second
-        self._path = folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
-        with _writing(self._path):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("xb", buffering=0)
+        self._file = _File(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}")
+        # written here and now: TensorBoard's own thread prints a traceback when it cannot
         self._writer = RecordWriter(self._file)
         self._add(0, file_version="brain.Event:2")
         # tells TensorBoard to drop what an earlier file holds from here on
@@ -185,8 +200,7 @@ class TensorBoard:
 
     def _add(self, step: int, **what: Any) -> None:
         event = event_pb2.Event(wall_time=time.time(), step=step, **what)
-        with _writing(self._path):  # here and now: TensorBoard's own thread prints tracebacks
-            self._writer.write(event.SerializeToString())
+        self._writer.write(event.SerializeToString())
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes the numbers of a record under their names."""
