@@ -17,8 +17,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from llmprep_jax.config import from_dict
+from llmprep_jax.config import check_fields, from_dict
 from llmprep_jax.models import registry
+from llmprep_jax.models.hf_config import check_numbers
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.peft.adapter import inject, is_adapted
 from llmprep_jax.peft.lora import LoRA
@@ -56,8 +57,7 @@ def load_model(
     if all_steps(path):
         return _load_run(path, dtype, mesh, compute)
     checkpoint = hub.open_checkpoint(path)
-    family = registry.family_of_type(checkpoint.config.get("model_type"))
-    cfg = _read_config(family, checkpoint)
+    family, cfg = _read_config(checkpoint)
     stored = _stored_dtype(checkpoint)
     dtype = compute.param_dtype if compute else dtype
     compute = compute or Compute(dtype=dtype or stored, param_dtype=dtype or stored)
@@ -97,11 +97,14 @@ def _load_run(
         return nnx.merge(graph, params, nnx.to_pure_dict(frozen))
 
 
-def _read_config(family: registry.Family, checkpoint: Any) -> Any:
-    """The family's Config; a stored head that differs from the embedding unties them."""
+def _read_config(checkpoint: Any) -> tuple[registry.Family, Any]:
+    """The family and its Config; a stored head that differs from the embedding unties them."""
     try:
+        family = registry.family_of_type(checkpoint.config.get("model_type"))
         cfg = family.from_hf(checkpoint.config)
-    except (KeyError, TypeError, AttributeError) as error:
+        check_fields(cfg)
+        check_numbers(cfg)
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{checkpoint.path}: config.json does not make sense ({reason})"
@@ -110,7 +113,7 @@ def _read_config(family: registry.Family, checkpoint: Any) -> Any:
         raise ValueError(f"{checkpoint.path}: {error}") from error
     if cfg.tie_embeddings and table.head_is_separate(checkpoint, _EMBED, _HEAD, family.renames):
         cfg = dataclasses.replace(cfg, tie_embeddings=False)
-    return cfg
+    return family, cfg
 
 
 def _stored_dtype(checkpoint: Any) -> str:

@@ -5,6 +5,7 @@ Hugging Face wrote RoPE as `rope_theta` + `rope_scaling` up to transformers 4 an
 thing a reader would get wrong: `type` is an old alias of `rope_type`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,21 @@ def require(hf: Mapping[str, Any], *names: str) -> None:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_numbers(cfg: Any) -> None:
+    """Raises ValueError naming a number of a family's Config that no model has.
+
+    The bounds keep what follows from computing with nonsense: shapes multiply sizes, and layers are
+    counted one by one.
+    """
+    sizes = ("vocab_size", "dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "window")
+    most = dict.fromkeys(sizes, 2**24) | {"num_layers": 10_000, "max_seq_len": 2**31 - 1}
+    least = dict.fromkeys(most, 1) | dict.fromkeys(("rope_base", "norm_eps", "query_scale"), 0)
+    for name, bound in least.items():
+        value = getattr(cfg, name, None)
+        if value is not None and not bound <= value <= most.get(name, math.inf):
+            raise ValueError(f"config.json gives {name} as {value}, which no model has; check it")
 
 
 def refuse_unsupported(hf: Mapping[str, Any], **allowed: tuple) -> None:

@@ -21,7 +21,7 @@ from llmprep_jax.train.metrics import (
     read_jsonl,
 )
 from llmprep_jax.train.monitor import Monitor, NonFiniteError
-from tests.train.disk import disk_for_files_of
+from tests.full_disk import disk_for_files_of
 
 
 class Config:
