@@ -2,10 +2,11 @@
 
     python -m tests.train.kill_and_resume FOLDER KILLS STEPS SEED
 
-First an uninterrupted run in FOLDER/whole, then one in FOLDER/killed that is killed KILLS times.
-Every loss that any of them wrote must be bit-equal to the uninterrupted run's, and so must the last
-checkpoint. Each run is a fork of this process, which has imported everything and touched no device:
-a fresh JAX without three seconds of imports.
+First an uninterrupted run in FOLDER/whole, then one in FOLDER/killed that is killed KILLS times: in
+start-up, between steps, while a checkpoint is written. Every loss that any of them wrote must be
+bit-equal to the uninterrupted run's, and so must the last checkpoint. Each run is a fork of this
+process, which has imported everything and touched no device: a fresh JAX without three seconds of
+imports.
 """
 
 import json
@@ -16,6 +17,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,20 +83,36 @@ def losses(out: pathlib.Path) -> dict[int, float]:
 def kill_at_a_random_moment(
     child: int, out: pathlib.Path, rng: random.Random, startup: float | None
 ) -> tuple[str, float | None]:
-    """Kills in start-up, or some steps and milliseconds after it; tells how long start-up is."""
+    """Kills in start-up, between steps, or while a checkpoint is written; tells which, and how long
+    start-up is."""
     begin, before = time.monotonic(), len(losses(out))
-    if startup is not None and rng.random() < 0.3:
+    kind = "step" if startup is None else rng.choice(("start-up", "step", "checkpoint"))
+    if kind == "start-up":
         time.sleep(rng.random() * startup)
-        moment = "in start-up"
-    else:
+    elif kind == "step":
         wanted = before + rng.randint(1, 4)
-        while len(losses(out)) < wanted:
-            time.sleep(0.002)
+        wait_until(lambda: len(losses(out)) >= wanted)
         startup = startup or time.monotonic() - begin
         time.sleep(rng.random() * 0.05)
-        moment = f"at step {max(losses(out))}"
+    else:
+        for _ in range(rng.randint(1, 2)):  # the first or the second of this run
+            seen = partial_checkpoints(out)
+            wait_until(lambda seen=seen: partial_checkpoints(out) - seen)
+        time.sleep(rng.random() * 0.02)
     os.kill(child, signal.SIGKILL)
-    return moment, startup
+    return kind, startup
+
+
+def partial_checkpoints(out: pathlib.Path) -> set[str]:
+    """What is being written, or was when a run was killed."""
+    return {path.name for path in (out / "checkpoints").glob("*.orbax-checkpoint-tmp*")}
+
+
+def wait_until(met: Callable[[], Any]) -> None:
+    end = time.monotonic() + 120
+    while not met():
+        assert time.monotonic() < end, "the run does not get on"
+        time.sleep(0.001)
 
 
 def check_equal(some: dict[int, float], whole: dict[int, float], when: str) -> None:
@@ -115,15 +133,18 @@ def main(folder: pathlib.Path, kills: int, steps: int, seed: int) -> None:
     whole = losses(folder / "whole")
     assert sorted(whole) == list(range(1, steps + 1))
     print(f"uninterrupted: {time.monotonic() - begin:.1f} s, loss {whole[1]} to {whole[steps]}")
-    killed, startup = folder / "killed", None
+    killed, startup, partial = folder / "killed", None, 0
     for number in range(kills):
-        begin, resumed = time.monotonic(), max(all_steps(killed), default=0)
+        resumed = max(all_steps(killed), default=0)
         child = start(killed, text, steps)
         moment, startup = kill_at_a_random_moment(child, killed, rng, startup)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL, f"kill {number} came too late: {status}"
         check_equal(losses(killed), whole, f"kill {number}")
-        print(f"kill {number}: from {resumed}, {moment}, {time.monotonic() - begin:.1f} s")
+        half = sorted(partial_checkpoints(killed))
+        partial += bool(half)
+        reached = max(losses(killed), default=0)
+        print(f"kill {number}: {moment}, steps {resumed} to {reached}, half written: {half}")
     _, status = os.waitpid(start(killed, text, steps), 0)
     assert status == 0
     assert losses(killed) == whole
@@ -136,6 +157,7 @@ def main(folder: pathlib.Path, kills: int, steps: int, seed: int) -> None:
     for item in ("params", "ema"):
         one, other = [read_params(folder / n, target, item=item) for n in ("whole", "killed")]
         jax.tree.map(np.testing.assert_array_equal, one, other)
+    print(f"{partial} kills left half a checkpoint")
     print("every loss and the last checkpoint are bit-equal")
 
 

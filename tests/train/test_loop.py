@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -209,3 +210,4 @@ def test_kill_9_at_twenty_random_moments_leaves_every_loss_bit_equal(tmp_path):
     out = kill_and_resume(tmp_path, kills=20, steps=80, seed=2)
     print(out)
     assert out.count("\nkill ") == 20
+    assert int(re.search(r"(\d+) kills left half a checkpoint", out)[1]) >= 3
