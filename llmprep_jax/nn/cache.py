@@ -13,7 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llmprep_jax.sharding import spec
+from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Float, Int
 
 
@@ -23,7 +23,8 @@ class KVCache:
     """Keys and values of some layers.
 
     Attributes:
-      k, v: [L, B, K, S, H], or a tuple of one [B, K, S, H] a layer (for layers that run unrolled).
+      k, v: [L, B, K, S, H], or a tuple of one [B * K, S, H] a layer (for layers that run unrolled:
+        as its matrix products take it, else XLA's CPU compiler keeps a second copy in step).
       positions_BS, segments_BS: of the token in each slot; segment 0 is an empty slot or padding.
       length: tokens written so far, a scalar; the next goes into slot `length` (modulo S in a
         ring).
@@ -53,17 +54,14 @@ class KVCache:
         per_layer: bool = False,
     ) -> "KVCache":
         """An empty cache; `per_layer` keeps one buffer a layer."""
-        shape = (batch_size, num_kv_heads, num_slots, head_dim)
-        axes = ("batch", "kv_heads", "seq", "head")
+        shape = (num_layers, batch_size, num_kv_heads, num_slots, head_dim)
+        axes = ("layers", "batch", "kv_heads", "seq", "head")
 
         def buffers() -> Array | tuple[Array, ...]:
             if per_layer:
-                sharding = spec(*axes, shape=shape)
-                return tuple(
-                    jnp.zeros(shape, dtype, out_sharding=sharding) for _ in range(num_layers)
-                )
-            sharding = spec("layers", *axes, shape=(num_layers, *shape))
-            return jnp.zeros((num_layers, *shape), dtype, out_sharding=sharding)
+                one = (batch_size * num_kv_heads, num_slots, head_dim)
+                return tuple(jnp.zeros(one, dtype) for _ in range(num_layers))
+            return jnp.zeros(shape, dtype, out_sharding=spec(*axes, shape=shape))
 
         rows = spec("batch", "seq", shape=(batch_size, num_slots))
         slots = jnp.zeros((batch_size, num_slots), jnp.int32, out_sharding=rows)
@@ -120,7 +118,7 @@ class KVCache:
 
     def unstacked(self) -> "KVCache":
         """The same cache with one buffer a layer."""
-        k, v = [tuple(x[layer] for layer in range(x.shape[0])) for x in (self.k, self.v)]
+        k, v = [tuple(map(_matrices, x)) for x in (self.k, self.v)]
         return dataclasses.replace(self, k=k, v=v)
 
     @property
@@ -129,14 +127,16 @@ class KVCache:
 
     def _layer(self, layer: int | Int[Array, ""]) -> tuple[Array, Array]:
         if isinstance(self.k, tuple):
-            return self.k[layer], self.v[layer]
+            k, v = self.k[layer], self.v[layer]
+            rows = (self.positions_BS.shape[0], -1)
+            return k.reshape(*rows, *k.shape[1:]), v.reshape(*rows, *v.shape[1:])
         at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
         return at(self.k), at(self.v)
 
     def _write(self, layer: int | Int[Array, ""], k_BKTH: Array, v_BKTH: Array) -> "KVCache":
         def write(old, new_BKTH):
             if isinstance(old, tuple):
-                put = self._put(old[layer], new_BKTH, axis=2)
+                put = self._put(old[layer], _matrices(new_BKTH), axis=1)
                 return (*old[:layer], put, *old[layer + 1 :])
             return self._put(old, new_BKTH[None], axis=3, layer=layer)
 
@@ -162,3 +162,10 @@ class KVCache:
         one = jax.lax.dynamic_index_in_dim(slots, layer, keepdims=False)
         one = one.at[tuple(index[1:])].set(new[0].astype(slots.dtype))
         return jax.lax.dynamic_update_slice(slots, one[None], start)
+
+
+def _matrices(x_BKSH: Float[Array, "B K S H"]) -> Float[Array, "M S H"]:
+    """One matrix a row and head; whole on every device, since lists of layers are for one."""
+    if has_mesh():
+        x_BKSH = jax.reshard(x_BKSH, spec(None, None, None, None))
+    return x_BKSH.reshape(-1, *x_BKSH.shape[2:])

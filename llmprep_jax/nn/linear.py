@@ -43,13 +43,12 @@ def _product(eqn, x, w, dtype, out_dtype, axes=None, sharding=None):
     # float32 sums whatever the operands are; on TPU and GPU the cast fuses into the product
     if matrices is not None:
         num_in, w_axis, out_axis = matrices
-        ins = math.prod(x.shape[x.ndim - num_in :])
+        x_shape, ins = x.shape, math.prod(x.shape[x.ndim - num_in :])
         outs = w.shape[num_in:] if w_axis == 0 else w.shape[: w.ndim - num_in]
-        w_shape = (ins, -1) if w_axis == 0 else (-1, ins)
         # a transpose of its own, else XLA's CPU compiler makes a float32 copy of bf16 weights
-        w_matrix = w.reshape(w_shape).T if w_axis else w.reshape(w_shape)
+        w_matrix = w.reshape(ins, -1) if w_axis == 0 else w.reshape(-1, ins).T
         y = dot(x.reshape(-1, ins), w_matrix, (((1,), (0,)), ((), ())))
-        return y.reshape(*x.shape[:out_axis], *outs).astype(out_dtype)
+        return y.reshape(*x_shape[:out_axis], *outs).astype(out_dtype)
     if axes is not None:
         inputs, out = eqn.split("->")
         sizes = dict(zip(inputs.replace(",", ""), (*x.shape, *w.shape), strict=True))
