@@ -126,19 +126,19 @@ def test_bf16_parameters_stay_bf16():
 
 
 def test_the_average_follows_its_formula():
-    split, state, step = build(ema=0.5)
+    split, state, step = build(ema=0.15)
     average = np.asarray(state.params["head"]["w"])
     for i in range(3):
-        state, _ = step(state, split.frozen, place_batch(make_batch(i)))
-        decay = min(0.5, (1 + i) / (10 + i))
+        state, _ = step(state, split.frozen, place_batch(make_batch(i), 2))
+        decay = min(0.15, (1 + i) / (10 + i))
         average = decay * average + (1 - decay) * np.asarray(state.params["head"]["w"])
     np.testing.assert_allclose(state.ema["head"]["w"], average, rtol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_a_non_finite_step_changes_nothing(value, accumulate):
-    split, state, step = build(ema=0.9)
+def test_a_non_finite_step_changes_nothing(value):
+    accumulate = 2
+    split, state, step = build(ema=0.15)
     state, _ = step(state, split.frozen, place_batch(make_batch(), accumulate))
     before = jax.device_get((state.step, state.params, state.opt_state, state.ema))
     poisoned = make_batch()
