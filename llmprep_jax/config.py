@@ -280,14 +280,15 @@ def from_dict(kind: Any, data: Any) -> Any:
     """
     if isinstance(data, Mapping) and TYPE_KEY in data:
         classes = {k.__name__: k for k in members(kind) if dataclasses.is_dataclass(k)}
-        if data[TYPE_KEY] not in classes:
-            raise UsageError(f"a {data[TYPE_KEY]} is saved where {describe(kind)} is wanted")
-        kinds = field_types(classes[data[TYPE_KEY]])
+        name = " ".join(str(data[TYPE_KEY]).split())
+        if name not in classes:
+            raise UsageError(f"a {name} is saved where {describe(kind)} is wanted")
+        kinds = field_types(classes[name])
         unknown = [key for key in data if key not in kinds and key != TYPE_KEY]
         if unknown:
-            raise _unknown_key((data[TYPE_KEY],), unknown[0], kinds)
+            raise _unknown_key((name,), unknown[0], kinds)
         new = {key: from_dict(kinds[key], item) for key, item in data.items() if key != TYPE_KEY}
-        return _construct(lambda: classes[data[TYPE_KEY]](**new), (data[TYPE_KEY],), new)
+        return _construct(lambda: classes[name](**new), (name,), new)
     if isinstance(data, list):
         data = tuple(from_dict(_item_type(kind, index), item) for index, item in enumerate(data))
     if isinstance(data, str) and pathlib.Path in members(kind):
