@@ -72,7 +72,7 @@ def _stream(
     decoder, held = processor.tokenizer.stream(), ""
     for block in stream_tokens(model, **inputs, **settings):
         row = _until(block[0], stop_ids)
-        held += "".join(decoder.push(token) for token in row)
+        held += "".join(decoder.push(token) for token in row.tolist())
         cut = _cut(held, stop)
         if cut != held:
             yield cut

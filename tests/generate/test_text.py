@@ -1,0 +1,106 @@
+"""From text to text: a model that says one known line, for stop strings to cut."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llmprep_jax as lp
+from llmprep_jax.models.llama.config import Config
+from llmprep_jax.text import Processor
+from tests.models.tiny import random_model
+from tests.text.samples import CHATML, train_byte_level
+
+TEXT = "9876543210 ZYXWVUTSRQPONMLKJ"  # no token twice
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processor")
+    train_byte_level().save(str(folder / "tokenizer.json"))
+    config = {"pad_token": "<pad>", "eos_token": "</s>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Processor.from_path(folder)
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    """A model that goes on with TEXT: after each of its tokens, in order, it says the next."""
+    ids = processor.tokenizer.encode(TEXT)
+    assert len({*ids}) == len(ids) > 16
+    vocab_size = processor.tokenizer.vocab_size
+    sizes = dict(mlp_dim=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8)
+    model = random_model(Config(vocab_size=vocab_size, dim=128, max_seq_len=128, **sizes))
+    # the one layer is switched off, so the next token is a function of the last one alone
+    model.layers.attn.o.w[...] *= 0
+    model.layers.mlp.down.w[...] *= 0
+    model.norm.scale[...] = jnp.ones(128)
+    rows = jax.random.normal(jax.random.key(0), (vocab_size, 128))
+    model.embed.w[...] = rows
+    successors = {a: b for a, b in zip(ids, [*ids[1:], processor.tokenizer.eos_id], strict=True)}
+    head = np.zeros((128, vocab_size), np.float32)
+    for now, following in successors.items():
+        head[:, following] += np.asarray(rows[now])
+    model.head.w[...] = jnp.asarray(head)
+    return model
+
+
+@pytest.fixture(scope="module")
+def said(model, processor):
+    return lp.generate(model, processor, "9", max_new_tokens=24)
+
+
+def test_one_text_gives_a_string_and_a_list_gives_a_list(model, processor, said):
+    assert isinstance(said, str)
+    assert len(said) > 20
+    several = lp.generate(model, processor, ["9", "the 3"], max_new_tokens=24)
+    assert several[0] == said
+    assert len(several) == 2
+
+
+def test_a_conversation_is_answered_through_the_template(model, processor):
+    question = [{"role": "user", "content": "9"}]
+    inputs = processor(question)
+    ids = np.asarray(lp.generate_tokens(model, **inputs, max_new_tokens=5))[0]
+    ends = np.flatnonzero(np.isin(ids, processor.tokenizer.stop_ids))
+    expected = processor.decode(ids[: ends[0]] if len(ends) else ids)
+    assert lp.generate(model, processor, question, max_new_tokens=5) == expected
+
+
+@pytest.mark.parametrize("length", [1, 3, 9])
+@pytest.mark.parametrize("start", [4, 7])
+def test_a_stop_string_is_cut_off_wherever_tokens_end(model, processor, said, start, length):
+    stop = said[start : start + length]
+    expected = said[: said.index(stop)]
+    found = lp.generate(model, processor, "9", max_new_tokens=24, stop=[stop, "not there"])
+    assert found == expected
+    pieces = lp.generate(model, processor, "9", max_new_tokens=24, stop=[stop], stream=True)
+    assert "".join(pieces) == expected
+
+
+def test_pieces_of_a_stream_are_the_text(model, processor, said):
+    pieces = list(lp.generate(model, processor, "9", max_new_tokens=24, stream=True))
+    assert len(pieces) > 1
+    assert "".join(pieces) == said
+
+
+def test_text_that_might_begin_a_stop_string_comes_in_the_end(model, processor, said):
+    stop = said[-2:] + "and more that never comes"
+    pieces = lp.generate(model, processor, "9", max_new_tokens=24, stop=[stop], stream=True)
+    assert "".join(pieces) == said
+
+
+def test_a_stop_id_ends_the_text_before_it(model, processor, said):
+    ids = np.asarray(lp.generate_tokens(model, **processor("9"), max_new_tokens=24))[0]
+    found = lp.generate(model, processor, "9", max_new_tokens=24, stop_ids=[int(ids[3])])
+    at = list(ids).index(ids[3])
+    assert found == processor.decode(ids[:at])
+
+
+def test_a_stream_of_several_prompts_and_images_are_refused(model, processor):
+    with pytest.raises(ValueError, match="a stream is of one prompt; got 2"):
+        lp.generate(model, processor, ["9", "3"], stream=True)
+    with pytest.raises(ValueError, match="reads text only"):
+        lp.generate(model, processor, "9", images=[object()])
