@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO   ?= runs/demo
+# a process a core: tests spend their time in the compiler, which uses one
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 .PHONY: demo demo-short test test-slow parity lint clean
 
@@ -14,13 +16,13 @@ demo-short: $(VENV)/.demo     ## the same in a minute and a half, for CI
 	$(BIN)/python -m experiments.demo out=$(DEMO)-short steps=12 eval_batches=8 optim.warmup_steps=2
 
 test: $(VENV)/.test           ## the fast suite
-	$(BIN)/python -m pytest --ignore=tests/parity -m "not slow"
+	$(PYTEST) --ignore=tests/parity -m "not slow"
 
 test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take minutes
-	$(BIN)/python -m pytest --ignore=tests/parity -m slow
+	$(BIN)/python -m pytest --ignore=tests/parity -m slow --durations=5
 
 parity: $(VENV)/.parity       ## live comparison with transformers and peft on CPU (Python 3.11)
-	$(BIN)/python -m pytest tests/parity
+	$(BIN)/python -m pytest tests/parity --durations=10
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

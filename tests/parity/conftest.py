@@ -1,0 +1,8 @@
+"""The live comparison compiles as users do, with all of XLA's passes."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def compilation():
+    """In place of the quick compilation of the other tests."""
