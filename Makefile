@@ -22,7 +22,7 @@ test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take mi
 	$(BIN)/python -m pytest --ignore=tests/parity -m slow --durations=5
 
 parity: $(VENV)/.parity       ## live comparison with transformers and peft on CPU (Python 3.11)
-	$(BIN)/python -m pytest tests/parity --durations=10
+	$(PYTEST) tests/parity --durations=10
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
