@@ -64,6 +64,8 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
     """Builds model and data, and fits one to the other."""
     check_rows(cfg.data.batch_size // cfg.accumulate)
     processor = lp.load_processor(cfg.tokenizer or cfg.model)
+    if cfg.chat_template is not None:
+        processor.tokenizer.read_chat_template(cfg.chat_template)
     model = build_model(cfg, mesh)
     processor.tokenizer.check_vocab(model.cfg.vocab_size)
     processor.save(cfg.out / "tokenizer")

@@ -50,7 +50,8 @@ class Tokenizer:
         self._post_processor = self._core.post_processor
         self._prefix, self._suffix = self._find_added_ids()
         self._core.post_processor = None
-        self.stop_ids = self._find_stop_ids(parts.eos_ids)
+        self._eos_ids = parts.eos_ids
+        self.stop_ids = self._find_stop_ids()
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -150,6 +151,16 @@ class Tokenizer:
             )
         return ChatTemplate(self.chat_template, self.special_tokens, self.source)
 
+    def read_chat_template(self, path: str | Path) -> None:
+        """Takes the chat template in a Jinja file, for a base model's tokenizer, which has none.
+
+        Raises OSError when it cannot be read, ValueError when it does not compile.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        chat = ChatTemplate(text, self.special_tokens, str(path))
+        self.chat_template, self.chat = text, chat
+        self.stop_ids = self._find_stop_ids()
+
     @property
     def bos_id(self) -> int | None:
         """The id of the beginning-of-sequence token, or None."""
@@ -232,10 +243,10 @@ class Tokenizer:
     def _some_tokens(self) -> Iterable[str]:
         yield from sorted(self._core.get_vocab(with_added_tokens=False))[:50]
 
-    def _find_stop_ids(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
+    def _find_stop_ids(self) -> tuple[int, ...]:
         template = self.chat_template or ""
         turn_ends = [self._core.token_to_id(text) for text in END_OF_TURN if text in template]
-        ids = [*eos_ids, self.eos_id, *turn_ends]
+        ids = [*self._eos_ids, self.eos_id, *turn_ends]
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 

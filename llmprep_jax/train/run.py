@@ -40,6 +40,8 @@ class RunConfig(FitConfig):
         random ones of `architecture`.
       architecture: a preset's name or a family's Config, for random weights; None: as `model` is.
       tokenizer: where the tokenizer comes from; None: from where `model` does.
+      chat_template: a Jinja file, for the tokenizer of a base model, which has none; it is saved
+        with the run.
       adapter: trained in place of the model; None: all of it is.
       data: what it is trained on; data.batch_size rows of data.seq_len tokens a step.
       eval_data: what it is evaluated on, all splits of it; None: what data.holdout keeps back, if
@@ -56,6 +58,7 @@ class RunConfig(FitConfig):
     model: str | None = None
     architecture: Any | None = None
     tokenizer: str | None = None
+    chat_template: pathlib.Path | None = None
     adapter: LoRA | None = None
     data: DataConfig
     eval_data: DataConfig | None = None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llmprep_jax.text import Processor, Tokenizer
+from llmprep_jax.text.chat import ChatTemplate
 from tests.text.samples import (
     CHATML,
     GEMMA_SPM,
@@ -136,3 +137,38 @@ def test_pads_without_a_pad_token(tmp_path):
     train_byte_level().save(str(tmp_path / "tokenizer.json"))
     processor = Processor(Tokenizer.from_folder(tmp_path))
     assert processor(["the mind", "the"])["tokens"][1, 0] == 0
+
+
+def test_a_base_models_tokenizer_takes_a_template_from_a_file(tmp_path):
+    train_byte_level().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(ValueError, match="no chat template"):
+        _ = tokenizer.chat
+    path = tmp_path / "chatml.jinja"
+    path.write_text(CHATML)
+    tokenizer.read_chat_template(path)
+    assert tokenizer.encode("<|im_end|>", add_special=False)[0] in tokenizer.stop_ids
+    tokenizer.save(tmp_path / "saved")
+    again = Tokenizer.from_folder(tmp_path / "saved")
+    assert again.chat.apply(HI, True) == tokenizer.chat.apply(HI, True)
+    assert again.stop_ids == tokenizer.stop_ids
+
+
+def test_a_template_that_does_not_compile_is_named(tmp_path):
+    train_byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "bad.jinja").write_text("{% for %}")
+    with pytest.raises(ValueError, match=r"bad\.jinja"):
+        Tokenizer.from_folder(tmp_path).read_chat_template(tmp_path / "bad.jinja")
+
+
+def test_gemmas_template_writes_its_turns():
+    text = (Path(__file__).parents[2] / "configs/data/gemma3.jinja").read_text()
+    chat = ChatTemplate(text, {"bos_token": "<bos>"})
+    system = {"role": "system", "content": "Be brief."}
+    answer = {"role": "assistant", "content": "Hello."}
+    assert chat.apply([system, *HI], True) == (
+        "<bos><start_of_turn>user\nBe brief.\n\nhi<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert chat.apply([*HI, answer], False) == (
+        "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n"
+    )
