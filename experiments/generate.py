@@ -1,11 +1,12 @@
 """Generate text: one answer, or a chat at the terminal.
 
-python -m experiments.generate MODEL "What is the capital of France?" [name=value ...] python -m
-experiments.generate MODEL                      a chat; /reset, /system TEXT, /quit
+    python -m experiments.generate MODEL "What is the capital of France?" [name=value ...]
+    python -m experiments.generate MODEL [name=value ...]
 
-MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. Settings:
-temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, seed, stop, dtype, adapter (a
-PEFT folder), raw=true (the prompt as it is, without the chat template).
+The second is a chat: /reset begins anew, /system TEXT sets the system message, /quit or Ctrl-D
+ends. MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. Settings:
+temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, seed, stop (a,b), dtype,
+adapter (a PEFT folder), raw=true (the prompt as it is, without the chat template).
 """
 
 import dataclasses
@@ -14,10 +15,12 @@ from typing import Literal
 import rich.console
 import rich.prompt
 from flax import nnx
+from rich.markup import escape
 
 import llmprep_jax as lp
 from llmprep_jax import cli
 from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.generate.sampler import Sampling
 from llmprep_jax.text.processor import Processor
 
 console = rich.console.Console(highlight=False)
@@ -39,6 +42,16 @@ class Settings:
     adapter: str | None = None
     raw: bool = False
 
+    def __post_init__(self):
+        # here, and not where they are used, so that a slip is told before the model is loaded
+        Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if abs(self.seed) >= 2**63:
+            raise ValueError(f"seed is {self.seed}; it must fit in 64 bits")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty string, which would end every answer")
+
     def generation(self) -> dict:
         """The part that `lp.generate` takes."""
         apart = ("dtype", "adapter", "raw")
@@ -50,17 +63,21 @@ def main(arguments: list[str]) -> None:
     if not 1 <= len(positional) <= 2:
         raise UsageError("give a model, and a prompt unless you want to chat")
     settings = override(Settings(), overrides)
-    with console.status(f"loading {positional[0]}"):
-        processor = lp.load_processor(positional[0])
-        model = lp.load_model(positional[0], dtype=settings.dtype)
+    path, *prompts = positional
+    if settings.raw and not prompts:
+        raise UsageError("raw=true is for a prompt; a chat goes through the chat template")
+    with console.status(f"loading {escape(path)}"):
+        processor = lp.load_processor(path)
+        if not settings.raw:
+            _ = processor.chat  # refuses a model without a chat template before it is loaded
+        model = lp.load_model(path, dtype=settings.dtype)
         processor.tokenizer.check_vocab(model.cfg.vocab_size)
         if settings.adapter is not None:
             model = lp.peft.merge(lp.peft.load(model, settings.adapter))
-    if len(positional) == 2:
-        prompt = positional[1]
-        say(model, processor, prompt if settings.raw else [user(prompt)], settings)
-    else:
+    if not prompts:
         chat(model, processor, settings)
+    for prompt in prompts:
+        say(model, processor, prompt if settings.raw else [user(prompt)], settings)
 
 
 def user(text: str) -> dict[str, str]:
@@ -71,9 +88,9 @@ def say(model: nnx.Module, processor: Processor, prompt: str | list, settings: S
     """Streams an answer to the terminal and returns it."""
     pieces = []
     for piece in lp.generate(model, processor, prompt, stream=True, **settings.generation()):
-        console.print(piece, end="", markup=False, soft_wrap=True)
+        print(piece, end="", flush=True)  # rich would expand tabs and draw :smile: as an emoji
         pieces.append(piece)
-    console.print()
+    print(flush=True)
     return "".join(pieces)
 
 
@@ -85,6 +102,7 @@ def chat(model: nnx.Module, processor: Processor, settings: Settings) -> None:
         try:
             text = rich.prompt.Prompt.ask("[bold]you[/]", console=console).strip()
         except EOFError:
+            console.print()  # the shell's prompt goes on a line of its own
             return
         command, _, rest = text.partition(" ")
         if command == "/quit":
@@ -94,11 +112,21 @@ def chat(model: nnx.Module, processor: Processor, settings: Settings) -> None:
         elif command == "/system":
             system, turns = [{"role": "system", "content": rest}] if rest else [], []
         elif text.startswith("/"):
-            console.print(f"unknown command {command}; there are /reset, /system TEXT, /quit")
+            print(f"unknown command {command}; there are /reset, /system TEXT, /quit")
         elif text:
-            turns.append(user(text))
-            answer = say(model, processor, system + turns, settings)
-            turns.append({"role": "assistant", "content": answer})
+            turns = answer(model, processor, system, [*turns, user(text)], settings)
+
+
+def answer(
+    model: nnx.Module, processor: Processor, system: list, turns: list, settings: Settings
+) -> list:
+    """The turns with an answer; without the question when it cannot be read."""
+    try:
+        said = say(model, processor, system + turns, settings)
+    except ValueError as error:  # beyond the context, say: the chat so far is not lost for it
+        print(f"error: {error}, or begin anew by /reset")
+        return turns[:-1]
+    return [*turns, {"role": "assistant", "content": said}]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ not depend on what it is batched with.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jaxtyping import Key
 
 from llmprep_jax.nn.attention import NEG_INF
 from llmprep_jax.types import Array, Bool, Float, Int
+
+_COLDEST = 1e-30  # logits divided by less overflow float32, and every token is alike again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +39,11 @@ class Sampling:
 
     def __post_init__(self):
         rules = (
-            (self.temperature >= 0, "temperature", "at least 0"),
+            (0 <= self.temperature < math.inf, "temperature", "finite and at least 0"),
             (self.top_k is None or self.top_k >= 1, "top_k", "at least 1"),
             (self.top_p is None or 0 < self.top_p <= 1, "top_p", "in (0, 1]"),
             (self.min_p is None or 0 <= self.min_p <= 1, "min_p", "in [0, 1]"),
-            (self.repetition_penalty > 0, "repetition_penalty", "above 0"),
+            (0 < self.repetition_penalty < math.inf, "repetition_penalty", "finite and above 0"),
         )
         for holds, name, must in rules:
             if not holds:
@@ -62,7 +65,7 @@ def shape_logits(
         logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
     if sampling.temperature == 0:
         return logits_BV
-    logits_BV = logits_BV / sampling.temperature
+    logits_BV = logits_BV / max(sampling.temperature, _COLDEST)
     if sampling.top_k is not None:
         k = min(sampling.top_k, logits_BV.shape[-1])
         kth_B1 = jax.lax.top_k(logits_BV, k)[0][:, -1:]

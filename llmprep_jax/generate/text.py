@@ -21,7 +21,7 @@ def generate(
     *,
     stream: bool = False,
     max_new_tokens: int = 256,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
     seed: int = 0,
     **sampling: Any,
@@ -31,23 +31,24 @@ def generate(
     Args:
       processor: of the model; makes the tokens and decodes them.
       stream: return an iterator of pieces of text instead (one prompt only).
-      stop: strings that end an answer; they are cut off. stop_ids: ids that do; None: the
+      stop: strings that end an answer, or one; they are cut off. stop_ids: ids that do; None: the
         tokenizer's.
       sampling: see `generate_tokens`.
 
     Raises:
-      ValueError: images for a text model, a stream of several prompts, or what `generate_tokens`
-        raises.
+      ValueError: an empty stop string, images for a text model, a stream of several prompts, or
+        what `generate_tokens` raises.
     """
+    stop = _stop_strings(stop)
     inputs = processor(messages_or_texts, images)
     stop_ids = processor.tokenizer.stop_ids if stop_ids is None else stop_ids
     settings = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed, **sampling)
     if stream:
         if len(inputs["tokens"]) != 1:
             raise ValueError(f"a stream is of one prompt; got {len(inputs['tokens'])}")
-        return _stream(model, processor, inputs, tuple(stop), stop_ids, settings)
+        return _stream(model, processor, inputs, stop, stop_ids, settings)
     tokens_BT = np.asarray(generate_tokens(model, **inputs, **settings))
-    texts = [_cut(processor.decode(_until(row, stop_ids)), tuple(stop)) for row in tokens_BT]
+    texts = [_cut(processor.decode(_until(row, stop_ids)), stop) for row in tokens_BT]
     return texts[0] if _is_one(messages_or_texts) else texts
 
 
@@ -61,9 +62,17 @@ def _until(row: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
     return row[: ends[0]] if len(ends) else row
 
 
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in strings:
+        raise ValueError("stop holds an empty string, which would end every answer; leave it out")
+    return strings
+
+
 def _cut(text: str, stop: tuple[str, ...]) -> str:
-    ends = [text.index(each) for each in stop if each in text]
-    return text[: min(ends)] if ends else text
+    """The text before the stop string that is complete first, as if read token by token."""
+    places = [(text.index(each) + len(each), text.index(each)) for each in stop if each in text]
+    return text[: min(places)[1]] if places else text
 
 
 def _stream(

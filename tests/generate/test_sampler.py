@@ -33,6 +33,8 @@ def kept(**settings):
         # top-p sums what top-k left, renormalised: 0.5 / 0.8 = 0.625 falls short of 0.63
         ({"top_k": 2, "top_p": 0.62}, [0]),
         ({"top_k": 2, "top_p": 0.63}, [0, 1]),
+        # min-p comes last: first, it would leave two, of which the first has 0.625 of the whole
+        ({"top_p": 0.62, "min_p": 0.31}, [0, 1]),
         # temperature comes first: at 0.5 the shares are 0.685, 0.247, 0.062, 0.007
         ({"temperature": 0.5, "top_p": 0.68}, [0]),
         ({"temperature": 0.5, "min_p": 0.29}, [0, 1]),
@@ -65,6 +67,15 @@ def test_temperature_zero_takes_the_most_likely_token():
     assert int(draw(jnp.array([[0.1, 3.0, 2.9]]), Sampling(), keys)[0]) == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-37, 1e-45])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_the_colder_the_surer_is_the_most_likely_token(temperature, settings):
+    settings = Sampling(temperature=temperature, **settings)
+    shaped = shape_logits(jnp.array([[-9.0, -7.0, -100.0], [90.0, -2.0, 91.0]]), None, settings)
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert draw(shaped, settings, keys).tolist() == [1, 2]
+
+
 def test_draws_have_the_frequencies_of_the_softmax():
     draws, settings = 20_000, Sampling(temperature=0.7, top_p=0.97)
     shaped = shape_logits(LOGITS, None, settings)
@@ -82,11 +93,15 @@ def test_draws_have_the_frequencies_of_the_softmax():
     "wrong",
     [
         {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
         {"top_k": 0},
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"min_p": -0.1},
+        {"min_p": 1.1},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
     ],
     ids=str,
 )

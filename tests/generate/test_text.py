@@ -13,7 +13,7 @@ from llmprep_jax.text import Processor
 from tests.models.tiny import random_model
 from tests.text.samples import CHATML, train_byte_level
 
-TEXT = "9876543210 ZYXWVUTSRQPONMLKJ"  # no token twice
+TEXT = "9876543210 ZYXWVUTSéQPONMLKJ"  # no token twice
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,8 @@ def test_a_conversation_is_answered_through_the_template(model, processor):
     ends = np.flatnonzero(np.isin(ids, processor.tokenizer.stop_ids))
     expected = processor.decode(ids[: ends[0]] if len(ends) else ids)
     assert lp.generate(model, processor, question, max_new_tokens=5) == expected
+    both = lp.generate(model, processor, [question, question], max_new_tokens=5)
+    assert both == [expected, expected]
 
 
 @pytest.mark.parametrize("length", [1, 3, 9])
@@ -86,10 +88,30 @@ def test_pieces_of_a_stream_are_the_text(model, processor, said):
     assert "".join(pieces) == said
 
 
+@pytest.mark.parametrize("new", [18, 19])
+def test_an_answer_may_end_within_a_character(model, processor, said, new):
+    found = lp.generate(model, processor, "9", max_new_tokens=new)
+    assert "".join(lp.generate(model, processor, "9", max_new_tokens=new, stream=True)) == found
+    assert found == said[:18] + "\ufffd" * (new - 18)
+
+
 def test_text_that_might_begin_a_stop_string_comes_in_the_end(model, processor, said):
     stop = said[-2:] + "and more that never comes"
     pieces = lp.generate(model, processor, "9", max_new_tokens=24, stop=[stop], stream=True)
     assert "".join(pieces) == said
+
+
+def test_of_two_stop_strings_the_one_that_is_complete_first_ends_the_text(model, processor, said):
+    stop = [said[2:12], said[4:6]]
+    assert lp.generate(model, processor, "9", max_new_tokens=24, stop=stop) == said[:4]
+    pieces = lp.generate(model, processor, "9", max_new_tokens=24, stop=stop, stream=True)
+    assert "".join(pieces) == said[:4]
+
+
+def test_one_stop_string_needs_no_list_and_an_empty_one_is_refused(model, processor, said):
+    assert lp.generate(model, processor, "9", max_new_tokens=24, stop=said[3:5]) == said[:3]
+    with pytest.raises(ValueError, match="^stop holds an empty string"):
+        lp.generate(model, processor, "9", stop=["a", ""])
 
 
 def test_a_stop_id_ends_the_text_before_it(model, processor, said):

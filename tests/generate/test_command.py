@@ -1,0 +1,121 @@
+"""The generate command, with a stand-in for the model: what is asked, and how it ends."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+
+import llmprep_jax as lp
+from experiments import generate as command
+from llmprep_jax import cli
+
+TOKENIZER = SimpleNamespace(check_vocab=lambda size: None)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts that reach the model; it answers each with its number, in two pieces."""
+    prompts = []
+
+    def answer(model, processor, prompt, **settings):
+        prompts.append(prompt)
+        if prompt[-1]["content"] == "too long":
+            raise ValueError("900 prompt tokens exceed the context")
+        yield "answer "
+        yield str(len(prompts))
+
+    processor = SimpleNamespace(tokenizer=TOKENIZER, chat=None)
+    model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=1))
+    monkeypatch.setattr(lp, "load_processor", lambda path: processor)
+    monkeypatch.setattr(lp, "load_model", lambda path, dtype: model)
+    monkeypatch.setattr(lp, "generate", answer)
+    return prompts
+
+
+def run(monkeypatch, *arguments, typed=""):
+    """The exit code of a command with `typed` as its input."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    with pytest.raises(SystemExit) as stop:
+        cli.run(command.main, arguments)
+    return stop.value.code
+
+
+def said(prompt):
+    return [(message["role"], message["content"]) for message in prompt]
+
+
+def test_a_chat_remembers_its_turns_and_ends_with_the_input(monkeypatch, capsys, asked):
+    assert run(monkeypatch, "model", typed="I am Ada\n\nWho am I?\n") == 0
+    first = ("user", "I am Ada")
+    assert [said(prompt) for prompt in asked] == [
+        [first],
+        [first, ("assistant", "answer 1"), ("user", "Who am I?")],
+    ]
+    out = capsys.readouterr().out
+    assert "answer 1\n" in out
+    assert out.endswith("\n")
+
+
+def test_a_chat_is_begun_anew_by_reset_and_system(monkeypatch, capsys, asked):
+    typed = "a\n/reset\nb\n/system Be kind.\nc\n/system\nd\n/what[/]\n/quit\nnever read\n"
+    assert run(monkeypatch, "model", typed=typed) == 0
+    assert [said(prompt) for prompt in asked] == [
+        [("user", "a")],
+        [("user", "b")],
+        [("system", "Be kind."), ("user", "c")],
+        [("user", "d")],
+    ]
+    assert "unknown command /what[/]" in capsys.readouterr().out
+
+
+def test_a_question_that_cannot_be_read_does_not_end_the_chat(monkeypatch, capsys, asked):
+    assert run(monkeypatch, "model", typed="a\ntoo long\nb\n") == 0
+    assert said(asked[-1]) == [("user", "a"), ("assistant", "answer 1"), ("user", "b")]
+    assert "error: 900 prompt tokens exceed the context, or" in capsys.readouterr().out
+
+
+def test_one_prompt_is_answered_and_printed_as_it_is(monkeypatch, capsys, asked):
+    monkeypatch.setattr(lp, "generate", lambda *_, **__: iter(["\t:smile: [/b]\x1b[0m", "x"]))
+    assert run(monkeypatch, "mo[/]del", "hi", "raw=true") == 0
+    assert capsys.readouterr().out.endswith("\t:smile: [/b]\x1b[0mx\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ((), "give a model"),
+        (("model", "one", "two"), "give a model"),
+        (("model", "--stream"), "unknown flag --stream"),
+        (("model", "temprature=1"), "did you mean temperature"),
+        (("model", "temperature=-1"), "temperature is -1.0; it must be"),
+        (("model", "top_k=0"), "top_k is 0; it must be"),
+        (("model", "top_k=2.5"), "top_k=2.5: wanted a whole number"),
+        (("model", "top_p=2"), "top_p is 2.0; it must be"),
+        (("model", "min_p=2"), "min_p is 2.0; it must be"),
+        (("model", "repetition_penalty=0"), "repetition_penalty is 0.0; it must be"),
+        (("model", "max_new_tokens=0"), "max_new_tokens is 0; it must be at least 1"),
+        (("model", "seed=99999999999999999999"), "it must fit in 64 bits"),
+        (("model", "stop=a,,b"), "stop holds an empty string"),
+        (("model", "dtype=int8"), "dtype=int8: wanted float32"),
+        (("model", "raw=true"), "raw=true is for a prompt"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_one_line_before_anything_is_loaded(
+    monkeypatch, capsys, arguments, problem
+):
+    assert run(monkeypatch, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert problem in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_a_model_without_a_chat_template_is_refused_before_it_is_loaded(monkeypatch, capsys):
+    class Bare:
+        @property
+        def chat(self):
+            raise ValueError("model: no chat template")
+
+    monkeypatch.setattr(lp, "load_processor", lambda path: Bare())
+    assert run(monkeypatch, "model", "hi") == 1
+    assert capsys.readouterr().err == "error: model: no chat template\n"
