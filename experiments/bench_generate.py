@@ -1,6 +1,6 @@
 """Generation speed: us, transformers and llama.cpp, in turn in one run on the same real weights.
 
-python -m experiments.bench_generate [work=decode] [rounds=5] [out=FILE.json]
+    python -m experiments.bench_generate [work=decode] [rounds=5] [out=FILE.json]
 
 work: decode (one row, 128 tokens after 64), prefill (one row of 512 tokens, to its first token) or
 batch (8 rows, 64 tokens after 64; without llama.cpp). Greedy. Weights: SmolLM2-135M-Instruct, or

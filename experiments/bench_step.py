@@ -1,6 +1,6 @@
 """Training speed: us and transformers + PEFT, in turn in one run.
 
-python -m experiments.bench_step [work=lora] [rounds=7] [batch=2] [seq=256] [out=FILE.json]
+    python -m experiments.bench_step [work=lora] [rounds=7] [batch=2] [seq=256] [out=FILE.json]
 
 work: lora (r16 on all linear layers), full, or tiny (a 4-layer model, all weights). Random weights
 of SmolLM2-135M's shape, AdamW, the same number of tokens a step for all. Each contender is a

@@ -1,7 +1,6 @@
-"""Convert a model to a Hugging Face folder: from GGUF, from a run of ours, with an adapter merged
-in.
+"""Convert a GGUF file, a run of ours or a model with an adapter to a Hugging Face folder.
 
-python -m experiments.convert MODEL FOLDER [dtype=bfloat16] [adapter=PEFT_FOLDER]
+    python -m experiments.convert MODEL FOLDER [dtype=bfloat16] [adapter=PEFT_FOLDER]
 
 MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. What is written is
 re-opened and its logits compared before it is put in place; llmprep_receipt.json says how they

@@ -1,5 +1,4 @@
-"""Logical axes to mesh axes: the only file (with configs/meshes.py) that knows the names of mesh
-axes.
+"""Logical axes to mesh axes, whose names only this file and configs/meshes.py know.
 
 Parameters and contractions name their dimensions by logical axes ("embed", "heads"); `spec` turns
 these into a `PartitionSpec` for the mesh in force, or into None where there is none, so one code

@@ -4,10 +4,12 @@ Local arrays carry their dimensions as a suffix (`q_BTNH`), and einsum strings u
 capitals, so this table is the only place that says what a letter means. The one thing a reader
 would get wrong: T counts query tokens and S key tokens; they differ as soon as there is a cache.
 
-| letter | dimension | letter | dimension | |---|---|---|---| | B | batch (rows) | N | query heads |
-| T | query tokens | K | key/value heads | | S | key tokens (cache slots) | G | query heads a
-key/value head, N = K * G | | D | model width | H | head width | | F | hidden width of an MLP | V |
-vocabulary | | L | layers | R | rank of an adapter |
+    B  batch (rows)              N  query heads
+    T  query tokens              K  key/value heads
+    S  key tokens (cache slots)  G  query heads a key/value head, N = K * G
+    D  model width               H  head width
+    F  hidden width of an MLP    V  vocabulary
+    L  layers                    R  rank of an adapter
 """
 
 import jax

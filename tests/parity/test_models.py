@@ -183,8 +183,9 @@ def test_packed_documents_agree(pair):
     tokens = torch_models.tokens()
     positions = np.array([[*range(7), *range(12), *range(5)]] * 2)
     segments = np.array([[1] * 7 + [2] * 12 + [3] * 5] * 2)
-    with torch.no_grad():  # positions that begin anew are packed documents to transformers
-        expected = theirs(torch.tensor(tokens), position_ids=torch.tensor(positions)).logits
+    with torch.no_grad():  # positions that begin anew are packed documents, where there is no cache
+        place = torch.tensor(positions)
+        expected = theirs(torch.tensor(tokens), position_ids=place, use_cache=False).logits
     found = forward(ours, tokens, positions=positions, segment_ids=segments)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
 

@@ -35,8 +35,8 @@ class Trace:
 
     def _note(self, name):
         def note(module, args, kwargs, output):
-            args = args or tuple(kwargs.values())
-            self.calls.setdefault(name, []).append((args, output))
+            given = (*args, *kwargs.values())
+            self.calls.setdefault(name, []).append((given, output))
 
         return note
 
