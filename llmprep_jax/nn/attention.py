@@ -127,16 +127,33 @@ def attend(
     s_BKGTS = s_BKGTS * scale
     if soft_cap is not None:
         s_BKGTS = jnp.tanh(s_BKGTS / soft_cap) * soft_cap
-    p_BKGTS = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], s_BKGTS, NEG_INF), axis=-1)
+    s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, NEG_INF)
+    max_BKGT1 = jax.lax.stop_gradient(jnp.max(s_BKGTS, axis=-1, keepdims=True))
+    e_BKGTS = jnp.exp(s_BKGTS - max_BKGT1).reshape(B, K, N // K * T, -1)
     o_BKGTH = jnp.einsum(
         "bkgs,bksh->bkgh",
-        p_BKGTS.reshape(B, K, N // K * T, -1).astype(dtype),
+        e_BKGTS.astype(dtype),
         v_BKSH.astype(dtype),
         preferred_element_type=jnp.float32,
     )
+    # divided after the product: H quotients a query, not S
+    sum_BKGT1 = jnp.sum(e_BKGTS, axis=-1, keepdims=True)
+    if B * T == 1 and not has_mesh():
+        return _divide_flat(o_BKGTH, sum_BKGT1).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+    o_BKGTH = o_BKGTH / sum_BKGT1
     sharding = jax.P(*heads, None, None) if has_mesh() else None
     o_BNTH = jax.lax.reshape(o_BKGTH, (B, N, T, H), out_sharding=sharding)
     return o_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)
+
+
+def _divide_flat(o_BKGTH: Array, sum_BKGT1: Array) -> Float[Array, "1 D"]:
+    """One token's quotients as one vector.
+
+    Else XLA's CPU compiler takes heads apart in the inner loop of the product that follows: 187 us
+    a layer against 40 in SmolLM2.
+    """
+    sums = jnp.broadcast_to(sum_BKGT1, o_BKGTH.shape).reshape(1, -1)
+    return jnp.divide(*jax.lax.optimization_barrier((o_BKGTH.reshape(1, -1), sums)))
 
 
 def attend_in_order(

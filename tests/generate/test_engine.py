@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import llmprep_jax as lp
-from llmprep_jax.generate import engine
+from llmprep_jax.generate import engine, layout
 from llmprep_jax.generate.engine import Engine, engine_of, generate_tokens, stream_tokens
 from llmprep_jax.generate.sampler import Sampling
 from llmprep_jax.models import registry
@@ -55,33 +55,36 @@ def test_greedy_decoding_is_the_argmax_of_full_forwards(name):
     np.testing.assert_allclose(found[1], logprobs, atol=1e-4)
 
 
-def in_both_layouts(model):
-    """Greedy tokens and log-probabilities with the layers in a list, and in a stack."""
-    listed, stacked = Engine(model), Engine(model)
-    assert listed._unrolled is not None
-    stacked._unrolled = None
-    for each in (listed, stacked):
-        state = each.start(TOKENS, None, Sampling(), NEW, 0, 0)
+def in_both_layouts(model, tokens):
+    """Greedy tokens and log-probabilities, laid out for this CPU and as the model is."""
+    laid_out, plain = Engine(model), Engine(model)
+    assert laid_out._on_cpu
+    plain._on_cpu = False
+    for each in (laid_out, plain):
+        state = each.start(tokens, None, Sampling(), NEW, 0, 0)
         state = each.advance(state, NEW, (), Sampling())
         yield np.asarray(state.tokens_BT), np.asarray(state.logprobs_BT)
 
 
 @families
-def test_layers_in_a_list_and_in_a_stack_decode_alike(name):
-    listed, stacked = in_both_layouts(model_of(name))
-    np.testing.assert_array_equal(listed[0], stacked[0])
-    np.testing.assert_allclose(listed[1], stacked[1], atol=1e-5)
+@pytest.mark.parametrize("max_inputs", [2048, 20])
+def test_one_row_decodes_alike_in_its_layout(monkeypatch, name, max_inputs):
+    monkeypatch.setattr(layout, "MAX_INPUTS", max_inputs)  # 20: in two and more products
+    laid_out, plain = in_both_layouts(model_of(name), TOKENS[:1])
+    np.testing.assert_array_equal(laid_out[0], plain[0])
+    np.testing.assert_allclose(laid_out[1], plain[1], atol=1e-5)
 
 
-def test_an_adapted_bf16_model_decodes_alike_in_both_layouts():
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_an_adapted_bf16_model_decodes_alike_in_its_layout(num_rows):
     cfg = CONFIGS["llama-tied-9-3-heads"]
     cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, dtype="bfloat16"))
     base = lambda: registry.build(cfg, rngs=nnx.Rngs(0))  # noqa: E731
     model = random_module(lambda: lp.peft.inject(base(), LoRA(rank=4)))
-    listed, stacked = in_both_layouts(model)
+    laid_out, plain = in_both_layouts(model, TOKENS[:num_rows])
     # one token: rounding may tip the choice of a later one
-    np.testing.assert_array_equal(listed[0][:, 0], stacked[0][:, 0])
-    np.testing.assert_allclose(listed[1][:, 0], stacked[1][:, 0], atol=0.05)
+    np.testing.assert_array_equal(laid_out[0][:, 0], plain[0][:, 0])
+    np.testing.assert_allclose(laid_out[1][:, 0], plain[1][:, 0], atol=0.05)
 
 
 def check_ragged(name, side, **sampling):
