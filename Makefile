@@ -7,7 +7,7 @@ DEMO   ?= runs/demo
 # a process a core: tests spend their time in the compiler, which uses one
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo demo-short test test-slow parity lint clean
+.PHONY: demo demo-short test test-slow parity parity-gemma3 lint clean
 
 demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, export (about 6 minutes)
 	$(BIN)/python -m experiments.demo out=$(DEMO)
@@ -23,6 +23,9 @@ test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take mi
 
 parity: $(VENV)/.parity       ## live comparison with transformers and peft on CPU (Python 3.11)
 	$(PYTEST) tests/parity --durations=10
+
+parity-gemma3: $(VENV)/.parity ## Gemma 3 270M with real weights, where its package is installed
+	$(BIN)/python -m pytest tests/parity/gemma3_270m.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
