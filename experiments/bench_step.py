@@ -45,7 +45,7 @@ def batch_of(settings: Settings, vocab_size: int) -> dict[str, np.ndarray]:
     }
 
 
-def ours(settings: Settings, matmul_dtype: str) -> Callable[[], Any]:
+def ours(settings: Settings, operands: str, weights: str = "float32") -> Callable[[], Any]:
     """A call that takes one of our training steps."""
     import jax
     from flax import nnx
@@ -62,7 +62,7 @@ def ours(settings: Settings, matmul_dtype: str) -> Callable[[], Any]:
     cfg = registry.preset("smollm2-135m")
     if settings.work == "tiny":
         cfg = Config(head_dim=64, max_seq_len=2048, tie_embeddings=True, **TINY)
-    cfg = dataclasses.replace(cfg, compute=Compute(matmul_dtype=matmul_dtype))
+    cfg = dataclasses.replace(cfg, compute=Compute(matmul_dtype=operands, param_dtype=weights))
     model = jax.jit(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))()
     if settings.work == "lora":
         model = peft.inject(model, peft.LoRA(rank=16, alpha=32))
@@ -121,8 +121,12 @@ def main(arguments: list[str]) -> cli.Outputs:
         raise UsageError(f"settings are written name=value, not {positional[0]!r}")
     settings = override(Settings(), overrides)
     contenders = {
-        "ours, float32": (ours, dict(settings=settings, matmul_dtype="float32")),
-        "ours, bf16 operands": (ours, dict(settings=settings, matmul_dtype="bfloat16")),
+        "ours, float32": (ours, dict(settings=settings, operands="float32")),
+        "ours, bf16 operands": (ours, dict(settings=settings, operands="bfloat16")),
+        "ours, bf16 weights": (
+            ours,
+            dict(settings=settings, operands="bfloat16", weights="bfloat16"),
+        ),
         "torch, float32": (theirs, dict(settings=settings, dtype="float32")),
         "torch, bfloat16": (theirs, dict(settings=settings, dtype="bfloat16")),
         "torch, autocast to bf16": (theirs, dict(settings=settings, dtype="autocast")),
