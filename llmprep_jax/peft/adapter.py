@@ -7,7 +7,9 @@ shares the base model's arrays, nothing is copied, and the base's own step of tr
 `split` leaves out.
 """
 
+import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,11 +32,41 @@ from llmprep_jax.peft.targets import (
 Params = Mapping[str, Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a layer's inputs and outputs are laid out, as einops writes it: "(n h)" and "n h".
+
+    Attributes:
+      their_ins, their_outs: the columns and rows of Hugging Face's matrix.
+      ins, outs: our dimensions.
+    """
+
+    their_ins: str
+    their_outs: str
+    ins: str
+    outs: str
+
+    @classmethod
+    def of(cls, pattern: str) -> "Layout | None":
+        """That of a weight table's pattern, "(n h) d -> d n h"; None for what is no matrix."""
+        theirs, ours = (side.strip() for side in pattern.split("->"))
+        groups = re.findall(r"\([^)]*\)|\S+", theirs)
+        if len(groups) != 2:
+            return None
+        outs, ins = (group.strip("()").split() for group in groups)
+        ordered = [" ".join(dim for dim in ours.split() if dim in side) for side in (ins, outs)]
+        return cls(groups[1], groups[0], *ordered)
+
+
 @runtime_checkable
 class Method(Protocol):
     """An adapter method: its settings, and three functions of one layer."""
 
     targets: Targets
+
+    def tensors(self, layout: Layout) -> Mapping[str, tuple[str, str]]:
+        """PEFT's name of each parameter and einops pattern theirs -> ours, for one layer."""
+        ...
 
     def resolve(self, names: Sequence[str]) -> "Method":
         """The settings for one layer, which goes by `names`; without targets and patterns."""
@@ -177,18 +209,20 @@ def merge(model: nnx.Module) -> nnx.Module:
     """A plain model whose weights hold what the adapters added; computed in float32."""
 
     def merged(adapted: Adapted) -> Einsum:
-        base, params = adapted.base, adapted.params()
-        one = functools.partial(_merge_one, adapted.method)
-        w = one(base, params) if stacked(base) is None else jax.vmap(one)(base, params)
+        base, params, method = adapted.base, adapted.params(), adapted.method
         graph, state = nnx.split(base)
+        w = _each_layer(method.merge, params, base)
         state["w"] = state["w"].replace(w.astype(base.w.dtype))
+        if base.b is not None and hasattr(method, "merge_bias"):
+            state["b"] = state["b"].replace(_each_layer(method.merge_bias, params, base))
         return nnx.merge(graph, state)
 
     return _map_adapted(model, merged)
 
 
-def _merge_one(method: Method, base: Einsum, params: Params) -> Array:
-    return method.merge(params, base)
+def _each_layer(of: Callable[[Params, Einsum], Array], params: Params, base: Einsum) -> Array:
+    """`of` one layer, or of each layer of a stack."""
+    return of(params, base) if stacked(base) is None else jax.vmap(of)(params, base)
 
 
 def _map_adapted(model: nnx.Module, change: Callable[[Adapted], Any]) -> nnx.Module:

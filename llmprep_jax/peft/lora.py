@@ -10,21 +10,22 @@ until the first step.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum, contract
-from llmprep_jax.peft.adapter import axes_of, dims, shape_of
-from llmprep_jax.peft.targets import Number, Pattern, Targets, as_pattern, check_number, first
+from llmprep_jax.peft.adapter import Layout, axes_of, dims, shape_of
+from llmprep_jax.peft.low_rank import LowRank, check_rank, draw, outer
+from llmprep_jax.peft.targets import Number
 from llmprep_jax.sharding import spec
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(LowRank):
     """Settings of LoRA.
 
     Attributes:
@@ -37,53 +38,28 @@ class LoRA:
 
     rank: int = 16
     alpha: Number = 32.0
-    targets: Targets = "all-linear"
     rslora: bool = False
-    rank_pattern: Pattern = ()
-    alpha_pattern: Pattern = ()
-    dtype: str = "float32"
 
-    def __post_init__(self):
-        check_number("LoRA's rank", self.rank, whole=True)
-        check_number("LoRA's alpha", self.alpha, whole=False)
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
-        for name in ("rank_pattern", "alpha_pattern"):
-            pattern = as_pattern(name, getattr(self, name), whole=name == "rank_pattern")
-            object.__setattr__(self, name, pattern)
+    scaled: ClassVar[str] = "lora_b"
 
     @property
     def scale(self) -> float:
         """s."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def resolve(self, names: Sequence[str]) -> "LoRA":
-        rank, alpha = first(self.rank_pattern, names), first(self.alpha_pattern, names)
-        return dataclasses.replace(
-            self,
-            rank=self.rank if rank is None else int(rank),
-            alpha=self.alpha if alpha is None else alpha,
-            targets=(),
-            rank_pattern=(),
-            alpha_pattern=(),
-        )
+    def tensors(self, layout: Layout) -> dict[str, tuple[str, str]]:
+        return {
+            "lora_a": ("lora_A.weight", f"r {layout.their_ins} -> {layout.ins} r"),
+            "lora_b": ("lora_B.weight", f"{layout.their_outs} r -> r {layout.outs}"),
+        }
 
     def init(self, base: Einsum, rngs: nnx.Rngs) -> dict[str, Array]:
         (ins, outs), (in_axes, out_axes) = shape_of(base), axes_of(base)
-        fan_in, fan_out = math.prod(ins), math.prod(outs)
-        if self.rank > min(fan_in, fan_out):
-            raise ValueError(
-                f"LoRA's rank {self.rank} exceeds the dimensions {fan_in} x {fan_out} of the layer;"
-                " lower rank, or give the layer its own in rank_pattern"
-            )
-        a_shape, b_shape = (*ins, self.rank), (self.rank, *outs)
-        a_spec = spec(*in_axes, None, shape=a_shape)
-        b_spec = spec(None, *out_axes, shape=b_shape)
-        bound = 1 / math.sqrt(fan_in)
-        a = jax.random.uniform(
-            rngs.params(), a_shape, self.dtype, -bound, bound, out_sharding=a_spec
-        )
-        return {"lora_a": a, "lora_b": jnp.zeros(b_shape, self.dtype, out_sharding=b_spec)}
+        check_rank(self, base)
+        b_shape = (self.rank, *outs)
+        a = draw(rngs, (*ins, self.rank), (*in_axes, None), math.prod(ins), self.dtype)
+        b = jnp.zeros(b_shape, self.dtype, out_sharding=spec(None, *out_axes, shape=b_shape))
+        return {"lora_a": a, "lora_b": b}
 
     def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
         x_dims, ins, outs, y_dims = dims(base)
@@ -96,9 +72,5 @@ class LoRA:
         return base(x) + contract(f"{rows}r,r{outs}->{y_dims}", x_low, b, base.dtype, base.out_axes)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
-        _, ins, outs, _ = dims(base)
-        a, b = params["lora_a"].astype(jnp.float32), params["lora_b"].astype(jnp.float32)
-        out = spec(*base.axes, shape=base.w.shape)
-        eqn = f"{ins}r,r{outs}->{ins}{outs}"
-        delta = jnp.einsum(eqn, a, b, precision="highest", out_sharding=out)
+        delta = outer(params["lora_a"], params["lora_b"], base)
         return base.w[...].astype(jnp.float32) + self.scale * delta

@@ -13,7 +13,11 @@ from typing import Any
 
 from flax import nnx
 
-from llmprep_jax.peft.adapter import methods
+from llmprep_jax.peft.adapter import Method, methods
+from llmprep_jax.peft.dora import DoRA
+from llmprep_jax.peft.ia3 import IA3
+from llmprep_jax.peft.loha import LoHa
+from llmprep_jax.peft.lokr import LoKr
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.targets import (
     Number,
@@ -26,20 +30,14 @@ from llmprep_jax.peft.targets import (
 )
 from llmprep_jax.weights.safetensors import quoted
 
-READ = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "init_lora_weights",
-    "bias",
-)
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+RANKS = ("r", "rank_pattern", "alpha_pattern")
+READ = {
+    "LORA": (*RANKS, "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias"),
+    "LOHA": (*RANKS, "alpha"),
+    "LOKR": (*RANKS, "alpha", "decompose_both", "decompose_factor"),
+    "IA3": ("feedforward_modules",),
+}
 # where it comes from, how it was trained, and settings of what other fields switch on
 WITHOUT_EFFECT = (
     "task_type",
@@ -57,9 +55,14 @@ WITHOUT_EFFECT = (
     "corda_config",
     "lora_ga_config",
     "ensure_weight_tying",
+    "rank_dropout",
+    "rank_dropout_scale",
+    "module_dropout",
+    "use_effective_conv2d",
+    "init_weights",
+    "init_ia3_weights",
 )
 REFUSED = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "fan_in_fan_out",
@@ -91,7 +94,7 @@ class AdapterConfig:
       containers: regexes of what layers are numbered in, () for anything.
     """
 
-    method: LoRA
+    method: Method
     targets: Targets | None
     excluded: Targets | None
     layers: tuple[int, ...] | None
@@ -121,15 +124,15 @@ def read_config(path: Path, config: Mapping[str, Any]) -> AdapterConfig:
       ValueError: it is of another method, sets what plain LoRA lacks, or makes no sense.
     """
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{path} is of peft_type {quoted(kind)}; supported: LORA")
-    known = {*READ, *WITHOUT_EFFECT}
+    if kind not in READ:
+        raise ValueError(f"{path} is of peft_type {quoted(kind)}; supported: {', '.join(READ)}")
+    known = {"peft_type", *SELECTION, *READ[kind], *WITHOUT_EFFECT}
     asked = [name for name, value in config.items() if name not in known and value]
     asked += ["bias"] if config.get("bias", "none") != "none" else []
     asked += ["init_lora_weights"] if config.get("init_lora_weights") not in _INITS else []
     if asked:
         lacks = ", ".join(f"{name}={quoted(config[name])}" for name in sorted(asked))
-        raise ValueError(f"{path} sets {lacks}, which plain LoRA lacks; {_ADVICE}")
+        raise ValueError(f"{path} sets {lacks}, which is not supported; {_ADVICE}")
     try:
         return _read(config)
     except KeyError as error:
@@ -139,14 +142,6 @@ def read_config(path: Path, config: Mapping[str, Any]) -> AdapterConfig:
 
 
 def _read(config: Mapping[str, Any]) -> AdapterConfig:
-    rslora = config.get("use_rslora") or False
-    if not isinstance(rslora, bool):
-        raise ValueError(f"use_rslora is {quoted(rslora)}; it must be true or false")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise ValueError(f"{name} is {quoted(config[name])}; it must be an object")
-    check_number("r", config["r"], whole=True)
-    check_number("lora_alpha", config["lora_alpha"], whole=False)
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers or []
     if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
@@ -159,14 +154,42 @@ def _read(config: Mapping[str, Any]) -> AdapterConfig:
     for text in targets:
         if isinstance(text, str):
             check_regex("target_modules or exclude_modules", text)
-    method = LoRA(
+    return AdapterConfig(_method(config), *targets, tuple(layers) or None, containers)
+
+
+def _method(config: Mapping[str, Any]) -> Method:
+    """The settings of the method itself."""
+    kind = config["peft_type"]
+    if kind == "IA3":
+        return IA3(feedforward=_names(config, "feedforward_modules") or ())
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"{name} is {quoted(config[name])}; it must be an object")
+    alpha = "lora_alpha" if kind == "LORA" else "alpha"
+    check_number("r", config["r"], whole=True)
+    check_number(alpha, config[alpha], whole=False)
+    common = dict(
         rank=int(config["r"]),
-        alpha=config["lora_alpha"],
-        rslora=rslora,
+        alpha=config[alpha],
         rank_pattern=as_pattern("rank_pattern", config.get("rank_pattern") or {}, whole=True),
         alpha_pattern=as_pattern("alpha_pattern", config.get("alpha_pattern") or {}, whole=False),
     )
-    return AdapterConfig(method, *targets, tuple(layers) or None, containers)
+    if kind == "LORA":
+        method = DoRA if _flag(config, "use_dora") else LoRA
+        return method(**common, rslora=_flag(config, "use_rslora"))
+    if kind == "LOHA":
+        return LoHa(**common)
+    factor = config.get("decompose_factor", -1)
+    if not isinstance(factor, int) or isinstance(factor, bool) or not (factor == -1 or factor > 0):
+        raise ValueError(f"decompose_factor is {quoted(factor)}; it must be -1 or at least 1")
+    return LoKr(**common, decompose_both=_flag(config, "decompose_both"), decompose_factor=factor)
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name) or False
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {quoted(value)}; it must be true or false")
+    return value
 
 
 def _names(config: Mapping[str, Any], field: str) -> str | tuple[str, ...] | None:
@@ -182,39 +205,65 @@ def _names(config: Mapping[str, Any], field: str) -> str | tuple[str, ...] | Non
 def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
     """The config of a model's adapters, for PEFT."""
     of_model, adapted = modules(model), methods(model)
-    first = next(iter(adapted.values()))
     by_name = {name: method for path, method in adapted.items() for name in of_model[path].values()}
     every = {name for names in of_model.values() for name in names.values()}
     return {
-        "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "revision": None,
         "inference_mode": True,
-        "r": first.rank,
-        "lora_alpha": _whole(first.alpha),
-        "lora_dropout": 0.0,
-        "use_rslora": first.rslora,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "bias": "none",
-        "init_lora_weights": True,
         "target_modules": sorted(_shortest(dict.fromkeys(by_name, True), every)),
         "exclude_modules": None,
         "modules_to_save": None,
+        **_settings(by_name),
+    }
+
+
+def _settings(by_name: Mapping[str, Method]) -> dict[str, Any]:
+    """The method's own fields."""
+    first = next(iter(by_name.values()))
+    if isinstance(first, IA3):
+        inputs = {name: True for name, method in by_name.items() if method.feedforward}
+        return {
+            "peft_type": "IA3",
+            "feedforward_modules": sorted(_shortest(inputs, by_name)),
+            "fan_in_fan_out": False,
+            "init_ia3_weights": True,
+        }
+
+    def pattern(field: str) -> dict[str, Any]:
+        values = _shortest({name: getattr(m, field) for name, m in by_name.items()}, by_name)
+        default = getattr(first, field)
+        return {name: _whole(value) for name, value in values.items() if value != default}
+
+    common = {
+        "r": first.rank,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {
-            name: rank
-            for name, rank in _shortest({n: m.rank for n, m in by_name.items()}, by_name).items()
-            if rank != first.rank
-        },
-        "alpha_pattern": {
-            name: _whole(alpha)
-            for name, alpha in _shortest({n: m.alpha for n, m in by_name.items()}, by_name).items()
-            if alpha != first.alpha
-        },
+        "rank_pattern": pattern("rank"),
+        "alpha_pattern": pattern("alpha"),
     }
+    if isinstance(first, LoRA):
+        own = {
+            "lora_alpha": _whole(first.alpha),
+            "lora_dropout": 0.0,
+            "use_rslora": first.rslora,
+            "use_dora": isinstance(first, DoRA),
+            "fan_in_fan_out": False,
+            "bias": "none",
+            "init_lora_weights": True,
+        }
+        return {"peft_type": "LORA", **common, **own}
+    own = {
+        "alpha": _whole(first.alpha),
+        "rank_dropout": 0.0,
+        "module_dropout": 0.0,
+        "init_weights": True,
+    }
+    if isinstance(first, LoHa):
+        return {"peft_type": "LOHA", **common, **own}
+    own |= {"decompose_both": first.decompose_both, "decompose_factor": first.decompose_factor}
+    return {"peft_type": "LOKR", **common, **own}
 
 
 def _shortest(values: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:

@@ -8,8 +8,6 @@ what differs in a layer's scale goes into its B.
 """
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from flax import nnx
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import adapter
+from llmprep_jax.peft.adapter import Layout, Method
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
 from llmprep_jax.peft.targets import Place, bases, modules, plain, stacked
@@ -28,32 +27,24 @@ from llmprep_jax.sharding import spec
 from llmprep_jax.weights.checkpoint import read_json
 from llmprep_jax.weights.receipt import probe_difference, save_folder
 from llmprep_jax.weights.safetensors import SafetensorsFile
-from llmprep_jax.weights.table import Entry, Table, export
+from llmprep_jax.weights.table import Entry, export
 
 CONFIG, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SHOWN = 8  # names of each kind in an error
 
 
-def adapter_table(weights: Table) -> dict[str, tuple[str, str]]:
-    """A weight table for LoRA's parameters, from that of the base model.
+def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str, tuple[str, str]]:
+    """A weight table for the parameters of adapters, by path of the layer, from the base's table.
 
-    "(n h) d -> d n h" of the weight gives "r d -> d r" of A and "(n h) r -> r n h" of B.
+    "(n h) d -> d n h" of the weight gives "r d -> d r" of LoRA's A and "(n h) r -> r n h" of its B.
     """
     table = {}
-    for path, (name, pattern) in weights.items():
-        theirs, ours = (side.strip() for side in pattern.split("->"))
-        groups = re.findall(r"\([^)]*\)|\S+", theirs)
-        if not path.endswith(".w") or len(groups) != 2:
-            continue
-        outs, ins = (group.strip("()").split() for group in groups)
-        module, ours = name.removesuffix(".weight"), ours.split()
-        ordered_ins = " ".join(dim for dim in ours if dim in ins)
-        ordered_outs = " ".join(dim for dim in ours if dim in outs)
-        layer = path.removesuffix(".w")
-        a_name, b_name = [f"{_PREFIX}{module}.lora_{kind}.weight" for kind in "AB"]
-        table[f"{layer}.lora_a"] = (a_name, f"r {groups[1]} -> {ordered_ins} r")
-        table[f"{layer}.lora_b"] = (b_name, f"{groups[0]} r -> r {ordered_outs}")
+    for path, method in methods.items():
+        name, pattern = model.weights[f"{plain(path)}.w"]
+        module = _PREFIX + name.removesuffix(".weight")
+        for param, (suffix, theirs) in method.tensors(Layout.of(pattern)).items():
+            table[f"{plain(path)}.{param}"] = (f"{module}.{suffix}", theirs)
     return table
 
 
@@ -85,7 +76,7 @@ def save(
     return save_folder(
         folder,
         make_config(model, base_model),
-        export(adapters, adapter_table(model.weights)),
+        export(adapters, adapter_table(model, adapter.methods(model))),
         config_name=CONFIG,
         weights_name=WEIGHTS_FILE,
         verify=lambda written: probe_difference(model, load(base, written)),
@@ -105,13 +96,11 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     folder = Path(folder)
     config = read_config(folder / CONFIG, _read_json(folder))
     file = _open(folder)
-    pairs = _pairs(model, config, file)
-    found, table = bases(model), adapter_table(model.weights)
     methods, params = {}, {}
-    for path, layers in pairs.items():
-        methods[path] = _one_method(layers)
-        rows = {kind: table[f"{plain(path)}.{kind}"][1] for kind in ("lora_a", "lora_b")}
-        params[path] = _read(found[path], methods[path], layers, rows, file)
+    for path, layers in _layers(model, config, file).items():
+        base = bases(model)[path]
+        methods[path] = _one_method(path, layers, base)
+        params[path] = _read(base, methods[path], layers, file)
     return adapter.wrap(model, methods, params)
 
 
@@ -133,46 +122,46 @@ def _open(folder: Path) -> SafetensorsFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class Layer:
     """One layer's tensors.
 
     Attributes:
-      module: Hugging Face's name of the layer. method: LoRA as it is set for this layer.
-      shapes: what A and B must be.
+      module: Hugging Face's name of the layer. method: as it is set for this layer.
+      rows: what each parameter is made of.
     """
 
     module: str
-    method: LoRA
-    shapes: tuple[tuple[int, int], tuple[int, int]]
+    method: Method
+    rows: Mapping[str, Entry]
 
     @property
-    def names(self) -> tuple[str, str]:
-        """A's and B's names in the file."""
-        return tuple(f"{_PREFIX}{self.module}.lora_{kind}.weight" for kind in "AB")
+    def names(self) -> list[str]:
+        """The tensors' names in the file."""
+        return [row.name for row in self.rows.values()]
 
 
-def _pairs(
+def _layers(
     model: nnx.Module, config: AdapterConfig, file: SafetensorsFile
-) -> dict[str, dict[Place, Pair]]:
+) -> dict[str, dict[Place, Layer]]:
     """The layers that a folder adapts, by our path and place in a stack.
 
     Raises:
       ValueError: the file is not what the config and this model lead to expect; all differences are
         listed.
     """
-    pairs: dict[str, dict[Place, Pair]] = {}
-    found = bases(model)
-    for path, layers in modules(model).items():
-        ins, outs = adapter.shape_of(found[path])
-        for place, module in layers.items():
+    found: dict[str, dict[Place, Layer]] = {}
+    of_model = bases(model)
+    for path, modules_of_path in modules(model).items():
+        layout = Layout.of(model.weights[f"{plain(path)}.w"][1])
+        for place, module in modules_of_path.items():
+            if config.targets is not None and not config.adapts(module):
+                continue
             method = config.method.resolve((module,))
-            shapes = (method.rank, math.prod(ins)), (math.prod(outs), method.rank)
-            pair = Pair(module, method, shapes)
+            layer = Layer(module, method, _rows(module, method, of_model[path], layout))
             # without target_modules, what the file holds is what is adapted
-            adapted = any(name in file for name in pair.names)
-            if config.adapts(module) if config.targets is not None else adapted:
-                pairs.setdefault(path, {})[place] = pair
-    wanted = [pair for layers in pairs.values() for pair in layers.values()]
+            if config.targets is not None or any(name in file for name in layer.names):
+                found.setdefault(path, {})[place] = layer
+    wanted = [layer for layers in found.values() for layer in layers.values()]
     problems = _differences(wanted, file)
     if problems or not wanted:
         reason = "; ".join(problems) or "its target_modules name no layer of the model"
@@ -180,18 +169,35 @@ def _pairs(
             f"{file.path} does not fit this base model: {reason}; load it on the base that"
             f" {CONFIG} names"
         )
-    return pairs
+    return found
 
 
-def _differences(wanted: Sequence[Pair], file: SafetensorsFile) -> list[str]:
+def _rows(module: str, method: Method, base: Einsum, layout: Layout) -> dict[str, Entry]:
+    """What each parameter of one layer is made of in the file."""
+    shapes, tensors = _shapes(method, base), method.tensors(layout)
+    return {
+        name: Entry(name, shape, f"{_PREFIX}{module}.{tensors[name][0]}", tensors[name][1])
+        for name, shape in shapes.items()
+    }
+
+
+def _shapes(method: Method, base: Einsum) -> dict[str, tuple[int, ...]]:
+    """Shapes of one layer's parameters."""
+
+    def init(base: Einsum) -> dict[str, jax.Array]:
+        base = base if stacked(base) is None else jax.tree.map(lambda x: x[0], base)
+        return dict(method.init(base, nnx.Rngs(0)))
+
+    return {name: tuple(x.shape) for name, x in jax.eval_shape(init, base).items()}
+
+
+def _differences(wanted: Sequence[Layer], file: SafetensorsFile) -> list[str]:
     """How a file differs from what it must hold, one phrase a kind."""
     shape = {name: file.shape(name) for name in file.names}
-    expected = {
-        name: dims for pair in wanted for name, dims in zip(pair.names, pair.shapes, strict=True)
-    }
+    expected = {row.name: row.their_shape() for layer in wanted for row in layer.rows.values()}
     unlike = {
         f"{a} is {_dims(shape[a])} and {b} is {_dims(shape[b])}": (a, b)
-        for a, b in (pair.names for pair in wanted)
+        for a, b in (layer.names[:2] for layer in wanted if isinstance(layer.method, LoRA))
         if {a, b} <= set(shape) and shape[a][:1] != shape[b][-1:]
     }
     told = {name for names in unlike.values() for name in names}
@@ -220,32 +226,50 @@ def _dims(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def _one_method(layers: Mapping[Place, Pair]) -> LoRA:
+def _one_method(path: str, layers: Mapping[Place, Layer], base: Einsum) -> Method:
     """What a stack's layers have in common: the largest rank, with that layer's alpha."""
-    return max((pair.method for pair in layers.values()), key=lambda method: method.rank)
+    methods = {layer.method for layer in layers.values()}
+    whole = len(layers) == (stacked(base) or 1)
+    one = max(methods, key=lambda method: getattr(method, "rank", 0))
+    if type(one) is not LoRA and (len(methods) > 1 or not whole):
+        raise ValueError(
+            f"the folder adapts layers of the stack {path} unlike each other by"
+            f" {type(one).__name__}; unstack(model.layers) first, or adapt all alike"
+        )
+    return one
 
 
 def _read(
-    base: Einsum,
-    method: LoRA,
-    layers: Mapping[Place, Pair],
-    patterns: Mapping[str, str],
-    file: SafetensorsFile,
+    base: Einsum, method: Method, layers: Mapping[Place, Layer], file: SafetensorsFile
 ) -> dict[str, jax.Array]:
-    """A and B of one layer or of a stack."""
-    (ins, outs), (in_axes, out_axes) = adapter.shape_of(base), adapter.axes_of(base)
+    """The parameters of one layer or of a stack, those of a lower rank filled up with zeros."""
     stack = () if stacked(base) is None else (stacked(base),)
-    a = np.zeros((*stack, *ins, method.rank), np.float32)
-    b = np.zeros((*stack, method.rank, *outs), np.float32)
-    for place, pair in layers.items():
-        rank, ratio = pair.method.rank, pair.method.scale / method.scale
-        a_theirs, b_theirs = map(file.read, pair.names)
-        a[place][..., :rank] = Entry("", (*ins, rank), "", patterns["lora_a"]).to_ours(a_theirs)
-        b[place][:rank] = Entry("", (rank, *outs), "", patterns["lora_b"]).to_ours(b_theirs)
-        b[place] *= np.float32(ratio)
+    params = {
+        name: np.zeros((*stack, *shape), np.float32)
+        for name, shape in _shapes(method, base).items()
+    }
+    for place, layer in layers.items():
+        for name, row in layer.rows.items():
+            corner = tuple(slice(size) for size in row.shape)
+            params[name][place][corner] = row.to_ours(file.read(row.name))
+        if layer.method != method:  # of another rank or scale, which goes into its B
+            params[method.scaled][place] *= np.float32(layer.method.scale / method.scale)
+    axes = _axes(method, base)
     return {
-        "lora_a": _on_devices(a, *("layers",) * len(stack), *in_axes, None),
-        "lora_b": _on_devices(b, *("layers",) * len(stack), None, *out_axes),
+        name: _on_devices(array, *("layers",) * len(stack), *axes[name])
+        for name, array in params.items()
+    }
+
+
+def _axes(method: Method, base: Einsum) -> dict[str, tuple[str | None, ...]]:
+    """The logical axes of one layer's parameters, from the dimensions in their patterns."""
+    _, ins, outs, _ = adapter.dims(base)
+    (in_axes, out_axes) = adapter.axes_of(base)
+    by_letter = dict(zip(ins + outs, (*in_axes, *out_axes), strict=True))
+    layout = Layout(" ".join(ins), " ".join(outs), " ".join(ins), " ".join(outs))
+    return {
+        name: tuple(by_letter.get(dim) for dim in pattern.split("->")[1].split())
+        for name, (_, pattern) in method.tensors(layout).items()
     }
 
 

@@ -5,6 +5,7 @@ The base goes through a folder, and so does each adapter: PEFT saves and we load
 
 import copy
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from flax import nnx
 import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.nn.stack import unstack
-from llmprep_jax.peft.peft_config import READ, REFUSED, WITHOUT_EFFECT
+from llmprep_jax.peft.adapter import methods
+from llmprep_jax.peft.peft_config import READ, REFUSED, SELECTION, WITHOUT_EFFECT
 from llmprep_jax.peft.peft_format import adapter_table
 from llmprep_jax.weights.table import export
 from tests.parity import torch_models
@@ -61,16 +63,25 @@ def base(request, tmp_path_factory):
     return theirs, lp.load_model(folder)
 
 
-def adapt(model: transformers.PreTrainedModel, settings: dict) -> peft.PeftModel:
+def adapt(
+    model: transformers.PreTrainedModel, settings: dict, kind: type = peft.LoraConfig
+) -> peft.PeftModel:
     """PEFT's model with adapters that are all random, B too; the base stays as it is."""
-    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    config = kind(task_type="CAUSAL_LM", **settings)
     adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
+            if "magnitude" in name or "ia3_l" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+            elif parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * (0.3 if "lora_" not in name else 0.1))
     return adapted
+
+
+def of_file(name: str) -> str:
+    """A parameter's name as PEFT's files have it."""
+    return re.sub(r"(magnitude_vector)?\.default(?(1)\.weight)", r"\1", name)
 
 
 def logits_of(model) -> np.ndarray:
@@ -106,11 +117,14 @@ def check_their_folder(theirs, ours, tmp_path, settings):
 @pytest.mark.parametrize("name", ["all-linear", "rslora", "patterns-by-name"])
 def test_every_gradient_of_a_and_b_agrees(base, tmp_path, name):
     theirs, ours = base
-    adapted = adapt(theirs, SETTINGS[name])
+    check_gradients(adapt(theirs, SETTINGS[name]), ours, tmp_path)
+
+
+def check_gradients(adapted, ours, tmp_path):
     adapted.save_pretrained(tmp_path)
     adapted(torch.tensor(TOKENS)).logits.square().mean().backward()
     expected = {
-        key.replace(".default", ""): parameter.grad.numpy()
+        of_file(key): parameter.grad.numpy()
         for key, parameter in adapted.named_parameters()
         if parameter.grad is not None
     }
@@ -121,11 +135,59 @@ def test_every_gradient_of_a_and_b_agrees(base, tmp_path, name):
         return jnp.square(nnx.merge(graph, trained, frozen)(TOKENS).logits).mean()
 
     grads = jax.jit(jax.grad(loss), compiler_options=QUICK)(trained)
-    found = dict(export(grads, adapter_table(model.weights)))
+    found = dict(export(grads, adapter_table(model, methods(model))))
     assert found.keys() == expected.keys()
     for key, gradient in found.items():
         scale = max(np.abs(expected[key]).max(), 1e-5)
         assert np.abs(gradient - expected[key]).max() / scale < 1e-4, key
+
+
+MORE = {
+    "dora": (peft.LoraConfig, dict(r=4, lora_alpha=8, target_modules=ALL, use_dora=True)),
+    "dora-rslora": (
+        peft.LoraConfig,
+        dict(
+            r=4, lora_alpha=3, target_modules=["q_proj", "o_proj"], use_dora=True, use_rslora=True
+        ),
+    ),
+    "loha": (peft.LoHaConfig, dict(r=4, alpha=8, target_modules=ALL)),
+    "loha-patterns": (
+        peft.LoHaConfig,
+        dict(
+            r=4,
+            alpha=8,
+            target_modules=ALL,
+            rank_pattern={"q_proj": 2},
+            alpha_pattern={"up_proj": 3},
+        ),
+    ),
+    "lokr": (peft.LoKrConfig, dict(r=2, alpha=4, target_modules=ALL)),
+    "lokr-both": (
+        peft.LoKrConfig,
+        dict(r=1, alpha=2, target_modules=ALL, decompose_both=True, decompose_factor=8),
+    ),
+    "ia3": (
+        peft.IA3Config,
+        dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "settings"), MORE.values(), ids=MORE)
+def test_other_methods_agree_in_logits_gradients_and_folders_both_ways(
+    base, tmp_path, kind, settings
+):
+    theirs, ours = base
+    adapted = adapt(theirs, settings, kind)
+    check_gradients(adapted, ours, tmp_path / "theirs")
+    expected = logits_of(adapted)
+    assert np.abs(expected - logits_of(theirs)).max() > 0.02  # the adapter does something
+    model = lp.peft.load(ours, tmp_path / "theirs")
+    assert_same(forward(model, TOKENS), expected)
+    assert_same(forward(lp.peft.merge(model), TOKENS), expected)
+    lp.peft.save(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    assert_same(logits_of(again), expected)
 
 
 @pytest.mark.parametrize("name", ["all-linear", "rslora", "patterns"])
@@ -170,11 +232,28 @@ def test_a_merged_folder_gives_the_same_logits_in_transformers(base, tmp_path):
     assert_same(logits_of(again), logits_of(adapted))
 
 
+CONFIGS = {
+    "LORA": peft.LoraConfig,
+    "LOHA": peft.LoHaConfig,
+    "LOKR": peft.LoKrConfig,
+    "IA3": peft.IA3Config,
+}
+
+
 def test_every_field_of_peft_is_known():
-    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert {*READ, *WITHOUT_EFFECT, *REFUSED} == fields
+    assert CONFIGS.keys() == READ.keys()
+    fields = {
+        kind: {field.name for field in dataclasses.fields(config)}
+        for kind, config in CONFIGS.items()
+    }
+    known = {"peft_type", *SELECTION, *WITHOUT_EFFECT, *REFUSED}
+    for kind, names in fields.items():
+        assert names <= {*known, *READ[kind]}, kind
+        assert set(READ[kind]) <= names
+    assert known <= set().union(*fields.values())
 
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_no_refused_field_is_set_by_default(field):
-    assert not getattr(peft.LoraConfig(), field)
+    for config in CONFIGS.values():
+        assert not getattr(config(), field, None)

@@ -19,6 +19,7 @@ from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.param import AdapterParam, Compute
 from llmprep_jax.nn.stack import unstack
 from llmprep_jax.peft import LoRA
+from llmprep_jax.peft.adapter import methods
 from llmprep_jax.peft.peft_format import adapter_table
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.weights.table import export
@@ -213,7 +214,7 @@ def test_adapted_layers_in_a_list_say_the_same_and_save_the_same(tmp_path):
     assert_near(found, logits, 1e-5)
     assert_near(lp.peft.merge(listed), merged, 1e-6)
     folder = lp.peft.save(listed, tmp_path / "listed")
-    tensors = export(nnx.state(model, AdapterParam), adapter_table(model.weights))
+    tensors = export(nnx.state(model, AdapterParam), adapter_table(model, methods(model)))
     saved = load_file(folder / "adapter_model.safetensors")
     chex.assert_trees_all_equal(saved, dict(tensors))
 

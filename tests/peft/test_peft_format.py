@@ -228,7 +228,7 @@ REFUSED = {
     "another family": (put(target_modules=["c_attn"]), "4 unexpected: "),
     "not targeted": (put(target_modules=["v_proj"]), "4 missing: .*; 4 unexpected: "),
     "left out": (put(exclude_modules=["q_proj"]), "4 unexpected: "),
-    "another method": (put(peft_type="LOHA"), "is of peft_type .*LOHA.*; supported: LORA"),
+    "another method": (put(peft_type="BOFT"), "is of peft_type .*BOFT.*; supported: LORA"),
     "no rank": (lambda f: (f / JSON).write_text('{"peft_type": "LORA"}'), "has no 'r'; save"),
     "rank in words": (put(r="eight"), "r is 'eight'; it must be a whole number"),
     "rank 0": (put(r=0), "r is 0; it must be a whole number of at least 1"),
@@ -260,7 +260,6 @@ def test_a_folder_that_will_not_do_is_refused_in_one_line(tmp_path, damage, mess
 
 
 SET = {
-    "use_dora": True,
     "use_qalora": True,
     "use_bdlora": {"target_modules_bd_a": ["q_proj"]},
     "fan_in_fan_out": True,
@@ -285,7 +284,7 @@ SET = {
 def test_a_field_that_changes_the_result_is_refused_by_name(tmp_path, field, value):
     folder = write(tmp_path, **{field: value})
     with pytest.raises(
-        ValueError, match=f"sets {field}=.*, which plain LoRA lacks; merge"
+        ValueError, match=f"sets {field}=.*, which is not supported; merge"
     ) as caught:
         lp.peft.load(base(), folder)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,69 @@
+"""(IA)^3 (Liu et al. 2022, section 3.3): learned vectors rescale keys, values and MLP activations.
+
+A layer's outputs are multiplied by l, bias and all; the inputs instead where the layer ends a
+feed-forward block, so that it is that block's activations which are rescaled. The one thing a
+reader would get wrong: merging therefore changes the bias too.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.peft.adapter import Layout, shape_of
+from llmprep_jax.peft.targets import Targets, matches
+from llmprep_jax.sharding import spec
+
+
+@dataclasses.dataclass(frozen=True)
+class IA3:
+    """Settings of (IA)^3.
+
+    Attributes:
+      targets: which layers, see `adapter.inject`.
+      feedforward: of these, those whose inputs are rescaled; names or a regex, like targets.
+      dtype: of the vectors.
+    """
+
+    targets: Targets = ("k_proj", "v_proj", "down_proj")
+    feedforward: Targets = ("down_proj",)
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("targets", "feedforward"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def resolve(self, names: Sequence[str]) -> "IA3":
+        inputs = bool(self.feedforward) and matches(self.feedforward, names)
+        return dataclasses.replace(self, targets=(), feedforward="all-linear" if inputs else ())
+
+    def tensors(self, layout: Layout) -> dict[str, tuple[str, str]]:
+        of_ins = f"1 {layout.their_ins} -> {layout.ins}"
+        of_outs = f"{layout.their_outs} 1 -> {layout.outs}"
+        return {"ia3_l": ("ia3_l", of_ins if self.feedforward else of_outs)}
+
+    def init(self, base: Einsum, rngs: nnx.Rngs) -> dict[str, Array]:
+        ins, outs = shape_of(base)
+        shape = ins if self.feedforward else outs
+        return {"ia3_l": jnp.ones(shape, self.dtype, out_sharding=spec(*[None] * len(shape)))}
+
+    def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
+        scale = params["ia3_l"]
+        if self.feedforward:
+            return base((x * scale).astype(x.dtype))
+        y = base(x)
+        return (y * scale).astype(y.dtype)
+
+    def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
+        scale, (ins, outs) = params["ia3_l"].astype(jnp.float32), shape_of(base)
+        one = (*ins, *[1] * len(outs)) if self.feedforward else (*[1] * len(ins), *outs)
+        return base.w[...].astype(jnp.float32) * scale.reshape(one)
+
+    def merge_bias(self, params: Mapping[str, Array], base: Einsum) -> Array:
+        """The base's bias with the adapter in it."""
+        bias = base.b[...]
+        return bias if self.feedforward else (bias * params["ia3_l"]).astype(bias.dtype)

@@ -1,0 +1,166 @@
+"""The laws of every adapter method: identity at first, own leaves move, a merge says the same."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import llmprep_jax as lp
+from llmprep_jax.models import registry
+from llmprep_jax.models.llama.config import Config as LlamaConfig
+from llmprep_jax.nn.param import AdapterParam, Compute
+from llmprep_jax.nn.stack import unstack
+from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr
+from llmprep_jax.peft.lokr import factors
+from llmprep_jax.sharding import make_mesh, use_mesh
+from tests.models.tiny import make_tokens
+from tests.random_modules import random_module
+
+METHODS = {
+    "dora": DoRA(rank=4, alpha=8),
+    "dora-rslora": DoRA(rank=4, alpha=8, rslora=True, targets=("q_proj", "o_proj", "down_proj")),
+    "loha": LoHa(rank=4, alpha=8),
+    "lokr": LoKr(rank=2, alpha=4),
+    "lokr-both": LoKr(rank=1, alpha=1, decompose_both=True, decompose_factor=4),
+    "ia3": IA3(),
+    "ia3-outputs": IA3(targets="all-linear", feedforward=()),
+}
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def small(remat: str = "none") -> nnx.Module:
+    """A model with the biases of Qwen2, heads and widths that a 4x2 mesh divides."""
+    sizes = dict(vocab_size=96, dim=32, mlp_dim=64, num_layers=2, head_dim=8, max_seq_len=64)
+    heads = dict(num_heads=4, num_kv_heads=2, qkv_bias=True, model_type="qwen2")
+    cfg = LlamaConfig(**sizes, **heads, compute=Compute(remat=remat))
+    return registry.build(cfg, rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def base() -> nnx.Module:
+    return random_module(small)
+
+
+def scattered(model: nnx.Module) -> nnx.Module:
+    """The adapted model with adapters that have been trained, as it were."""
+    graph, adapters, rest = nnx.split(model, AdapterParam, ...)
+    rng = np.random.default_rng(3)
+    moved = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(x.dtype), adapters)
+    return nnx.merge(graph, moved, rest)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def logits_of(model: nnx.Module) -> jax.Array:
+    return model(make_tokens(8)).logits
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def run(model: nnx.Module) -> tuple:
+    """(logits, gradients of the adapters, merged model)."""
+    graph, adapters, frozen = nnx.split(model, AdapterParam, ...)
+
+    def loss(adapters):
+        logits = nnx.merge(graph, adapters, frozen)(make_tokens(8)).logits
+        return jnp.square(logits).mean(), logits
+
+    grads, logits = jax.grad(loss, has_aux=True)(adapters)
+    return logits, grads, lp.peft.merge(model)
+
+
+def assert_near(found, expected, tolerance: float = 1e-5) -> None:
+    def near(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.abs(a - b).max() <= tolerance * max(np.abs(b).max(), 1.0)
+
+    jax.tree.map(near, found, expected)
+
+
+@each_method
+def test_a_method_starts_as_identity_bit_for_bit(method):
+    adapted = lp.peft.inject(base(), method)
+    np.testing.assert_array_equal(logits_of(adapted), logits_of(base()), strict=True)
+
+
+@each_method
+def test_only_adapters_get_gradients_and_all_of_them_do(method):
+    model = scattered(lp.peft.inject(base(), method))
+    _, grads, _ = run(model)
+    assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(grads))
+    trainable, frozen = lp.peft.split(model)
+    assert len(jax.tree.leaves(grads)) == len(jax.tree.leaves(trainable))
+    assert_near(nnx.to_pure_dict(frozen), nnx.to_pure_dict(nnx.split(model, AdapterParam, ...)[2]))
+    assert_near(lp.peft.strip(model), base(), 0.0)
+
+
+@each_method
+def test_a_merged_model_says_the_same(method):
+    logits, _, merged = run(scattered(lp.peft.inject(base(), method)))
+    assert not lp.peft.is_adapted(merged)
+    assert_near(logits_of(merged), logits)
+
+
+@each_method
+def test_a_folder_holds_the_adapter_and_opens_again(method, tmp_path):
+    model = scattered(lp.peft.inject(base(), method))
+    folder = lp.peft.save(model, tmp_path / "adapter")
+    again = lp.peft.load(base(), folder)
+    assert_near(again, model, 1e-7)
+
+
+@each_method
+def test_layers_in_a_list_say_the_same_and_save_the_same(method, tmp_path):
+    model = scattered(lp.peft.inject(base(), method))
+    graph, state = nnx.split(model)
+    listed = nnx.merge(graph, state)
+    listed.layers = unstack(model.layers)
+    assert_near(logits_of(listed), logits_of(model))
+    folder = lp.peft.save(listed, tmp_path / "adapter")
+    assert_near(logits_of(lp.peft.load(base(), folder)), logits_of(model))
+
+
+@each_method
+def test_gradients_are_the_same_rematerialised(method):
+    plain, again = [
+        random_module(lambda remat=remat: lp.peft.inject(small(remat), method))
+        for remat in ("none", "full")
+    ]
+    assert_near(run(again)[1], run(plain)[1])
+
+
+@each_method
+def test_a_mesh_changes_nothing(method):
+    logits, grads, merged = run(random_module(lambda: lp.peft.inject(small(), method)))
+    with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
+        model = random_module(lambda: lp.peft.inject(small(), method))
+        found, found_grads, found_merged = run(model)
+    assert_near(found, logits)
+    assert_near(found_grads, grads, 2e-5)
+    assert_near(found_merged, merged)
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "expected"),
+    [(576, -1, (24, 24)), (1536, -1, (32, 48)), (192, -1, (12, 16)), (127, -1, (1, 127)),
+     (128, 4, (4, 32)), (126, 4, (3, 42))],
+)  # fmt: skip
+def test_dimensions_are_cut_as_near_to_the_square_root_as_allowed(size, limit, expected):
+    assert factors(size, limit) == expected
+
+
+def test_dora_merges_its_magnitude_exactly():
+    model = lp.peft.inject(base(), DoRA(rank=4, alpha=8))
+    doubled = jax.tree.map_with_path(
+        lambda path, x: x * 2 if "magnitude" in jax.tree_util.keystr(path) else x, model
+    )
+    merged = lp.peft.merge(doubled)
+    np.testing.assert_array_equal(merged.layers.attn.q.w[...], 2 * base().layers.attn.q.w[...])
+
+
+@pytest.mark.parametrize("method", [LoHa(rank=33), LoKr(rank=33)], ids=["loha", "lokr"])
+def test_a_rank_above_the_dimensions_is_refused(method):
+    with pytest.raises(ValueError, match=r"rank 33 exceeds the dimensions 32 x .* of the layer"):
+        lp.peft.inject(base(), method)
