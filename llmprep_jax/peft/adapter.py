@@ -180,9 +180,7 @@ def merge(model: nnx.Module) -> nnx.Module:
         base, params = adapted.base, adapted.params()
         one = functools.partial(_merge_one, adapted.method)
         w = one(base, params) if stacked(base) is None else jax.vmap(one)(base, params)
-        graph, state = nnx.split(base)
-        state["w"] = state["w"].replace(w.astype(base.w.dtype))
-        return nnx.merge(graph, state)
+        return base.with_weight(w)
 
     return _map_adapted(model, merged)
 
@@ -208,7 +206,7 @@ def dims(base: Einsum) -> tuple[str, str, str, str]:
 
 def shape_of(base: Einsum) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """One layer's (input, output) sizes, unmerged."""
-    shape, num_inputs = tuple(base.w.shape)[-len(base.axes) :], len(dims(base)[1])
+    shape, num_inputs = base.layer_shape, len(dims(base)[1])
     return shape[:num_inputs], shape[num_inputs:]
 
 

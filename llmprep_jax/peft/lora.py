@@ -98,7 +98,7 @@ class LoRA:
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         _, ins, outs, _ = dims(base)
         a, b = params["lora_a"].astype(jnp.float32), params["lora_b"].astype(jnp.float32)
-        out = spec(*base.axes, shape=base.w.shape)
+        out = spec(*base.axes, shape=base.layer_shape)
         eqn = f"{ins}r,r{outs}->{ins}{outs}"
         delta = jnp.einsum(eqn, a, b, precision="highest", out_sharding=out)
-        return base.w[...].astype(jnp.float32) + self.scale * delta
+        return base.weight().astype(jnp.float32) + self.scale * delta

@@ -1,0 +1,75 @@
+"""y = x w^T for a packed w, of which only a tile of rows is ever dense.
+
+Tiles are dequantised and multiplied one after the other inside a `jax.lax` loop, forward over the
+outputs of y, backward over those of dy; the packed weight gets no gradient. Letters: O outputs, I
+inputs. The one thing a reader would get wrong: the backward pass dequantises again instead of
+keeping tiles, and needs no x, since nothing but x's gradient is asked for.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from llmprep_jax.nn.linear import PRODUCT
+from llmprep_jax.quant.packed import Packed
+from llmprep_jax.types import Array, Float
+
+TILE = 2**20  # numbers that are dense at a time: 4 MB in float32
+
+
+def tile_rows(packed: Packed) -> int:
+    """Rows of a tile: what `TILE` allows, a multiple of the rows at which a tile may begin."""
+    outs, inputs = packed.shape
+    rows = max(TILE // inputs // packed.row_step, 1) * packed.row_step
+    return min(rows, outs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def multiply(x: Float[Array, "... I"], packed: Packed, dtype: jnp.dtype) -> Float[Array, "... O"]:
+    """x w^T with operands in `dtype`, a float32 sum, and the result in x's dtype."""
+    tile, outs = tile_rows(packed), packed.shape[0]
+
+    def part(start: int | Array, count: int) -> Array:
+        w = packed.rows(start, count).astype(dtype)
+        return _dot(x.astype(dtype), w, 1).astype(x.dtype)
+
+    num_tiles, rest = divmod(outs, tile)
+    if num_tiles == 1 and not rest:
+        return part(0, outs)
+    y = jax.lax.map(lambda index: part(index * tile, tile), jnp.arange(num_tiles))
+    y = jnp.moveaxis(y, 0, -2).reshape(*x.shape[:-1], num_tiles * tile)
+    return jnp.concatenate([y, part(num_tiles * tile, rest)], axis=-1) if rest else y
+
+
+def _dot(x: Array, w: Array, axis: int) -> Array:
+    """The last dimension of x against `axis` of a matrix, summed in float32."""
+    dims = (((x.ndim - 1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+
+def _forward(x, packed, dtype):
+    # kept under remat "dots", as the product of a dense layer is
+    return checkpoint_name(multiply(x, packed, dtype), PRODUCT), packed
+
+
+def _backward(dtype, packed, dy):
+    tile, out_dtype = tile_rows(packed), dy.dtype
+    dy = dy.astype(dtype)
+
+    def part(start: int | Array, count: int) -> Array:
+        w = packed.rows(start, count).astype(dtype)
+        return _dot(jax.lax.dynamic_slice_in_dim(dy, start, count, axis=-1), w, 0)
+
+    num_tiles, rest = divmod(packed.shape[0], tile)
+    dx = part(0, tile)
+    if num_tiles > 1:
+        add = lambda dx, index: (dx + part(index * tile, tile), None)  # noqa: E731
+        dx = jax.lax.scan(add, dx, jnp.arange(1, num_tiles))[0]
+    if rest:
+        dx += part(num_tiles * tile, rest)
+    return dx.astype(out_dtype), None
+
+
+multiply.defvjp(_forward, _backward)
