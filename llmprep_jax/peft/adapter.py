@@ -8,6 +8,7 @@ shares the base model's arrays, nothing is copied, and the base's own step of tr
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,6 +27,7 @@ from llmprep_jax.peft.targets import (
     select,
     stacked,
 )
+from llmprep_jax.quant.linear import QuantEinsum
 
 Params = Mapping[str, Array]
 
@@ -174,7 +176,18 @@ def strip(model: nnx.Module) -> nnx.Module:
 
 
 def merge(model: nnx.Module) -> nnx.Module:
-    """A plain model whose weights hold what the adapters added; computed in float32."""
+    """A plain model whose weights hold what the adapters added; computed in float32.
+
+    Adapted layers on packed weights (`quant`) become dense, in the dtype they had before, with a
+    warning; packing them again would round what the adapter added.
+    """
+    packed = [path for path, each in adapters(model).items() if isinstance(each.base, QuantEinsum)]
+    if packed:
+        warnings.warn(
+            f"merging makes {len(packed)} packed layers dense, among them {packed[0]}; keep the"
+            " adapters apart (lp.peft.save) to keep the weights packed",
+            stacklevel=2,
+        )
 
     def merged(adapted: Adapted) -> Einsum:
         base, params = adapted.base, adapted.params()

@@ -11,11 +11,12 @@ are replicated.
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
@@ -167,16 +168,37 @@ def adopt(model: nnx.Module, dense_dtype: str) -> nnx.Module:
     )
 
 
+def packers(model: nnx.Module, kind: str) -> dict[str, Callable]:
+    """For each dense weight's path what a loader makes of its tensors, see `weights.table.load`."""
+    layers = _find(model, lambda node: type(node) is Einsum)
+    return {
+        f"{path}.w": functools.partial(_pack_each, base.eqn, kind) for path, base in layers.items()
+    }
+
+
+def _pack_each(
+    eqn: str, kind: str, tensors: Iterable[np.ndarray], stacked: tuple[int, ...]
+) -> Packed:
+    """Packs one tensor after the other, so that one at a time is dense, and stacks them."""
+    mesh = jax.sharding.get_mesh()
+    place = None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.P())
+    each = [_quantize(jax.device_put(to_matrix(eqn, w), place), kind) for w in tensors]
+    stack = lambda *parts: jnp.stack(parts).reshape(*stacked, *parts[0].shape)  # noqa: E731
+    return jax.tree.map(stack, *each)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _pack(w: Float[Array, "..."], eqn: str, kind: str) -> Packed:
     """A weight, or a stack of them one after the other, packed."""
-    matrices = to_matrix(eqn, w)
     if has_mesh():
-        matrices = jax.reshard(matrices, jax.P())
-    one = functools.partial(quantize, kind=kind)
-    for _ in matrices.shape[:-2]:
+        w = jax.reshard(w, jax.P())
+    one = lambda w: quantize(to_matrix(eqn, w), kind)  # noqa: E731
+    for _ in range(w.ndim - len(eqn.split("->")[0].split(",")[1])):
         one = functools.partial(jax.lax.map, one)
-    return one(matrices)
+    return one(w)
+
+
+_quantize = jax.jit(quantize, static_argnums=1)
 
 
 def _matches(targets: str, path: str) -> bool:

@@ -45,13 +45,17 @@ def dynamic_map() -> np.ndarray:
     """The 256 numbers of the signed dynamic 8-bit code (Dettmers 2016), sorted.
 
     For i in 0..6: +-10^(i - 6) times the midpoints of 2^i equal intervals of [0.1, 1]; 0; and 1.
+    Rounded to float32 step by step, so that every bit is as in files of bitsandbytes.
     """
-    numbers = [0.0, 1.0]
+    low, high = np.float32(0.1), np.float32(1)
+    numbers = [np.float32(0), high]
     for i in range(7):
-        ends = np.linspace(0.1, 1, 2**i + 1)
-        mid = 10.0 ** (i - 6) * (ends[:-1] + ends[1:]) / 2
-        numbers += [*mid, *-mid]
-    return np.sort(np.array(numbers)).astype(np.float32)
+        step, k = float((high - low) / np.float32(2**i)), np.arange(2**i + 1)
+        rising, falling = float(low) + step * k, 1 - step * k[::-1]
+        ends = np.where(2 * k < 2**i + 1, rising, falling).astype(np.float32)
+        middle = (ends[:-1] + ends[1:]) / 2 * np.float32(10.0 ** (i - 6))
+        numbers += [*middle, *-middle]
+    return np.sort(np.array(numbers, np.float32))
 
 
 NESTED_MAP = dynamic_map()
