@@ -63,7 +63,9 @@ def from_tensors(tensors: Mapping[str, Array], name: str) -> Block4:
     state = _state(tensors, name)
     kind, shape, block = state["quant_type"], tuple(state["shape"]), state["blocksize"]
     if kind not in CODES:
-        raise ValueError(f"{name} is of the unknown 4-bit kind {kind!r}; {', '.join(CODES)} are read")
+        raise ValueError(
+            f"{name} is of the unknown 4-bit kind {kind!r}; {', '.join(CODES)} are read"
+        )
     num_blocks = -(-shape[0] * shape[1] // block)
     nested = "nested_offset" in state
     absmax_dtype = np.uint8 if nested else np.float32

@@ -10,7 +10,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from llmprep_jax.quant.packed import Packed, check_matrix, check_positive, slice_rows, static
+from llmprep_jax.quant.packed import (
+    Packed,
+    check_matrix,
+    check_positive,
+    in_groups,
+    slice_rows,
+    static,
+)
 from llmprep_jax.types import Array, Float
 
 LARGEST = 448.0  # of float8_e4m3fn
@@ -22,7 +29,8 @@ class Fp8(Packed):
     """A matrix of 8-bit floats.
 
     Attributes:
-      codes: float8_e4m3fn [O, I].
+      codes: the bits of float8_e4m3fn numbers, uint8 [O, I]; XLA's CPU compiler would make a float16
+        copy of a whole array of these.
       scale_inv: float32 [ceil(O / block), ceil(I / block)].
       shape: (O, I). block: rows and columns of a block.
     """
@@ -34,9 +42,11 @@ class Fp8(Packed):
     kind = "fp8"
 
     def rows(self, start: int | Array, count: int) -> Float[Array, "R I"]:
-        codes = slice_rows(self.codes, start, count).astype(jnp.float32)
+        raw = slice_rows(self.codes, start, count)
+        codes = jax.lax.bitcast_convert_type(raw, jnp.float8_e4m3fn).astype(jnp.float32)
         scale = self.scale_inv[(start + jnp.arange(count)) // self.block]
-        return codes * jnp.repeat(scale, self.block, axis=1)[:, : self.shape[1]]
+        scaled = in_groups(codes, self.block) * scale[:, :, None]
+        return scaled.reshape(count, -1)[:, : self.shape[1]]
 
 
 def quantize(w: Float[Array, "O I"], block: int = 128) -> Fp8:
@@ -55,7 +65,7 @@ def quantize(w: Float[Array, "O I"], block: int = 128) -> Fp8:
     scale_inv = jnp.where(absmax == 0, 1.0, absmax / LARGEST)
     codes = jnp.clip(tiles / scale_inv[:, None, :, None], -LARGEST, LARGEST)
     codes = codes.reshape(padded.shape)[:outs, :inputs].astype(jnp.float8_e4m3fn)
-    return Fp8(codes, scale_inv, (outs, inputs), block)
+    return Fp8(_bits(codes), scale_inv, (outs, inputs), block)
 
 
 def from_tensors(weight: Array, weight_scale_inv: Array, block: int = 128) -> Fp8:
@@ -77,4 +87,8 @@ def from_tensors(weight: Array, weight_scale_inv: Array, block: int = 128) -> Fp
             f" {tuple(weight.shape)}; blocks of {block} need {expected}"
         )
     scale_inv = jnp.asarray(weight_scale_inv).astype(jnp.float32)
-    return Fp8(jnp.asarray(weight), scale_inv, tuple(weight.shape), block)
+    return Fp8(_bits(jnp.asarray(weight)), scale_inv, tuple(weight.shape), block)
+
+
+def _bits(codes: Array) -> Array:
+    return jax.lax.bitcast_convert_type(codes, jnp.uint8)

@@ -15,6 +15,8 @@ from llmprep_jax.quant.packed import (
     Packed,
     check_matrix,
     check_positive,
+    in_groups,
+    interleave,
     pack_nibbles,
     slice_rows,
     static,
@@ -48,17 +50,38 @@ class Int4(Packed):
     kind = "int4"
 
     def rows(self, start: int | Array, count: int) -> Float[Array, "R I"]:
-        codes = unpack_nibbles(slice_rows(self.codes, start, count), self.shape[1])
-        zero = MIDDLE if self.zero is None else self._spread(self.zero, start, count)
-        scale = self._spread(self.scale, start, count)
-        return (codes.astype(jnp.float32) - zero) * scale
+        return interleave(*self._halves(start, count))[:, : self.shape[1]]
 
-    def _spread(self, values: Array, start: int | Array, count: int) -> Array:
-        """Rows of groups' values, one for each input, float32."""
-        values = slice_rows(values, start, count).astype(jnp.float32)
-        if self.group_of is not None:
-            return values[:, self.group_of]
-        return jnp.repeat(values, self.group, axis=1)[:, : self.shape[1]]
+    @property
+    def is_split(self) -> bool:
+        return self.shape[1] % 2 == 0
+
+    def tile(self, start: int | Array, count: int) -> Float[Array, "R I"]:
+        if not self.is_split:
+            return self.rows(start, count)
+        return jnp.concatenate(self._halves(start, count), axis=1)
+
+    def _halves(self, start: int | Array, count: int) -> tuple[Array, Array]:
+        """The even and the odd columns of some rows."""
+        codes = unpack_nibbles(slice_rows(self.codes, start, count))
+        return tuple(
+            self._scaled(half.astype(jnp.float32), offset, start)
+            for offset, half in enumerate(codes)
+        )
+
+    def _scaled(self, codes: Array, offset: int, start: int | Array) -> Array:
+        """Codes of every other column from `offset` on, less their zeros and times their scales."""
+        count, width = codes.shape
+        scale = slice_rows(self.scale, start, count).astype(jnp.float32)
+        zero = jnp.full_like(scale, MIDDLE)
+        if self.zero is not None:
+            zero = slice_rows(self.zero, start, count).astype(jnp.float32)
+        if self.group_of is None and self.group % 2 == 0:
+            grouped = in_groups(codes, self.group // 2)
+            return ((grouped - zero[..., None]) * scale[..., None]).reshape(count, -1)[:, :width]
+        groups = jnp.arange(self.shape[1]) // self.group if self.group_of is None else self.group_of
+        each = jnp.pad(groups, (0, self.shape[1] % 2), mode="edge")[offset::2]
+        return (codes - zero[:, each]) * scale[:, each]
 
 
 def quantize(

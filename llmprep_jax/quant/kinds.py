@@ -33,4 +33,6 @@ def quantize(w: Float[Array, "O I"], kind: str) -> Packed:
 def check_kind(kind: str) -> None:
     """Refuses an unknown kind."""
     if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r} of packed weights; the kinds are {', '.join(KINDS)}")
+        raise ValueError(
+            f"unknown kind {kind!r} of packed weights; the kinds are {', '.join(KINDS)}"
+        )

@@ -3,7 +3,8 @@
 A packed weight is a frozen dataclass whose fields are arrays (codes, scales) and static settings;
 it stands for a matrix [O, I], outputs by inputs as Hugging Face stores it. A leading axis of all
 arrays makes it a stack of matrices (`jax.vmap` of a quantiser, or what `jax.lax.scan` slices).
-Letters: O outputs, I inputs, R rows of a tile. The one thing a reader would get wrong: `shape` is
+Letters: O outputs, I inputs, R rows of a tile, G
+groups of g inputs. The one thing a reader would get wrong: `shape` is
 that of one matrix, stacked or not, since a static field cannot know how often it was mapped over.
 """
 
@@ -40,6 +41,19 @@ class Packed:
     def rows(self, start: int | Array, count: int) -> Float[Array, "R I"]:
         """`count` rows from `start` on, in float32; the last tile may begin at any row_step."""
         raise TypeError(f"{type(self).__name__} has no rows")
+
+    @property
+    def is_split(self) -> bool:
+        """Whether `tile` has the even inputs first, and then the odd ones."""
+        return False
+
+    def tile(self, start: int | Array, count: int) -> Float[Array, "R I"]:
+        """`rows`, with the inputs in whatever order is had fastest; x follows by `arrange`."""
+        return self.rows(start, count)
+
+    def arrange(self, x: Float[Array, "... I"]) -> Float[Array, "... I"]:
+        """Activations with their inputs in the order of `tile`."""
+        return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1) if self.is_split else x
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -109,10 +123,19 @@ def pack_nibbles(codes: Array) -> Array:
     return (codes[..., ::2] << 4) | codes[..., 1::2]
 
 
-def unpack_nibbles(packed: Array, size: int) -> Array:
-    """The first `size` numbers of what `pack_nibbles` packed."""
-    pairs = jnp.stack([packed >> 4, packed & 15], axis=-1)
-    return pairs.reshape(*packed.shape[:-1], -1)[..., :size]
+def unpack_nibbles(packed: Array) -> tuple[Array, Array]:
+    """The even and the odd numbers of what `pack_nibbles` packed."""
+    return packed >> 4, packed & 15
+
+
+def interleave(even: Array, odd: Array) -> Array:
+    """even[0], odd[0], even[1], ... along the last axis."""
+    return jnp.stack([even, odd], axis=-1).reshape(*even.shape[:-1], -1)
+
+
+def in_groups(x: Float[Array, "R I"], group: int) -> Float[Array, "R G g"]:
+    """Rows cut into groups, the last filled up with zeros."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % group))).reshape(x.shape[0], -1, group)
 
 
 def slice_rows(x: Array, start: int | Array, count: int) -> Array:

@@ -26,13 +26,17 @@ def tile_rows(packed: Packed) -> int:
     return min(rows, outs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def multiply(x: Float[Array, "... I"], packed: Packed, dtype: jnp.dtype) -> Float[Array, "... O"]:
     """x w^T with operands in `dtype`, a float32 sum, and the result in x's dtype."""
+    return _multiply(packed.arrange(x), packed, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _multiply(x, packed, dtype):
     tile, outs = tile_rows(packed), packed.shape[0]
 
     def part(start: int | Array, count: int) -> Array:
-        w = packed.rows(start, count).astype(dtype)
+        w = packed.tile(start, count).astype(dtype)
         return _dot(x.astype(dtype), w, 1).astype(x.dtype)
 
     num_tiles, rest = divmod(outs, tile)
@@ -51,7 +55,7 @@ def _dot(x: Array, w: Array, axis: int) -> Array:
 
 def _forward(x, packed, dtype):
     # kept under remat "dots", as the product of a dense layer is
-    return checkpoint_name(multiply(x, packed, dtype), PRODUCT), packed
+    return checkpoint_name(_multiply(x, packed, dtype), PRODUCT), packed
 
 
 def _backward(dtype, packed, dy):
@@ -59,7 +63,7 @@ def _backward(dtype, packed, dy):
     dy = dy.astype(dtype)
 
     def part(start: int | Array, count: int) -> Array:
-        w = packed.rows(start, count).astype(dtype)
+        w = packed.tile(start, count).astype(dtype)
         return _dot(jax.lax.dynamic_slice_in_dim(dy, start, count, axis=-1), w, 0)
 
     num_tiles, rest = divmod(packed.shape[0], tile)
@@ -72,4 +76,4 @@ def _backward(dtype, packed, dy):
     return dx.astype(out_dtype), None
 
 
-multiply.defvjp(_forward, _backward)
+_multiply.defvjp(_forward, _backward)
