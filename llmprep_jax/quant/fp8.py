@@ -29,8 +29,8 @@ class Fp8(Packed):
     """A matrix of 8-bit floats.
 
     Attributes:
-      codes: the bits of float8_e4m3fn numbers, uint8 [O, I]; XLA's CPU compiler would make a float16
-        copy of a whole array of these.
+      codes: the bits of float8_e4m3fn numbers, uint8 [O, I]: of an array of these XLA's CPU
+        compiler would make a float16 copy.
       scale_inv: float32 [ceil(O / block), ceil(I / block)].
       shape: (O, I). block: rows and columns of a block.
     """
@@ -49,7 +49,7 @@ class Fp8(Packed):
         return scaled.reshape(count, -1)[:, : self.shape[1]]
 
 
-def quantize(w: Float[Array, "O I"], block: int = 128) -> Fp8:
+def quantize(w: Array, block: int = 128) -> Fp8:
     """Packs a matrix, outputs by inputs: scale = largest magnitude / 448, q = w / scale.
 
     Raises:

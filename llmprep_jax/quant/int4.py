@@ -85,15 +85,15 @@ class Int4(Packed):
 
 
 def quantize(
-    w: Float[Array, "O I"],
+    w: Array,
     group: int = 128,
     symmetric: bool = False,
     scale_dtype: str = "float16",
 ) -> Int4:
     """Packs a matrix, outputs by inputs.
 
-    Codes are chosen for the scale as it is stored. With float16, 4 + 16/128 bits a number, and 8/128
-    more for the zeros of asymmetric groups.
+    Codes are chosen for the scale as it is stored. With float16 it takes 4 + 16/128 bits a number,
+    and 8/128 more for the zeros of asymmetric groups.
 
     Raises:
       ValueError: a group that is no whole number from 1 on, or w is no matrix of floats.

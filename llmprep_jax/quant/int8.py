@@ -35,7 +35,7 @@ class Int8(Packed):
         return codes * slice_rows(self.scale, start, count)[:, None]
 
 
-def quantize(w: Float[Array, "O I"]) -> Int8:
+def quantize(w: Array) -> Int8:
     """Packs a matrix, outputs by inputs.
 
     Raises:

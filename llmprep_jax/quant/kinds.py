@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from llmprep_jax.quant import fp8, int4, int8, nf4
 from llmprep_jax.quant.packed import Packed
-from llmprep_jax.types import Array, Float
+from llmprep_jax.types import Array
 
 KINDS: dict[str, Callable[[Array], Packed]] = {
     "nf4": functools.partial(nf4.quantize, kind="nf4"),
@@ -20,7 +20,7 @@ KINDS: dict[str, Callable[[Array], Packed]] = {
 }
 
 
-def quantize(w: Float[Array, "O I"], kind: str) -> Packed:
+def quantize(w: Array, kind: str) -> Packed:
     """Packs a matrix, outputs by inputs, with the settings that are usual for `kind`.
 
     Raises:

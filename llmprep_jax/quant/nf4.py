@@ -124,9 +124,7 @@ class Block4(Packed):
         return jnp.asarray(NESTED_MAP)[absmax] * nested + self.offset
 
 
-def quantize(
-    w: Float[Array, "O I"], kind: str = "nf4", block: int = 64, double: bool = True
-) -> Block4:
+def quantize(w: Array, kind: str = "nf4", block: int = 64, double: bool = True) -> Block4:
     """Packs a matrix.
 
     Args:

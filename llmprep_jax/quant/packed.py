@@ -9,7 +9,7 @@ that of one matrix, stacked or not, since a static field cannot know how often i
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ class Packed:
         return tuple((name, getattr(self, name)) for name in fields)
 
     @classmethod
-    def of(cls, settings: tuple[tuple[str, Any], ...], arrays: dict[str, Array]) -> Self:
+    def of(cls, settings: tuple[tuple[str, Any], ...], arrays: dict[str, Array]) -> "Packed":
         """The inverse of `settings` and `arrays`."""
         fields = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
         return cls(**{name: arrays.get(name) for name in fields}, **dict(settings))
