@@ -31,11 +31,13 @@ def tile_rows(packed: Packed) -> int:
 
 def multiply(x: Float[Array, "... I"], packed: Packed, dtype: jnp.dtype) -> Float[Array, "... O"]:
     """x w^T with operands in `dtype`, a float32 sum, and the result in x's dtype."""
-    return _multiply(packed.arrange(x), packed, dtype)
+    # taken apart, since jax.custom_vjp fills the dataclass with what is no array
+    return _multiply(packed.arrange(x), packed.arrays(), type(packed), packed.settings(), dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _multiply(x, packed, dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _multiply(x, arrays, form, settings, dtype):
+    packed = form.of(settings, arrays)
     tile, outs = tile_rows(packed), packed.shape[0]
 
     def part(start: int | Array, count: int) -> Array:
@@ -54,12 +56,13 @@ def _dot(x: Array, w: Array, axis: int) -> Array:
     return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
 
 
-def _forward(x, packed, dtype):
+def _forward(x, arrays, form, settings, dtype):
     # kept under remat "dots", as the product of a dense layer is
-    return checkpoint_name(_multiply(x, packed, dtype), PRODUCT), packed
+    return checkpoint_name(_multiply(x, arrays, form, settings, dtype), PRODUCT), arrays
 
 
-def _backward(dtype, packed, dy):
+def _backward(form, settings, dtype, arrays, dy):
+    packed = form.of(settings, arrays)
     tile, out_dtype = tile_rows(packed), dy.dtype
     dy = dy.astype(dtype)
 
