@@ -29,7 +29,9 @@ def tile_rows(packed: Packed) -> int:
     return min(whole if 4 * whole >= most else most, outs)
 
 
-def multiply(x: Float[Array, "... I"], packed: Packed, dtype: jnp.dtype) -> Float[Array, "... O"]:
+def multiply(
+    x: Float[Array, "... I"], packed: Packed, dtype: str | jnp.dtype
+) -> Float[Array, "... O"]:
     """x w^T with operands in `dtype`, a float32 sum, and the result in x's dtype."""
     # taken apart, since jax.custom_vjp fills the dataclass with what is no array
     return _multiply(packed.arrange(x), packed.arrays(), type(packed), packed.settings(), dtype)

@@ -61,7 +61,7 @@ def test_a_stored_layer_is_read_and_computes_the_same(kind):
     packed = from_tensors(stored, "weight")
     x = torch.randn(4, 576, generator=torch.Generator().manual_seed(1))
     expected = layer(x).detach().numpy()
-    found = multiply(jnp.asarray(x.numpy()), packed, jnp.float32)
+    found = multiply(jnp.asarray(x.numpy()), packed, "float32")
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert set(to_tensors(packed, "weight", "float32")) == set(stored)
 
