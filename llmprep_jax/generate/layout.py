@@ -2,10 +2,10 @@
 
 A scan slices each layer's weights out of the stack before it multiplies them, so layers become a
 list; and for a single row each linear layer becomes the one form of a matrix-vector product that
-XLA's CPU compiler gives to all cores at memory speed. The one thing a reader would get wrong: that
-form has the weight's outputs first, in bf16 too; with its inputs first, bf16 runs at a tenth.
-Layers on packed weights (`quant`) are left as they are: rows would be dense, at four times their
-memory, which is what the packing is for.
+XLA's CPU compiler gives to all cores at memory speed. Layers on packed weights (`quant`) are left
+as they are: rows would be dense, at two to four times their memory, which is what the packing is
+for. The one thing a reader would get wrong: that form has the weight's outputs first, in bf16 too;
+with its inputs first, bf16 runs at a tenth.
 """
 
 import math

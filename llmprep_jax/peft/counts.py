@@ -1,8 +1,8 @@
 """How much of a model an adapter trains, as numbers and as a table for people.
 
-The one thing a reader would get wrong: per cent is of all parameters, the adapter's own among them,
-as PEFT prints it, while a layer's row is of that layer alone. A packed weight counts as many
-parameters as it stands for, and as many bytes as it takes.
+A packed weight counts as many parameters as it stands for, and as many bytes as it takes. The one
+thing a reader would get wrong: per cent is of all parameters, the adapter's own among them, as PEFT
+prints it, while a layer's row is of that layer alone.
 """
 
 import dataclasses

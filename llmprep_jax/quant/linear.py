@@ -3,9 +3,9 @@
 A `QuantEinsum` is an `Einsum` whose weight is a packed matrix [O, I], outputs by inputs as Hugging
 Face stores it, so that its bytes are those of the formats' own libraries; embeddings, norms and the
 head of a model stay as they are. Its arrays are Buffers: nothing of it is trained, and adapters go
-around it as around any layer. The one thing a reader would get wrong: a stack of layers is one
-QuantEinsum whose arrays have a leading axis, as an Einsum's weight has. On a mesh packed weights
-are replicated.
+around it as around any layer. On a mesh packed weights are replicated. The one thing a reader would
+get wrong: a stack of layers is one QuantEinsum whose arrays have a leading axis, as an Einsum's
+weight has.
 """
 
 import functools

@@ -99,7 +99,7 @@ class Block4(Packed):
     def tile(self, start: int | Array, count: int) -> Float[Array, "R I"]:
         if not self.is_split:
             return self.rows(start, count)
-        # interleaving the halves of a byte takes XLA's CPU compiler ten times as long as all else
+        # with the halves of a byte interleaved a product of 4096x4096 takes 56 ms on a CPU, not 3
         return jnp.concatenate([x.reshape(count, -1) for x in self._halves(start, count)], axis=1)
 
     def _halves(self, start: int | Array, count: int) -> tuple[Array, Array]:
