@@ -6,7 +6,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "demo": ["gguf>=0.19,<1", "matplotlib>=3.9,<4", "pyarrow>=17"],
-    "parity": ["torch==2.13.0", "transformers>=5.23,<5.24", "peft>=0.21,<0.22"],
+    "parity": ["torch==2.13.0", "transformers~=5.23.0", "peft~=0.21.0", "bitsandbytes==0.50.2"],
     "dev": [
         *["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
         *["beartype>=0.20,<1", "ruff==0.17.6"],

@@ -3,9 +3,17 @@
 `import llmprep_jax as lp`; what is named here is the public surface, and stays.
 """
 
-from llmprep_jax import peft
+from llmprep_jax import peft, quant
 from llmprep_jax.generate.engine import generate_tokens
 from llmprep_jax.generate.text import generate
 from llmprep_jax.pretrained import load_model, load_processor, save_model
 
-__all__ = ["generate", "generate_tokens", "load_model", "load_processor", "peft", "save_model"]
+__all__ = [
+    "generate",
+    "generate_tokens",
+    "load_model",
+    "load_processor",
+    "peft",
+    "quant",
+    "save_model",
+]

@@ -3,7 +3,8 @@
 A path is a Hugging Face folder, a GGUF file, a run folder of ours, or a hub id. Saving re-opens
 what it wrote and compares logits with the live model before the folder is put in place. The one
 thing a reader would get wrong: `dtype` is that of the weights in memory and of the activations;
-None keeps the weights as stored.
+None keeps the weights as stored, and a packed one ("nf4") is of linear layers alone, whose
+activations are in bfloat16 unless `compute` says otherwise.
 """
 
 import collections
@@ -23,12 +24,15 @@ from llmprep_jax.models.hf_config import check_numbers
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.peft.adapter import inject, is_adapted
 from llmprep_jax.peft.lora import LoRA
+from llmprep_jax.quant.kinds import KINDS
+from llmprep_jax.quant.linear import adopt, packed_layers, packers, quantize_model
 from llmprep_jax.sharding import use_mesh
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.checkpoint import all_steps, read_meta, read_params
 from llmprep_jax.weights import hub, receipt, table
 
-DTYPES = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", "float16")
+DTYPES = (*FLOATS, *KINDS)
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -44,9 +48,13 @@ def load_model(
     Args:
       path: a Hugging Face folder (config.json and safetensors), a .gguf file, a run folder of ours,
         or a hub id "org/name", which is downloaded.
-      dtype: "float32", "bfloat16" or "float16"; None as stored (GGUF: float32).
-      mesh: the weights are placed on it, each device reading its part; None: the default device.
-      compute: dtypes, remat and unrolling in detail; its `param_dtype` overrides `dtype`.
+      dtype: "float32", "bfloat16" or "float16"; None as stored (GGUF: float32). "nf4", "fp4",
+        "int8", "int4" or "fp8": linear layers are packed while they are read, one tensor at a time,
+        and everything else (embeddings, norms, the head) is in bfloat16.
+      mesh: the weights are placed on it, each device reading its part (packed ones: all of it);
+        None: the default device.
+      compute: dtypes, remat and unrolling in detail; its `param_dtype` overrides a float `dtype`,
+        and with a packed one is that of everything else.
 
     Raises:
       FileNotFoundError, ValueError: in one line, with the file and the remedy.
@@ -59,19 +67,27 @@ def load_model(
     checkpoint = hub.open_checkpoint(path)
     family, cfg = _read_config(checkpoint)
     stored = _stored_dtype(checkpoint)
+    kind, dtype = _kind_and_float(dtype)
     dtype = compute.param_dtype if compute else dtype
     compute = compute or Compute(dtype=dtype or stored, param_dtype=dtype or stored)
     cfg = dataclasses.replace(cfg, compute=compute)
     with use_mesh(mesh):
         abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
-        return table.load(
+        model = table.load(
             abstract,
             checkpoint,
             family.weights,
             dtype=dtype,
             renames=family.renames,
             ignore=family.ignored,
+            pack=packers(abstract, kind).get if kind else None,
         )
+    return adopt(model, compute.param_dtype) if kind else model
+
+
+def _kind_and_float(dtype: str | None) -> tuple[str | None, str | None]:
+    """(format of linear layers if they are packed, dtype of everything else)."""
+    return (dtype, "bfloat16") if dtype in KINDS else (None, dtype)
 
 
 def _load_run(
@@ -80,12 +96,13 @@ def _load_run(
     """The model of a run's last checkpoint; an adapter is on the base model that the run names."""
     meta = read_meta(path)
     trained = from_dict(Compute, meta["run"]["compute"])
+    kind, dtype = _kind_and_float(dtype)
     if dtype is not None:
         trained = Compute(dtype=dtype, param_dtype=dtype)
     compute = compute or trained
     with use_mesh(mesh):
         if meta["adapter"] is not None:
-            model = load_model(meta["base"], mesh=mesh, compute=compute)
+            model = load_model(meta["base"], kind, mesh=mesh, compute=compute)
             model = inject(model, from_dict(LoRA, meta["adapter"]))
             graph, params, frozen = nnx.split(model, AdapterParam, ...)
         else:
@@ -94,7 +111,9 @@ def _load_run(
             abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
             graph, params, frozen = nnx.split(abstract, Param, ...)
         params = read_params(path, nnx.to_pure_dict(params))
-        return nnx.merge(graph, params, nnx.to_pure_dict(frozen))
+        model = nnx.merge(graph, params, nnx.to_pure_dict(frozen))
+        whole = kind is not None and meta["adapter"] is None
+        return quantize_model(model, kind) if whole else model
 
 
 def _read_config(checkpoint: Any) -> tuple[registry.Family, Any]:
@@ -119,7 +138,7 @@ def _read_config(checkpoint: Any) -> tuple[registry.Family, Any]:
 def _stored_dtype(checkpoint: Any) -> str:
     """The dtype of most tensors."""
     counts = collections.Counter(str(checkpoint.dtype(name)) for name in checkpoint.names)
-    known = [name for name, _ in counts.most_common() if name in DTYPES]
+    known = [name for name, _ in counts.most_common() if name in FLOATS]
     return known[0] if known else "float32"
 
 
@@ -139,18 +158,22 @@ def save_model(
 
     The folder is written aside, re-opened, and its logits compared with the live model's on a fixed
     probe; only then is it put in place, with a receipt of tolerance, difference and versions. A
-    model with adapters is refused: merge it, or save the adapters with `peft.save`.
+    model with adapters is refused: merge it, or save the adapters with `peft.save`; and so is one
+    on packed weights: make it dense with `quant.dequantize_model`.
 
     Args:
       tolerance: largest allowed difference of the probe's logits, as a share of the largest of
         them.
 
     Raises:
-      ValueError: the model has adapters, or what was written does not give the same logits.
+      ValueError: the model has adapters or packed weights, or what was written does not give the
+        same logits.
       OSError: the folder cannot be written; what stood there before is untouched.
     """
     if is_adapted(model):
         raise ValueError("the model has adapters; save lp.peft.merge(model), or use lp.peft.save")
+    if packed_layers(model):
+        raise ValueError("the model's weights are packed; save lp.quant.dequantize_model(model)")
     family = registry.family_of(model)
     config = family.to_hf(model.cfg) | {"dtype": str(model.embed.w.dtype)}
     return receipt.save_folder(

@@ -30,8 +30,8 @@ MAY_IMPORT = {
     "train": {"nn", "peft", "data", "config", *BASE},
     "generate": {"nn", "text", *BASE},
     "evaluate": {"train", "generate", "data", *BASE},
-    "pretrained": {"models", "nn", "peft", "text", "train", "weights", "config", *BASE},
-    "__init__": {"peft", "generate", "pretrained"},
+    "pretrained": {"models", "nn", "peft", "quant", "text", "train", "weights", "config", *BASE},
+    "__init__": {"peft", "quant", "generate", "pretrained"},
 }
 _NNX = ("jit", "grad", "value_and_grad", "vmap", "pmap", "scan", "remat", "shard_map", "Optimizer")
 FORBIDDEN = {f"nnx.{name}" for name in _NNX} | {"jax.pmap", "jax.experimental"}

@@ -131,7 +131,7 @@ class Einsum(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.eqn, self.axes, self.out_axes = eqn, axes, out_axes
-        self.dtype = compute.operand_dtype
+        self.dtype, self.layer_shape = compute.operand_dtype, tuple(shape)
         w_dims, y_dims = eqn.split("->")[0].split(",")[1], eqn.split("->")[1]
         outputs = [i for i, dim in enumerate(w_dims) if dim in y_dims]
         inputs = [i for i, dim in enumerate(w_dims) if dim not in y_dims]
@@ -141,6 +141,21 @@ class Einsum(nnx.Module):
         b_shape, b_axes = tuple(shape[i] for i in outputs), (None,) * len(outputs)
         zeros = jax.nn.initializers.zeros
         self.b = param(rngs, b_shape, b_axes, zeros, compute.param_dtype) if bias else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape, with a leading axis for a stack of layers."""
+        return tuple(self.w.shape)
+
+    def weight(self) -> Float[Array, "..."]:
+        """The weight; layers on packed weights unpack it."""
+        return self.w[...]
+
+    def with_weight(self, w: Float[Array, "..."]) -> "Einsum":
+        """The same layer with another weight, in the dtype of this one."""
+        graph, state = nnx.split(self)
+        state["w"] = state["w"].replace(w.astype(self.w.dtype))
+        return nnx.merge(graph, state)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = contract(self.eqn, x, self.w[...], self.dtype, self.out_axes)

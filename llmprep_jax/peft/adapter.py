@@ -10,6 +10,7 @@ shares the base model's arrays, nothing is copied, and the base's own step of tr
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,6 +29,7 @@ from llmprep_jax.peft.targets import (
     select,
     stacked,
 )
+from llmprep_jax.quant.linear import QuantEinsum
 
 Params = Mapping[str, Array]
 
@@ -206,15 +208,26 @@ def strip(model: nnx.Module) -> nnx.Module:
 
 
 def merge(model: nnx.Module) -> nnx.Module:
-    """A plain model whose weights hold what the adapters added; computed in float32."""
+    """A plain model whose weights hold what the adapters added; computed in float32.
+
+    Adapted layers on packed weights (`quant`) become dense, in the dtype they had before, with a
+    warning; packing them again would round what the adapter added.
+    """
+    packed = [path for path, each in adapters(model).items() if isinstance(each.base, QuantEinsum)]
+    if packed:
+        warnings.warn(
+            f"merging makes {len(packed)} packed layers dense, among them {packed[0]}; keep the"
+            " adapters apart (lp.peft.save) to keep the weights packed",
+            stacklevel=2,
+        )
 
     def merged(adapted: Adapted) -> Einsum:
         base, params, method = adapted.base, adapted.params(), adapted.method
-        graph, state = nnx.split(base)
-        w = _each_layer(method.merge, params, base)
-        state["w"] = state["w"].replace(w.astype(base.w.dtype))
-        if base.b is not None and hasattr(method, "merge_bias"):
-            state["b"] = state["b"].replace(_each_layer(method.merge_bias, params, base))
+        plain = base.with_weight(_each_layer(method.merge, params, base))
+        if base.b is None or not hasattr(method, "merge_bias"):
+            return plain
+        graph, state = nnx.split(plain)
+        state["b"] = state["b"].replace(_each_layer(method.merge_bias, params, base))
         return nnx.merge(graph, state)
 
     return _map_adapted(model, merged)
@@ -242,7 +255,7 @@ def dims(base: Einsum) -> tuple[str, str, str, str]:
 
 def shape_of(base: Einsum) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """One layer's (input, output) sizes, unmerged."""
-    shape, num_inputs = tuple(base.w.shape)[-len(base.axes) :], len(dims(base)[1])
+    shape, num_inputs = base.layer_shape, len(dims(base)[1])
     return shape[:num_inputs], shape[num_inputs:]
 
 

@@ -1,10 +1,12 @@
 """How much of a model an adapter trains, as numbers and as a table for people.
 
-The one thing a reader would get wrong: per cent is of all parameters, the adapter's own among them,
-as PEFT prints it, while a layer's row is of that layer alone.
+A packed weight counts as many parameters as it stands for, and as many bytes as it takes. The one
+thing a reader would get wrong: per cent is of all parameters, the adapter's own among them, as PEFT
+prints it, while a layer's row is of that layer alone.
 """
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -12,8 +14,10 @@ import rich.console
 import rich.table
 from flax import nnx
 
+from llmprep_jax.nn.param import Buffer
 from llmprep_jax.peft.adapter import adapters, split
 from llmprep_jax.peft.targets import plain
+from llmprep_jax.quant.linear import packed_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Count:
 def count(model: nnx.Module) -> Count:
     """Counts parameters; an abstract model will do."""
     trainable, frozen = split(model)
-    return Count(_size(trainable), _size(frozen), _bytes(trainable), _bytes(frozen))
+    dense = _size(nnx.filter_state(frozen, nnx.Not(Buffer)))
+    packed = sum(math.prod(layer.shape) for layer in packed_layers(model).values())
+    return Count(_size(trainable), dense + packed, _bytes(trainable), _bytes(frozen))
 
 
 def count_targets(model: nnx.Module) -> dict[str, Count]:

@@ -61,7 +61,7 @@ class IA3:
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         scale, (ins, outs) = params["ia3_l"].astype(jnp.float32), shape_of(base)
         one = (*ins, *[1] * len(outs)) if self.feedforward else (*[1] * len(ins), *outs)
-        return base.w[...].astype(jnp.float32) * scale.reshape(one)
+        return base.weight().astype(jnp.float32) * scale.reshape(one)
 
     def merge_bias(self, params: Mapping[str, Array], base: Einsum) -> Array:
         """The base's bias with the adapter in it."""

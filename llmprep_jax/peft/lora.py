@@ -73,4 +73,4 @@ class LoRA(LowRank):
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         delta = outer(params["lora_a"], params["lora_b"], base)
-        return base.w[...].astype(jnp.float32) + self.scale * delta
+        return base.weight().astype(jnp.float32) + self.scale * delta

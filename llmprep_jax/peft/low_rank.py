@@ -78,7 +78,7 @@ class Added(abc.ABC):
         return base(x) + contract(base.eqn, x, delta, base.dtype, base.out_axes)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
-        return base.w[...].astype(jnp.float32) + self.delta(params, base)
+        return base.weight().astype(jnp.float32) + self.delta(params, base)
 
 
 def check_rank(method: LowRank, base: Einsum) -> None:
@@ -110,6 +110,10 @@ def outer(a: Array, b: Array, base: Einsum) -> Array:
       a: [inputs..., r]. b: [r, outputs...].
     """
     _, ins, outs, _ = dims(base)
-    a, b, out = a.astype(jnp.float32), b.astype(jnp.float32), spec(*base.axes, shape=base.w.shape)
+    a, b, out = (
+        a.astype(jnp.float32),
+        b.astype(jnp.float32),
+        spec(*base.axes, shape=base.layer_shape),
+    )
     eqn = f"{ins}r,r{outs}->{ins}{outs}"
     return jnp.einsum(eqn, a, b, precision="highest", out_sharding=out)

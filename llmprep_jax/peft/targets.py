@@ -39,7 +39,7 @@ def bases(model: nnx.Module) -> dict[str, Einsum]:
 
 def stacked(base: Einsum) -> int | None:
     """How many layers' weights a linear layer holds, None for one layer."""
-    return base.w.shape[0] if len(base.w.shape) > len(base.axes) else None
+    return base.shape[0] if len(base.shape) > len(base.axes) else None
 
 
 def plain(path: str) -> str:
@@ -53,7 +53,7 @@ def modules(model: nnx.Module) -> dict[str, dict[Place, str]]:
     for path, base in bases(model).items():
         if f"{plain(path)}.w" in table:
             place = tuple(int(part) for part in path.split(".") if part.isdigit())
-            row = Entry(path, tuple(base.w.shape), *table[f"{plain(path)}.w"], place)
+            row = Entry(path, base.shape, *table[f"{plain(path)}.w"], place)
             found[path] = {at: name.removesuffix(".weight") for at, name in row.names().items()}
     return found
 

@@ -26,6 +26,7 @@ from llmprep_jax.weights.checkpoint import Checkpoint
 
 Table = Mapping[str, tuple[str, str]]
 Index = tuple[Any, ...]  # slices, or an ellipsis
+Pack = Callable[[Iterator[np.ndarray], tuple[int, ...]], Any]  # see `load`
 BUFFERS = (r"rotary_emb\.inv_freq$", r"\.position_ids$")  # in old files; computed, not loaded
 _HEAD, _EMBED = "head.w", "embed.w"  # paths of the two that a model may tie
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -120,6 +121,7 @@ def load(
     renames: Sequence[tuple[str, str]] = (),
     ignore: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
+    pack: Callable[[str], Pack | None] | None = None,
 ) -> nnx.Module:
     """Fills an abstract module from a checkpoint.
 
@@ -132,6 +134,9 @@ def load(
       renames: (regex, replacement) pairs that bring the checkpoint's names to the table's.
       ignore: regexes of tensors (as stored) that are none of this model's.
       progress: called with each parameter's path before it is read.
+      pack: gives, for a parameter's path, None or a function of its tensors; the function gets them
+        one at a time, as stored but with our dimensions, and the sizes of the stacked dimensions,
+        and its result, whatever it is, takes the parameter's place.
 
     Raises:
       ValueError: tensors are missing, unexpected or misshapen (all are listed), or a tied model's
@@ -149,6 +154,11 @@ def load(
             if progress is not None:
                 progress(row.path)
             names = {place: found[name] for place, name in row.names().items()}
+            packer = None if pack is None else pack(row.path)
+            if packer is not None:
+                tensors = (row.to_ours(checkpoint.read(name)) for name in names.values())
+                flat.append((path, variable.replace(packer(tensors, row.stacked))))
+                continue
             sharding = _on_devices(variable.get_value().sharding)
             value = _read(row, names, checkpoint, dtype, sharding, pool)
             flat.append((path, variable.replace(value)))

@@ -1,0 +1,234 @@
+"""Linear layers on packed weights, and a model's dense layers turned into them and back.
+
+A `QuantEinsum` is an `Einsum` whose weight is a packed matrix [O, I], outputs by inputs as Hugging
+Face stores it, so that its bytes are those of the formats' own libraries; embeddings, norms and the
+head of a model stay as they are. Its arrays are Buffers: nothing of it is trained, and adapters go
+around it as around any layer. On a mesh packed weights are replicated. The one thing a reader would
+get wrong: a stack of layers is one QuantEinsum whose arrays have a leading axis, as an Einsum's
+weight has.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.param import Buffer, Compute
+from llmprep_jax.quant.kinds import check_kind, quantize
+from llmprep_jax.quant.packed import Packed, dequantize
+from llmprep_jax.quant.product import multiply
+from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.types import Array, Float
+
+
+class QuantEinsum(Einsum):
+    """y = einsum(eqn, x, w) + b on a packed w.
+
+    Args:
+      base: the layer, or stack of layers, whose weight `packed` stands for.
+      packed: the weight; for a stack its arrays have a leading axis.
+      dense_dtype: of the weight where it is made dense again.
+    """
+
+    def __init__(self, base: Einsum, packed: Packed, dense_dtype: str | jnp.dtype):
+        self.eqn, self.axes, self.out_axes = base.eqn, base.axes, base.out_axes
+        self.dtype, self.b, self.layer_shape = base.dtype, base.b, base.layer_shape
+        self.dense_dtype = jnp.dtype(dense_dtype)
+        self.format, self.settings = type(packed), packed.settings()
+        self.names = tuple(packed.arrays())
+        for name, value in packed.arrays().items():
+            setattr(self, name, Buffer(value))
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as its format's dataclass."""
+        arrays = {name: getattr(self, name)[...] for name in self.names}
+        return self.format.of(self.settings, arrays)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.packed.stacked, *self.layer_shape)
+
+    def weight(self) -> Float[Array, "..."]:
+        """The weight, dequantised, in float32."""
+        return from_matrix(self.eqn, self.layer_shape, dequantize(self.packed))
+
+    def with_weight(self, w: Float[Array, "..."]) -> Einsum:
+        """A dense layer with this one's bias and another weight."""
+        dtype = str(self.dense_dtype)
+        make = functools.partial(
+            Einsum,
+            *(self.eqn, self.layer_shape, self.axes, self.out_axes),
+            bias=self.b is not None,
+            compute=Compute(dtype=str(self.dtype), param_dtype=dtype),
+        )
+        graph, state = nnx.split(jax.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+        state["w"] = state["w"].replace(w.astype(dtype))
+        if self.b is not None:
+            state["b"] = state["b"].replace(self.b[...])
+        return nnx.merge(graph, state)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        ins, outs = _dims(self.eqn)
+        batch = x.shape[: x.ndim - len(ins)]
+        if has_mesh():  # every device has the whole weight, so it takes whole inputs
+            axes = (*self.out_axes[: len(batch)], *(None,) * len(ins))
+            x = jax.reshard(x, spec(*axes, shape=x.shape))
+        y = multiply(x.reshape(*batch, -1), self.packed, self.dtype)
+        y = y.reshape(*batch, *(self.layer_shape[i] for i in outs))
+        if has_mesh():
+            y = jax.reshard(y, spec(*self.out_axes, shape=y.shape))
+        return y if self.b is None else y + self.b[...].astype(y.dtype)
+
+
+def _dims(eqn: str) -> tuple[list[int], list[int]]:
+    """The weight's dimensions that are inputs, and those that are outputs."""
+    inputs, y_dims = eqn.split("->")
+    w_dims = inputs.split(",")[1]
+    ins = [i for i, dim in enumerate(w_dims) if dim not in y_dims]
+    return ins, [i for i in range(len(w_dims)) if i not in ins]
+
+
+def to_matrix(eqn: str, w: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum's weight, or a stack of them, as matrices of outputs by inputs."""
+    ins, outs = _dims(eqn)
+    depth = w.ndim - len(ins) - len(outs)
+    w = w.transpose(*range(depth), *(depth + i for i in outs), *(depth + i for i in ins))
+    num_outs = math.prod(w.shape[depth : depth + len(outs)])
+    return w.reshape(*w.shape[:depth], num_outs, -1)
+
+
+def from_matrix(
+    eqn: str, shape: tuple[int, ...], matrix: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """The inverse of `to_matrix`, for weights of `shape`."""
+    ins, outs = _dims(eqn)
+    stack = matrix.shape[:-2]
+    w = matrix.reshape(*stack, *(shape[i] for i in (*outs, *ins)))
+    order = sorted(range(len(shape)), key=(*outs, *ins).__getitem__)
+    return w.transpose(*range(len(stack)), *(len(stack) + i for i in order))
+
+
+def quantize_model(model: nnx.Module, kind: str, targets: str = "all-linear") -> nnx.Module:
+    """A model whose targeted linear layers are packed; the given model is unchanged.
+
+    Embeddings, norms and the head are no targets. To load a model that does not fit in memory
+    dense, use `load_model(path, dtype=kind)`.
+
+    Args:
+      kind: one of `kinds.KINDS`.
+      targets: "all-linear", or a regex for whole paths, e.g. `layers.mlp.*`.
+
+    Raises:
+      ValueError: an unknown kind, a target that is no regex or matches no dense layer.
+    """
+    check_kind(kind)
+    layers = _find(model, lambda node: type(node) is Einsum)
+    chosen = {path: base for path, base in layers.items() if _matches(targets, path)}
+    if not chosen:
+        raise ValueError(
+            f"target {targets!r} matches no dense linear layer; there are"
+            f" {', '.join(sorted(layers)) or 'none'}"
+        )
+    changed = {
+        path: QuantEinsum(base, _pack(base.w[...], base.eqn, kind), base.w.dtype)
+        for path, base in chosen.items()
+    }
+    return _replace(model, changed)
+
+
+def dequantize_model(model: nnx.Module) -> nnx.Module:
+    """A model whose packed layers are dense again, in the dtype they had."""
+    layers = packed_layers(model)
+    return _replace(model, {path: base.with_weight(base.weight()) for path, base in layers.items()})
+
+
+def packed_layers(model: nnx.Module) -> dict[str, QuantEinsum]:
+    """The layers on packed weights, by path."""
+    return _find(model, lambda node: isinstance(node, QuantEinsum))
+
+
+def adopt(model: nnx.Module, dense_dtype: str) -> nnx.Module:
+    """Makes layers on packed weights of those whose weight a loader has filled with a `Packed`."""
+
+    def is_packed(node: Any) -> bool:
+        return type(node) is Einsum and isinstance(node.w.get_value(), Packed)
+
+    layers = _find(model, is_packed)
+    return _replace(
+        model,
+        {path: QuantEinsum(x, x.w.get_value(), dense_dtype) for path, x in layers.items()},
+    )
+
+
+def packers(model: nnx.Module, kind: str) -> dict[str, Callable]:
+    """For each dense weight's path what a loader makes of its tensors, see `weights.table.load`."""
+    layers = _find(model, lambda node: type(node) is Einsum)
+    return {
+        f"{path}.w": functools.partial(_pack_each, base.eqn, kind) for path, base in layers.items()
+    }
+
+
+def _pack_each(
+    eqn: str, kind: str, tensors: Iterable[np.ndarray], stacked: tuple[int, ...]
+) -> Packed:
+    """Packs one tensor after the other, so that one at a time is dense, and stacks them."""
+    mesh = jax.sharding.get_mesh()
+    place = None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.P())
+    each = [_quantize(jax.device_put(to_matrix(eqn, w), place), kind) for w in tensors]
+    stack = lambda *parts: jnp.stack(parts).reshape(*stacked, *parts[0].shape)  # noqa: E731
+    return jax.tree.map(stack, *each)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _pack(w: Float[Array, "..."], eqn: str, kind: str) -> Packed:
+    """A weight, or a stack of them one after the other, packed."""
+    if has_mesh():
+        w = jax.reshard(w, jax.P())
+    one = lambda w: quantize(to_matrix(eqn, w), kind)  # noqa: E731
+    for _ in range(w.ndim - len(eqn.split("->")[0].split(",")[1])):
+        one = functools.partial(jax.lax.map, one)
+    return one(w)
+
+
+_quantize = jax.jit(quantize, static_argnums=1)
+
+
+def _matches(targets: str, path: str) -> bool:
+    if targets == "all-linear":
+        return True
+    try:
+        return re.fullmatch(targets, path) is not None
+    except (re.error, TypeError) as error:
+        raise ValueError(f"target {targets!r} is no regex: {error}") from error
+
+
+def _find(model: nnx.Module, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    """Parts of a model by path; a layer under an adapter by the path that the adapter took."""
+    found: dict[str, Any] = {}
+
+    def visit(path: tuple, node: Any) -> Any:
+        if wanted(node):
+            found[_name(path)] = node
+        return node
+
+    nnx.recursive_map(visit, model)
+    return found
+
+
+def _replace(model: nnx.Module, parts: dict[str, Any]) -> nnx.Module:
+    def visit(path: tuple, node: Any) -> Any:
+        return parts[_name(path)] if isinstance(node, Einsum) and _name(path) in parts else node
+
+    return nnx.recursive_map(visit, model)
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path)).removesuffix(".base")

@@ -1,0 +1,174 @@
+"""Layers on packed weights: what they compute, alone and stacked, their gradients, their memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llmprep_jax.models import registry
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.param import Buffer, Compute, Param
+from llmprep_jax.nn.stack import scan, stack, unstack
+from llmprep_jax.quant import KINDS, QuantEinsum, dequantize_model, product, quantize_model
+from llmprep_jax.sharding import make_mesh, use_mesh
+
+EQUATIONS = {
+    "BTD,DF->BTF": ((40, 24), ("embed", "mlp"), ("batch", "seq", "mlp")),
+    "BTD,DNH->BTNH": ((40, 4, 6), ("embed", "heads", "head"), ("batch", "seq", "heads", "head")),
+    "BTNH,NHD->BTD": ((5, 8, 24), ("heads", "head", "embed"), ("batch", "seq", "embed")),
+}
+equations = pytest.mark.parametrize("eqn", EQUATIONS)
+kinds = pytest.mark.parametrize("kind", KINDS)
+run = jax.jit(lambda layer, x: layer(x))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles even of small layers, and for a block of 64 a rest."""
+    monkeypatch.setattr(product, "TILE", 320)
+
+
+def make_layer(eqn="BTD,DF->BTF", seed=0, bias=True, dtype="float32", **kwargs):
+    shape, axes, out_axes = EQUATIONS[eqn]
+    compute = Compute(dtype=dtype, param_dtype=dtype)
+    rngs = kwargs.get("rngs", nnx.Rngs(seed))
+    layer = Einsum(eqn, shape, axes, out_axes, bias=bias, compute=compute, rngs=rngs)
+    return layer
+
+
+def make_input(eqn="BTD,DF->BTF", dtype="float32", rows=2):
+    ins = (5, 8) if eqn.startswith("BTNH") else (40,)
+    return jnp.asarray(np.random.default_rng(1).normal(size=(rows, 3, *ins)), dtype)
+
+
+def gradients(layer, x):
+    return jax.jit(jax.grad(lambda x: jnp.sin(layer(x).astype(jnp.float32)).sum()))(x)
+
+
+@kinds
+@equations
+def test_a_layer_and_its_gradient_are_those_of_the_dense_weight(eqn, kind):
+    x, packed = make_input(eqn), quantize_model(nnx.List([make_layer(eqn)]), kind)
+    dense = dequantize_model(packed)
+    assert type(packed[0]) is QuantEinsum
+    assert type(dense[0]) is Einsum
+    assert packed[0].shape == dense[0].shape == EQUATIONS[eqn][0]
+    np.testing.assert_allclose(run(packed[0], x), run(dense[0], x), atol=1e-5)
+    np.testing.assert_allclose(gradients(packed[0], x), gradients(dense[0], x), atol=1e-5)
+
+
+def test_bf16_activations_stay_bf16_and_are_summed_in_float32():
+    x, layer = make_input(dtype="bfloat16"), make_layer(dtype="bfloat16")
+    packed = quantize_model(nnx.List([layer]), "nf4")
+    y = run(packed[0], x)
+    assert y.dtype == gradients(packed[0], x).dtype == jnp.bfloat16
+    dense = dequantize_model(packed)[0]
+    assert dense.w.dtype == jnp.bfloat16
+    np.testing.assert_allclose(*(np.float32(z) for z in (y, run(dense, x))), atol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])  # blocks across rows, and rows
+def test_a_stack_is_its_layers_under_vmap_and_scan_with_and_without_remat(kind):
+    eqn, axes = "BTD,DF->BTF", ("embed", "mlp")
+    compute = Compute()
+    make = functools.partial(Einsum, eqn, (40, 40), axes, ("batch", "seq", "mlp"), compute=compute)
+    layers = stack(make, 3, rngs=nnx.Rngs(0))
+    packed = quantize_model(nnx.List([layers]), kind)[0]
+    assert packed.shape == (3, 40, 40)
+    each, x = unstack(packed), make_input()
+    over_layers = jax.jit(jax.vmap(lambda layer, x: layer(x), in_axes=(0, None)))(packed, x)
+    for i in range(3):
+        np.testing.assert_allclose(over_layers[i], run(each[i], x), atol=1e-5)
+        np.testing.assert_allclose(packed.weight()[i], each[i].weight(), atol=1e-6)
+
+    def total(layers, x, remat):
+        step = lambda layer, x: jnp.tanh(layer(x))  # noqa: E731
+        return scan(step, layers, x, compute=Compute(remat=remat)).sum()
+
+    grad = jax.jit(jax.grad(total, argnums=1), static_argnums=2)
+    expected = grad(dequantize_model(nnx.List([packed]))[0], x, "none")
+    for remat in ("none", "full", "dots"):
+        np.testing.assert_allclose(grad(packed, x, remat), expected, atol=1e-5)
+    np.testing.assert_allclose(grad(each, x, "none"), expected, atol=1e-5)
+
+
+@kinds
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_no_dense_copy_of_a_weight_is_alive(kind, pass_, monkeypatch):
+    monkeypatch.setattr(product, "TILE", 2**16)
+    size = 1024
+    axes = ("batch", "seq", "mlp")
+
+    def make():
+        compute = Compute(dtype="bfloat16", param_dtype="bfloat16")
+        layer = Einsum("BTD,DF->BTF", (size, size), ("embed", "mlp"), axes, compute=compute,
+                       rngs=nnx.Rngs(0))  # fmt: skip
+        return quantize_model(nnx.List([layer]), kind)[0]
+
+    x = jax.ShapeDtypeStruct((1, 4, size), jnp.bfloat16)
+    f = run if pass_ == "forward" else jax.jit(jax.grad(lambda x, l: l(x).sum(), argnums=0))
+    arguments = (jax.eval_shape(make), x) if pass_ == "forward" else (x, jax.eval_shape(make))
+    memory = f.lower(*arguments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < size * size * 2 / 2  # half a bf16 copy
+
+
+def test_layers_in_a_list_are_not_dequantised_ahead_of_each_other(monkeypatch):
+    monkeypatch.setattr(product, "TILE", 2**20)
+
+    def make():
+        layer = Einsum("BTD,DF->BTF", (512, 512), ("embed", "mlp"), ("batch", "seq", "mlp"),
+                       compute=Compute(), rngs=nnx.Rngs(0))  # fmt: skip
+        return quantize_model(nnx.List([layer]), "int8")[0]
+
+    layers = [jax.eval_shape(make) for _ in range(8)]
+    x = jax.ShapeDtypeStruct((1, 4, 512), jnp.float32)
+    chain = jax.jit(lambda layers, x: functools.reduce(lambda x, layer: layer(x), layers, x))
+    memory = chain.lower(layers, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 512 * 512 * 4  # of eight
+
+
+def test_nothing_of_a_packed_layer_is_trained():
+    packed = quantize_model(nnx.List([make_layer(bias=False)]), "nf4")
+    assert not jax.tree.leaves(nnx.state(packed, Param))
+    assert len(jax.tree.leaves(nnx.state(packed, Buffer))) == 4
+
+
+def smollm2():
+    return registry.build(registry.preset("smollm2-135m"), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("nf4", 4.127), ("int4", 4.2), ("int8", 8.04), ("fp8", 8.006)]
+)
+def test_bytes_of_smollm2s_layers(kind, bits):
+    packed = jax.eval_shape(lambda: quantize_model(smollm2(), kind))
+    found = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(packed, Buffer)))
+    assert 8 * found / 106_168_320 == pytest.approx(bits, rel=0.005)
+
+
+def test_targets_are_a_regex_of_whole_paths():
+    model = jax.eval_shape(smollm2)
+    packed = jax.eval_shape(lambda: quantize_model(smollm2(), "nf4", r"layers\.mlp\..*"))
+    assert type(packed.layers.mlp.up) is QuantEinsum
+    assert type(packed.layers.attn.q) is Einsum
+    with pytest.raises(ValueError, match="target 'mlp' matches no dense linear layer; there are"):
+        quantize_model(model, "nf4", "mlp")
+    with pytest.raises(ValueError, match="is no regex"):
+        quantize_model(model, "nf4", "(")
+    with pytest.raises(ValueError, match="unknown kind 'q4'"):
+        quantize_model(model, "q4")
+
+
+@equations
+def test_a_mesh_computes_the_same(eqn):
+    x = make_input(eqn, rows=8)
+    packed = quantize_model(nnx.List([make_layer(eqn)]), "nf4")[0]
+    expected = run(packed, x), gradients(packed, x)
+    with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
+        whole = jax.tree.map(lambda a: jax.device_put(a, jax.P()), packed)
+        found = run(whole, x), gradients(whole, x)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)

@@ -1,0 +1,138 @@
+"""Models on packed weights: loaded, generated with, adapted, merged, not saved by mistake."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import llmprep_jax as lp
+from llmprep_jax.generate import layout
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.param import AdapterParam, Compute
+from llmprep_jax.quant import QuantEinsum, linear, packed_layers, quantize_model
+from llmprep_jax.sharding import make_mesh, use_mesh
+from llmprep_jax.weights.checkpoint import FolderCheckpoint
+from tests.models.tiny import forward, make_model, make_tokens
+
+FLOAT32 = Compute()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return lp.save_model(make_model("qwen2-window"), tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture(scope="module")
+def packed(folder):
+    """A model on NF4 with activations in float32."""
+    return lp.load_model(folder, dtype="nf4", compute=FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int4"])  # of blocks, and of rows
+def test_loading_packs_as_packing_what_was_loaded_does(folder, kind):
+    loaded = lp.load_model(folder, dtype=kind)
+    expected = quantize_model(lp.load_model(folder), kind)
+    assert len(packed_layers(loaded)) == 7
+    for path, layer in packed_layers(expected).items():
+        found = packed_layers(loaded)[path].packed
+        assert found.settings() == layer.packed.settings()
+        for name, value in layer.packed.arrays().items():
+            same = np.testing.assert_array_equal
+            if name in ("offset", "nested_absmax"):  # of a mean, whose sums are ordered otherwise
+                same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)  # noqa: E731
+            same(found.arrays()[name], value)
+    assert loaded.embed.w.dtype == loaded.norm.scale.dtype == loaded.head.w.dtype == jnp.bfloat16
+    assert loaded.cfg.compute.dtype == "bfloat16"
+
+
+def test_one_tensor_at_a_time_is_dense_while_loading(folder, monkeypatch):
+    events, read, quantize = [], FolderCheckpoint.read, linear._quantize
+
+    def log_read(self, name):
+        events.append("read" if name.endswith("proj.weight") else "other")
+        return read(self, name)
+
+    def log_quantize(w, kind):
+        events.append("packed")
+        return quantize(w, kind)
+
+    monkeypatch.setattr(FolderCheckpoint, "read", log_read)
+    monkeypatch.setattr(linear, "_quantize", log_quantize)
+    lp.load_model(folder, dtype="nf4")
+    assert [event for event in events if event != "other"] == ["read", "packed"] * 21
+
+
+def test_a_mesh_holds_packed_weights_whole(folder, packed):
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    loaded = lp.load_model(folder, "nf4", mesh, compute=FLOAT32)
+    tokens = make_tokens(8)
+    with use_mesh(mesh):
+        found = forward(loaded, jax.device_put(tokens, jax.P(("fsdp",))))
+    np.testing.assert_allclose(found, forward(packed, tokens), atol=2e-4)
+
+
+def test_generation_is_that_of_the_dequantised_model(packed):
+    dense, tokens = lp.quant.dequantize_model(packed), make_tokens()
+    found, expected = (lp.generate_tokens(m, tokens, max_new_tokens=6) for m in (packed, dense))
+    np.testing.assert_array_equal(found, expected)
+    one = lp.generate_tokens(packed, tokens[:1], max_new_tokens=6)
+    np.testing.assert_array_equal(one, found[:1])
+
+
+def test_layouts_for_decoding_leave_packed_layers_packed(packed):
+    for lay in (layout.listed, layout.row_wise):
+        layers = packed_layers(lay(packed))
+        assert len(layers) == 3 * 7
+        for name, value in layers["layers.1.mlp.up"].packed.arrays().items():
+            np.testing.assert_array_equal(value, packed.layers.mlp.up.packed.arrays()[name][1])
+
+
+def test_lora_trains_around_a_packed_base(packed):
+    tokens = make_tokens()
+    model = lp.peft.inject(packed, lp.peft.LoRA(rank=4))
+    np.testing.assert_array_equal(forward(model, tokens), forward(packed, tokens))
+    graph, adapters, frozen = nnx.split(model, AdapterParam, ...)
+
+    @jax.jit
+    def loss(adapters):
+        return jnp.square(nnx.merge(graph, adapters, frozen)(tokens).logits).mean()
+
+    grads = jax.tree.leaves(jax.jit(jax.grad(loss))(adapters))
+    assert len(grads) == 14
+    assert sum(bool(np.abs(g).max() > 0) for g in grads) == 7  # those of B; A's begin at zero
+    counts = lp.peft.count(model)
+    assert counts.frozen == lp.peft.count(make_model("qwen2-window")).frozen
+    assert counts.frozen_bytes < 4 * counts.frozen
+
+
+def test_merging_makes_packed_layers_dense_and_says_so(packed):
+    model = lp.peft.inject(packed, lp.peft.LoRA(rank=4))
+    graph, adapters, rest = nnx.split(model, AdapterParam, ...)
+    model = nnx.merge(graph, jax.tree.map(lambda x: x + 0.1, adapters), rest)
+    with pytest.warns(UserWarning, match="merging makes 7 packed layers dense"):
+        merged = lp.peft.merge(model)
+    assert type(merged.layers.attn.q) is Einsum
+    np.testing.assert_allclose(
+        forward(merged, make_tokens()), forward(model, make_tokens()), atol=2e-3
+    )
+
+
+def test_adapters_of_a_dense_model_go_on_when_it_is_packed(packed):
+    dense = lp.peft.inject(make_model("qwen2-window"), lp.peft.LoRA(rank=4))
+    found = quantize_model(dense, "nf4")
+    assert type(found.layers.attn.q.base) is QuantEinsum
+    np.testing.assert_allclose(
+        forward(found, make_tokens()), forward(packed, make_tokens()), atol=1e-4
+    )
+
+
+def test_saving_a_packed_model_is_refused_until_it_is_dense(packed, tmp_path):
+    with pytest.raises(ValueError, match=r"save lp\.quant\.dequantize_model\(model\)"):
+        lp.save_model(packed, tmp_path / "hf")
+    assert lp.save_model(lp.quant.dequantize_model(packed), tmp_path / "hf").is_dir()
+
+
+def test_an_unknown_dtype_names_the_packed_ones(folder):
+    with pytest.raises(ValueError, match="unknown dtype 'q4'; .*bfloat16.* nf4, fp4, int8, int4"):
+        lp.load_model(folder, dtype="q4")
