@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from llmprep_jax.train.adam8bit import scale_by_adam8bit
+from llmprep_jax.train.offload import keep_on_host
 
 NO_DECAY = ("scale", "b", "bias", "magnitude")  # last names of paths: norms, biases, DoRA's lengths
 
@@ -34,6 +35,7 @@ class OptimConfig:
         Hayou et al. 2024, section 4); 1 is plain LoRA.
       optimizer: "adamw", or "adamw8bit" for moments of about 2 bytes a parameter in place of 8.
       moment_dtype: of adamw's first moment.
+      offload: whether the moments are kept in host memory between updates.
     """
 
     lr: float = 3e-4
@@ -49,6 +51,7 @@ class OptimConfig:
     lora_plus: float = 1.0
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
 
     def __post_init__(self):
         wrong = {
@@ -121,7 +124,8 @@ def make_optimizer(cfg: OptimConfig, params: Any, num_steps: int) -> optax.Gradi
     """AdamW for a tree of parameters (arrays or shapes) over a run of `num_steps`.
 
     Raises:
-      ValueError: LoRA+ is asked for and no leaf is a lora_b, or the schedule does not fit the run.
+      ValueError: LoRA+ is asked for and no leaf is a lora_b, the schedule does not fit the run, or
+        offload is asked for and the backend cannot address the host's memory.
     """
     decay = decay_mask(params, cfg.decay_embeddings)
     parts = [
@@ -136,7 +140,8 @@ def make_optimizer(cfg: OptimConfig, params: Any, num_steps: int) -> optax.Gradi
         if not any(jax.tree.leaves(is_lora_b)):
             raise ValueError(f"lora_plus={cfg.lora_plus}, but nothing trained is a lora_b")
         parts.append(optax.masked(optax.scale(cfg.lora_plus), is_lora_b))
-    return _with_float32_state(optax.chain(*parts))
+    tx = _with_float32_state(optax.chain(*parts))
+    return keep_on_host(tx) if cfg.offload else tx
 
 
 def _scale_by_moments(cfg: OptimConfig) -> optax.GradientTransformation:

@@ -313,8 +313,9 @@ def test_a_mesh_trains_like_one_device():
     np.testing.assert_allclose(losses, alone, rtol=1e-4)
 
 
-def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
-    cfg = CFG
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, offload):
+    cfg = OptimConfig(lr=1e-2, warmup_steps=2, optimizer="adamw8bit", offload=offload)
     batches = [make_batch(i) for i in range(6)]
     losses, whole = go_on(*start(cfg), batches)
     state, step = start(cfg)
@@ -340,6 +341,39 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
             back, _ = checkpoints.restore(1, target)
             assert "fsdp" in str(blocks_of(back)[0].codes.sharding)
     assert_equal(back.opt_state, state.opt_state)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_offloaded_moments_wait_on_the_host_and_change_no_bit(optimizer):
+    batches = [make_batch(i) for i in range(4)]
+    plain = OptimConfig(lr=1e-2, warmup_steps=2, optimizer=optimizer)
+    losses, state = go_on(*start(plain), batches)
+    away, step = start(OptimConfig(lr=1e-2, warmup_steps=2, optimizer=optimizer, offload=True))
+    for turn in range(2):
+        kinds = {x.ndim > 0: x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state)}
+        assert kinds == {True: "pinned_host", False: "device"}
+        more, away = go_on(away, step, batches[2 * turn : 2 * turn + 2])
+        assert more == losses[2 * turn : 2 * turn + 2]
+    assert step._cache_size() == 1
+    assert_equal(away.opt_state, state.opt_state)
+    assert_equal(away.params, state.params)
+
+
+def test_offloaded_moments_are_sharded_as_the_others():
+    cfg = OptimConfig(lr=1e-2, warmup_steps=2, optimizer="adamw8bit", offload=True)
+    batches = [make_batch(i) for i in range(2)]
+    with use_mesh(make_mesh(MESH)):
+        losses, state = go_on(*start(mesh=str(MESH)), batches)
+        away_losses, away = go_on(*start(cfg, mesh=str(MESH)), batches)
+        for was, now in zip(blocks_of(state), blocks_of(away), strict=True):
+            assert now.codes.sharding == was.codes.sharding.with_memory_kind("pinned_host")
+    assert away_losses == losses
+
+
+def test_offload_where_the_host_cannot_be_addressed_is_refused(monkeypatch):
+    monkeypatch.setattr("llmprep_jax.train.offload.HOST", "far_away")
+    with pytest.raises(ValueError, match="offload: cpu has no far_away memory"):
+        make_optimizer(OptimConfig(offload=True), {"w": jnp.zeros(2)}, 10)
 
 
 def test_the_state_takes_two_bytes_a_parameter():
