@@ -45,6 +45,21 @@ def put_back(state: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, old: _move(x, "Host") if _on_host(old) else x, state, like)
 
 
+def retype(tree: Any) -> Any:
+    """The same arrays, of types that say where they lie.
+
+    jax 0.10.2 types what is assembled from shards, as Orbax does, as lying on the device whatever
+    its sharding says, and a step compiled for that ends the process; a copy has the right type.
+    """
+
+    def of(x):
+        if x.sharding.memory_kind != HOST or _on_host(x):
+            return x
+        return jax.device_put(x, x.sharding, may_alias=False)
+
+    return jax.tree.map(of, tree)
+
+
 def _on_host(x) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 

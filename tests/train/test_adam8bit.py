@@ -17,11 +17,12 @@ from llmprep_jax.nn.param import Param
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train.adam8bit import Blocks, decode, encode, make_map, scale_by_adam8bit
 from llmprep_jax.train.checkpoint import CheckpointConfig, Checkpoints, abstract_of
+from llmprep_jax.train.loop import FitConfig, fit
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 from llmprep_jax.train.state import count_bytes, create_state, split_model
 from llmprep_jax.train.step import make_train_step, place_batch
-from tests.train.toy import make_batch, toy
+from tests.train.toy import Rows, make_batch, params_of, toy
 
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 MESH = {"fsdp": 4, "tensor": 2}
@@ -325,21 +326,38 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, offload):
         checkpoints.wait()
         abstract = abstract_of(start(cfg)[0])
         state, _ = checkpoints.restore(3, abstract)
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, whole)
+    step.clear_cache()  # a resumed run compiles for what was restored
     rest, state = go_on(state, step, batches[3:])
     assert rest == losses[3:]
     assert_equal(state.opt_state, whole.opt_state)
     assert_equal(state.params, whole.params)
 
 
-def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
-    _, state = go_on(*start(), [make_batch()])
+def test_a_run_may_go_on_with_its_moments_elsewhere(tmp_path):
+    def run(out, steps, offload):
+        optim = OptimConfig(lr=1e-2, schedule="constant", optimizer="adamw8bit", offload=offload)
+        cfg = FitConfig(steps=steps, optim=optim, ema_decay=0.5, accumulate=2)
+        return params_of(fit(toy(dim=DIM), Param, Rows(), cfg, out=tmp_path / out).model)
+
+    whole = run("whole", 3, False)
+    run("parts", 1, True)
+    run("parts", 2, True)
+    assert_equal(run("parts", 3, False), whole)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_checkpoint_restores_onto_another_mesh(tmp_path, offload):
+    cfg = OptimConfig(lr=1e-2, warmup_steps=2, optimizer="adamw8bit", offload=offload)
+    _, state = go_on(*start(cfg), [make_batch()])
     with Checkpoints(tmp_path, CheckpointConfig(), {}) as checkpoints:
         checkpoints.save(state, None)
         checkpoints.wait()
         with use_mesh(make_mesh(MESH)):
-            target = abstract_of(start(mesh=str(MESH))[0])
-            back, _ = checkpoints.restore(1, target)
+            there = start(cfg, mesh=str(MESH))[0]
+            back, _ = checkpoints.restore(1, abstract_of(there))
             assert "fsdp" in str(blocks_of(back)[0].codes.sharding)
+            assert jax.tree.map(jax.typeof, back) == jax.tree.map(jax.typeof, there)
     assert_equal(back.opt_state, state.opt_state)
 
 
