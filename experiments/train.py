@@ -30,8 +30,9 @@ from llmprep_jax.train.loop import Evaluate, FitResult, fit
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.metrics import count_flops
 from llmprep_jax.train.monitor import METRICS_FILE
+from llmprep_jax.train.optim import make_optimizer
 from llmprep_jax.train.run import RunConfig, claim_folder, describe_data, make_meta, padding_share
-from llmprep_jax.train.state import count, split_model
+from llmprep_jax.train.state import count, count_bytes, split_model
 from llmprep_jax.train.step import check_rows
 
 console = rich.console.Console()
@@ -76,6 +77,9 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
         lp.peft.print_counts(model, console)
     trained, total = count(parts.params), count(parts.params) + count(parts.frozen)
     console.print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
+    tx = make_optimizer(cfg.optim, parts.params, cfg.steps)
+    state_bytes = count_bytes(jax.eval_shape(tx.init, parts.params))
+    console.print(f"optimizer state: {state_bytes / 2**20:,.1f} MiB")
     result = fit(
         model,
         trainable,

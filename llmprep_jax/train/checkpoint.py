@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from llmprep_jax.train.offload import retype
 from llmprep_jax.train.optim import path_name
 from llmprep_jax.train.state import TrainState
 
@@ -163,7 +164,7 @@ class Checkpoints:
                 f"{path} was saved by {len(states)} processes, not {jax.process_count()}; "
                 "the data can go on only in as many parts"
             )
-        restored = {name: items[name] for name in targets}
+        restored = {name: retype(items[name]) for name in targets}
         return _from_items(restored, abstract), json.loads(states[jax.process_index()])
 
     @contextlib.contextmanager

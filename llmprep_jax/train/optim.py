@@ -2,8 +2,9 @@
 
 Decay is decoupled and scaled by the learning rate, as in torch and optax: p -= lr_t * (m / (sqrt(v)
 + eps) + weight_decay * p) (Loshchilov and Hutter 2019 scale it by the schedule's multiplier alone).
-The one thing a reader would get wrong: `moment_dtype` is that of the first moment; the second stays
-float32, because a bf16 average with decay 0.95 no longer sees changes below 1/256 of itself.
+"adamw8bit" is the same with moments that are rounded between steps (`adam8bit.py`). The one thing a
+reader would get wrong: `moment_dtype` is that of the first moment; the second stays float32,
+because a bf16 average with decay 0.95 no longer sees changes below 1/256 of itself.
 """
 
 import dataclasses
@@ -12,6 +13,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+
+from llmprep_jax.train.adam8bit import scale_by_adam8bit
+from llmprep_jax.train.offload import keep_on_host
 
 NO_DECAY = ("scale", "b", "bias", "magnitude")  # last names of paths: norms, biases, DoRA's lengths
 
@@ -29,6 +33,9 @@ class OptimConfig:
       clip_norm: largest global norm of the gradient; None: no clipping.
       lora_plus: ratio of the learning rate of the `lora_b` leaves to that of all others (LoRA+,
         Hayou et al. 2024, section 4); 1 is plain LoRA.
+      optimizer: "adamw", or "adamw8bit" for moments of about 2 bytes a parameter in place of 8.
+      moment_dtype: of adamw's first moment.
+      offload: whether the moments are kept in host memory between updates.
     """
 
     lr: float = 3e-4
@@ -42,7 +49,9 @@ class OptimConfig:
     decay_embeddings: bool = True
     clip_norm: float | None = 1.0
     lora_plus: float = 1.0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
 
     def __post_init__(self):
         wrong = {
@@ -58,6 +67,10 @@ class OptimConfig:
         for message, is_wrong in wrong.items():
             if is_wrong:
                 raise ValueError(f"{message}, not {getattr(self, message.split()[0])}")
+        if self.optimizer == "adamw8bit" and self.moment_dtype != "float32":
+            raise ValueError(
+                f"moment_dtype={self.moment_dtype} is for optimizer=adamw; adamw8bit has its own"
+            )
 
 
 def make_schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -111,11 +124,12 @@ def make_optimizer(cfg: OptimConfig, params: Any, num_steps: int) -> optax.Gradi
     """AdamW for a tree of parameters (arrays or shapes) over a run of `num_steps`.
 
     Raises:
-      ValueError: LoRA+ is asked for and no leaf is a lora_b, or the schedule does not fit the run.
+      ValueError: LoRA+ is asked for and no leaf is a lora_b, the schedule does not fit the run, or
+        offload is asked for and the backend cannot address the host's memory.
     """
     decay = decay_mask(params, cfg.decay_embeddings)
     parts = [
-        optax.scale_by_adam(*cfg.betas, cfg.eps, mu_dtype=jnp.dtype(cfg.moment_dtype)),
+        _scale_by_moments(cfg),
         optax.add_decayed_weights(cfg.weight_decay, decay),
         optax.scale_by_learning_rate(make_schedule(cfg, num_steps)),
     ]
@@ -126,7 +140,14 @@ def make_optimizer(cfg: OptimConfig, params: Any, num_steps: int) -> optax.Gradi
         if not any(jax.tree.leaves(is_lora_b)):
             raise ValueError(f"lora_plus={cfg.lora_plus}, but nothing trained is a lora_b")
         parts.append(optax.masked(optax.scale(cfg.lora_plus), is_lora_b))
-    return _with_float32_state(optax.chain(*parts))
+    tx = _with_float32_state(optax.chain(*parts))
+    return keep_on_host(tx) if cfg.offload else tx
+
+
+def _scale_by_moments(cfg: OptimConfig) -> optax.GradientTransformation:
+    if cfg.optimizer == "adamw8bit":
+        return scale_by_adam8bit(*cfg.betas, cfg.eps)
+    return optax.scale_by_adam(*cfg.betas, cfg.eps, mu_dtype=jnp.dtype(cfg.moment_dtype))
 
 
 def _with_float32_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # what may differ when a run goes on: where, how fast and how often, not what is computed
 FREE = ("out", "steps", "accumulate", "log_every", "eval_every", "eval_batches", "eval_data")
 FREE = (*FREE, "checkpoint", "mesh", "peak_flops", "loss_chunk", "compute.remat", "compute.unroll")
-FREE = (*FREE, "data.paths", "data.prefetch", "data.threads")
+FREE = (*FREE, "data.paths", "data.prefetch", "data.threads", "optim.offload")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -85,3 +85,8 @@ def create_state(
 def count(tree: Any) -> int:
     """The number of values in a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def count_bytes(tree: Any) -> int:
+    """The bytes of a tree of arrays or of their shapes, over all devices, each value once."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

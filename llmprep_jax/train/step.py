@@ -18,6 +18,7 @@ import optax
 
 from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.train.losses import LossSum
+from llmprep_jax.train.offload import fetch, put_back
 from llmprep_jax.train.state import TrainState, merge
 
 Metrics = dict[str, jax.Array]
@@ -57,25 +58,28 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
         loss, grad_norm = total / jnp.maximum(tokens, 1.0), _norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        old_opt_state, grads = fetch(state.opt_state, grads)
+        updates, opt_state = tx.update(grads, old_opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = _average(state.ema, params, state.step, ema_decay)
         # a batch without targets moves nothing either: its zero gradient would still decay weights
-        new = _choose(
+        params, opt_state, ema = _choose(
             finite & (tokens > 0),
             (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
+            (state.params, old_opt_state, state.ema),
         )
+        opt_state = put_back(opt_state, state.opt_state)
         metrics = {
             "loss": loss,
             "tokens": tokens,
             "input_tokens": _count_inputs(batch),
             "grad_norm": grad_norm,
-            "param_norm": _norm(new[0]),
+            "param_norm": _norm(params),
             "lr": schedule(state.step),
             "finite": finite,
         }
-        return TrainState(state.step + finite.astype(jnp.int32), *new, state.key), metrics
+        step = state.step + finite.astype(jnp.int32)
+        return TrainState(step, params, opt_state, ema, state.key), metrics
 
     return train_step
 

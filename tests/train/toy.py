@@ -17,15 +17,22 @@ VOCAB, DIM = 32, 16
 class Toy(nnx.Module):
     """Predicts the next token from this one and the mean of those before it."""
 
-    def __init__(self, *, rngs: nnx.Rngs, compute: Compute | None = None, lora: bool = False):
+    def __init__(
+        self,
+        *,
+        rngs: nnx.Rngs,
+        compute: Compute | None = None,
+        lora: bool = False,
+        dim: int = DIM,
+    ):
         compute = compute or Compute()
-        self.embed = Embed(VOCAB, DIM, compute=compute, rngs=rngs)
-        self.norm = RMSNorm(DIM, param_dtype=compute.param_dtype, rngs=rngs)
-        self.head = Head(DIM, VOCAB, compute=compute, rngs=rngs)
+        self.embed = Embed(VOCAB, dim, compute=compute, rngs=rngs)
+        self.norm = RMSNorm(dim, param_dtype=compute.param_dtype, rngs=rngs)
+        self.head = Head(dim, VOCAB, compute=compute, rngs=rngs)
         self.lora_a = (
-            AdapterParam(0.1 * jax.random.normal(rngs.params(), (DIM, 2))) if lora else None
+            AdapterParam(0.1 * jax.random.normal(rngs.params(), (dim, 2))) if lora else None
         )
-        self.lora_b = AdapterParam(jnp.zeros((2, DIM))) if lora else None
+        self.lora_b = AdapterParam(jnp.zeros((2, dim))) if lora else None
 
     def features(self, tokens, positions=None, segment_ids=None):
         x_BTD = self.embed(tokens)
@@ -39,9 +46,9 @@ class Toy(nnx.Module):
         return self.head(x_BTD)
 
 
-@functools.partial(jax.jit, static_argnames=("compute", "lora"))
-def toy(seed: int = 0, compute: Compute | None = None, lora: bool = False) -> Toy:
-    return Toy(rngs=nnx.Rngs(jax.random.key(seed)), compute=compute, lora=lora)
+@functools.partial(jax.jit, static_argnames=("compute", "lora", "dim"))
+def toy(seed: int = 0, compute: Compute | None = None, lora: bool = False, dim: int = DIM) -> Toy:
+    return Toy(rngs=nnx.Rngs(jax.random.key(seed)), compute=compute, lora=lora, dim=dim)
 
 
 def make_batch(seed: int = 0, rows: int = 8, length: int = 12, masked: bool = True) -> dict:
