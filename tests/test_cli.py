@@ -3,8 +3,11 @@
 Usage: test_cli NAME
 """
 
+import os
+
 import pytest
 
+from experiments import TUNABLES, start_on_huge_pages
 from llmprep_jax.cli import run
 from llmprep_jax.config import UsageError
 
@@ -72,3 +75,27 @@ def test_a_bug_shows_its_traceback(capsys):
     code, _, err = run_and_catch(capsys, ZeroDivisionError("oops"))
     assert code == 1
     assert "Traceback" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "tunables", "starts_anew"),
+    [
+        (["-m", "experiments.train", "c.py"], None, True),
+        (["-X", "dev", "-m", "experiments.train"], None, True),
+        (["-m", "experiments.train"], "glibc.malloc.check=1", False),
+        (["-m", "pytest", "experiments.train"], None, False),
+        (["-c", "import experiments"], None, False),
+    ],
+)
+def test_a_command_starts_anew_on_huge_pages_once(monkeypatch, argv, tunables, starts_anew):
+    calls = []
+    monkeypatch.setattr("sys.orig_argv", ["python", *argv])
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr("os.execv", lambda path, arguments: calls.append(arguments[1:]))
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables or "")
+    if tunables is None:
+        monkeypatch.delenv("GLIBC_TUNABLES")
+    start_on_huge_pages()
+    start_on_huge_pages()  # as the new process does
+    assert calls == ([argv] if starts_anew else [])
+    assert os.environ.get("GLIBC_TUNABLES") == (TUNABLES if starts_anew else tunables)
