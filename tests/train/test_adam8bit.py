@@ -385,7 +385,7 @@ def test_offloaded_moments_are_sharded_as_the_others():
         away_losses, away = go_on(*start(cfg, mesh=str(MESH)), batches)
         for was, now in zip(blocks_of(state), blocks_of(away), strict=True):
             assert now.codes.sharding == was.codes.sharding.with_memory_kind("pinned_host")
-    assert away_losses == losses
+    np.testing.assert_allclose(away_losses, losses, rtol=1e-6)  # XLA may sum in another order
 
 
 def test_offload_where_the_host_cannot_be_addressed_is_refused(monkeypatch):
