@@ -115,8 +115,11 @@ def attend(
     heads = spec("batch", "kv_heads", shape=k_BKSH.shape[:2])
     if has_mesh() and heads[1] is None and spec("heads", shape=(N,))[0] is not None:
         # the mesh splits query heads but not the fewer key heads: each query head gets a copy
-        k_BKSH, v_BKSH = [jnp.repeat(x, N // x.shape[1], axis=1) for x in (k_BKSH, v_BKSH)]
         heads = spec("batch", "heads", shape=(B, N))
+        k_BKSH, v_BKSH = [
+            jax.reshard(jnp.repeat(x, N // x.shape[1], axis=1), jax.P(*heads, None, None))
+            for x in (k_BKSH, v_BKSH)
+        ]
     K = k_BKSH.shape[1]
     head_axes = jax.P(*heads, None, None) if has_mesh() else None
     q_BKGTH = q_BTNH.swapaxes(1, 2).astype(dtype)
