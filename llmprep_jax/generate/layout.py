@@ -68,13 +68,24 @@ class Rows(Einsum):
 
     def __init__(self, base: Einsum):
         self.eqn, self.axes, self.out_axes = base.eqn, base.axes, base.out_axes
-        self.dtype, self.b = base.dtype, base.b
+        self.dtype, self.b, self.layer_shape = base.dtype, base.b, base.layer_shape
         x_dims, w_dims = base.eqn.split("->")[0].split(",")
         ins = [i for i, dim in enumerate(w_dims) if dim in x_dims]
         outs = [i for i, dim in enumerate(w_dims) if dim not in x_dims]
-        self.num_in, self.out_shape = len(ins), tuple(base.w.shape[i] for i in outs)
-        w = jnp.transpose(base.w[...], outs + ins).reshape(math.prod(self.out_shape), -1)
+        self.num_in, self.order = len(ins), (*outs, *ins)
+        self.out_shape = tuple(base.layer_shape[i] for i in outs)
+        w = jnp.transpose(base.w[...], self.order).reshape(math.prod(self.out_shape), -1)
         self.parts = _parts(w, self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layer_shape
+
+    def weight(self) -> Float[Array, "..."]:
+        """The weight in the layout of the einsum, for adapters that change it whole."""
+        matrix = jnp.concatenate([part[...] for part in self.parts], axis=1)
+        w = matrix.reshape([self.layer_shape[i] for i in self.order])
+        return jnp.transpose(w, [self.order.index(i) for i in range(len(self.order))])
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         rows = x.shape[: x.ndim - self.num_in]

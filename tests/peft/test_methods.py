@@ -125,6 +125,17 @@ def test_layers_in_a_list_say_the_same_and_save_the_same(method, tmp_path):
 
 
 @each_kind
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_an_adapted_model_generates_what_its_merged_one_does(method, num_rows):
+    model = scattered(lp.peft.inject(base(), method))
+    tokens, settings = make_tokens(num_rows), dict(max_new_tokens=4, return_logprobs=True)
+    found = lp.generate_tokens(model, tokens, **settings)
+    expected = lp.generate_tokens(lp.peft.merge(model), tokens, **settings)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
+
+
+@each_kind
 def test_gradients_are_the_same_rematerialised(method):
     plain, again = [
         random_module(lambda remat=remat: lp.peft.inject(small(remat), method))
