@@ -13,6 +13,7 @@ import pytest
 import rich.console
 from hypothesis import strategies as st
 
+import llmprep_jax as lp
 from llmprep_jax.config import (
     UsageError,
     changed_fields,
@@ -24,6 +25,8 @@ from llmprep_jax.config import (
     to_dict,
     to_json,
 )
+from llmprep_jax.data import DataConfig
+from llmprep_jax.train.run import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,3 +314,13 @@ def test_a_value_survives_being_written_as_an_override(lr, steps, debug, name):
         Run(), [f"optim.lr={lr!r}", f"steps={steps}", f"debug={debug}", f"name='{name}'"]
     )
     assert (new.optim.lr, new.steps, new.debug, new.name) == (lr, steps, debug, name)
+
+
+def test_a_run_refuses_an_adapter_that_its_folder_could_not_name():
+    with pytest.raises(ValueError, match="adapter is a DoRA; runs train LoRA"):
+        RunConfig(
+            model="m",
+            adapter=lp.peft.DoRA(),
+            data=DataConfig(paths=("a",)),
+            out=pathlib.Path("runs"),
+        )

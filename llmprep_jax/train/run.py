@@ -80,6 +80,11 @@ class RunConfig(FitConfig):
                 f"data.batch_size={self.data.batch_size} is no multiple of "
                 f"accumulate={self.accumulate}"
             )
+        if self.adapter is not None and type(self.adapter) is not LoRA:
+            raise ValueError(
+                f"adapter is a {type(self.adapter).__name__}; runs train LoRA, whose settings their"
+                " folder holds; inject other methods with lp.peft.inject and train.loop.fit"
+            )
         if self.adapter is None and self.optim.lora_plus != 1:
             raise ValueError("optim.lora_plus is for LoRA adapters; leave it, or set adapter.rank")
         _check_compute(self.compute)
