@@ -5,8 +5,7 @@
 work: lora (r16 on all linear layers), full, or tiny (a 4-layer model, all weights). Random weights
 of SmolLM2-135M's shape, AdamW, the same number of tokens a step for all. Each contender is a
 process of its own, all on huge pages; they take turns, one step each a round. A ratio is the peer's
-median over ours.
-MFU is not given: on a CPU there is no stated peak.
+median over ours. MFU is not given: on a CPU there is no stated peak.
 """
 
 import dataclasses
