@@ -26,15 +26,7 @@ from llmprep_jax.sharding import spec
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(LowRank):
-    """Settings of LoRA.
-
-    Attributes:
-      rank: r. alpha: the scale is alpha / rank, or alpha / sqrt(rank) with `rslora`.
-      targets: which layers, see `adapter.inject`.
-      rank_pattern, alpha_pattern: (name or regex of a path's end, value) for layers that differ;
-        the first that matches holds.
-      dtype: of the adapter's parameters.
-    """
+    """Settings of LoRA: those of `LowRank`, and `rslora`, a scale of alpha / sqrt(rank)."""
 
     rank: int = 16
     alpha: Number = 32.0
