@@ -213,7 +213,9 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.scale = head_dim**-0.5 if scale is None else scale
-        self.soft_cap, self.dtype = soft_cap, compute.operand_dtype
+        # not matmul_dtype: XLA's CPU compiler has no batched bf16 product, and would keep the
+        # probabilities for the backward pass in bf16 and in float32 (5 % of a step)
+        self.soft_cap, self.dtype = soft_cap, jnp.dtype(compute.dtype)
 
         def project(heads: int, axis: str) -> Einsum:
             return Einsum(

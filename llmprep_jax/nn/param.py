@@ -27,15 +27,20 @@ class Buffer(nnx.Variable):
     """An array that belongs to the model and is never trained."""
 
 
+class Shared(Buffer):
+    """A buffer that all layers of a stack see whole: it has no layer axis (see `nn.stack`)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How a model computes, as opposed to what it computes.
 
     Attributes:
       dtype: dtype of activations.
-      matmul_dtype: dtype of the operands of large matrix products, whose results are accumulated in
-        float32; None means `dtype`. On CPUs with bf16 instructions, float32 activations with bf16
-        operands are the fastest way to train (2 x float32, 2.5 x bf16 activations).
+      matmul_dtype: dtype of the operands of products with weights, whose results are accumulated in
+        float32; None means `dtype`, which attention's own products have in any case. On CPUs with
+        bf16 instructions, float32 activations with bf16 operands are the fastest way to train (2 x
+        float32, 2.5 x bf16 activations).
       param_dtype: dtype in which parameters are created.
       remat: what the backward pass recomputes: "none", "full" or "dots" (keeps matrix products).
       unroll: layers a step of the scan; 0 unrolls all (faster steps on CPU, slower compilation).

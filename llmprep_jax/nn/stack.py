@@ -3,7 +3,8 @@
 Tracing and compiling then cost the same at 2 and at 61 layers. The one thing a reader would get
 wrong: on a CPU a scan copies each layer's slice of the weights before it multiplies (a decode step
 at half speed), so a model for generation can be unrolled: `unstack` gives a list of layers, and
-`scan` runs it as a Python loop.
+`scan` runs it as a Python loop. Variables of class `Shared` are the same in every layer and are
+sliced by neither.
 """
 
 import functools
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmprep_jax.nn.linear import PRODUCT
-from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.param import Compute, Shared
 
 REMAT_POLICIES = {
     "full": None,
@@ -30,8 +31,32 @@ def stack(make: Callable[..., nnx.Module], num_layers: int, *, rngs: nnx.Rngs) -
 
 def unstack(layers: nnx.Module) -> nnx.List:
     """The same layers as a list of modules; copies the weights once."""
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
-    return nnx.List([jax.tree.map(lambda x: x[i], layers) for i in range(num_layers)])  # noqa: B023
+    each, build = part(layers)
+    slices = [jax.tree.map(lambda x, i=i: x[i], each) for i in range(depth(layers))]
+    return nnx.List([build(one) for one in slices])
+
+
+def part(layers: nnx.Module) -> tuple[list[Any], Callable[[list[Any]], nnx.Module]]:
+    """(what has a layer axis, a function that makes a module of such values of one layer)."""
+    leaves, structure = jax.tree.flatten(layers, is_leaf=_is_shared)
+    each = [None if _is_shared(leaf) else leaf for leaf in leaves]
+
+    def build(values: list[Any]) -> nnx.Module:
+        whole = [
+            leaf if value is None else value for leaf, value in zip(leaves, values, strict=True)
+        ]
+        return jax.tree.unflatten(structure, whole)
+
+    return each, build
+
+
+def depth(layers: nnx.Module) -> int:
+    """The number of layers in a stack."""
+    return jax.tree.leaves(part(layers)[0])[0].shape[0]
+
+
+def _is_shared(leaf: Any) -> bool:
+    return isinstance(leaf, Shared)
 
 
 def scan(
@@ -59,14 +84,15 @@ def scan(
             carry = run(layer, carry)
         return carry
 
+    each, build = part(layers)
+
     def body(carry, layer_and_values):
         layer, *layer_values = layer_and_values
-        return remat(step)(layer, carry, *layer_values), None
+        return remat(step)(build(layer), carry, *layer_values), None
 
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
     arrays = tuple(jnp.asarray(value) for value in values)
-    unroll = compute.unroll or num_layers
-    return jax.lax.scan(body, carry, (layers, *arrays), unroll=unroll)[0]
+    unroll = compute.unroll or depth(layers)
+    return jax.lax.scan(body, carry, (each, *arrays), unroll=unroll)[0]
 
 
 def _remat(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from llmprep_jax.nn.mlp import GatedMlp
-from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.param import Compute, Shared
 from llmprep_jax.nn.stack import scan, stack, unstack
 from tests.random_modules import random_module
 
@@ -91,3 +91,26 @@ def test_remat_repeats_what_it_says_it_repeats(remat, products, activations):
 def test_an_unknown_policy_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown remat policy 'some'; the policies are none"):
         run(make_layers(), draw(), remat="some")
+
+
+class Scaled(nnx.Module):
+    """A layer with a weight of its own and a factor that all layers share."""
+
+    def __init__(self, *, rngs):
+        self.up = make_layer(rngs=rngs)
+
+    def __call__(self, x):
+        return self.factor[...] * self.up(x)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
+def test_what_layers_share_is_sliced_by_none_of_them(listed):
+    layers, x = random_module(lambda: stack(Scaled, 4, rngs=nnx.Rngs(0))), draw()
+    factor = jnp.linspace(0.5, 1.5, 8)
+    layers.factor = Shared(factor)
+    expected = x
+    for index, scale in enumerate(SCALES):
+        up = jax.tree.map(lambda leaf, index=index: leaf[index], layers.up)
+        expected = expected + scale * factor * up(expected)
+    found = run(unstack(layers) if listed else layers, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
