@@ -123,8 +123,7 @@ def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
 def override(config: Any, overrides: Iterable[str]) -> Any:
     """Replaces fields of a tree of dataclasses.
 
-    A section that is None and has defaults comes into being when one of its fields is set.
-
+    X
     Args:
       config: a dataclass instance.
       overrides: texts `a.b=c`; `a.0.b=c` reaches into a tuple; of two for one key the last wins.
@@ -161,7 +160,10 @@ def _apply(value: Any, kind: Any, changes: str | dict[str, Any], path: tuple[str
             return parse(changes, kind)
         except Mismatch as error:
             raise UsageError(f"{name}={changes}: {error}") from None
-    if value is None:
+    changes = dict(changes)
+    if TYPE_KEY in changes:
+        value = _change_class(value, kind, path, changes.pop(TYPE_KEY))
+    elif value is None:
         value = _make_section(kind, path, next(iter(changes)))
     if isinstance(value, tuple):
         return _apply_to_tuple(value, kind, changes, path)
@@ -198,10 +200,25 @@ def _item_type(kind: Any, index: int) -> Any:
     return Any
 
 
+def _change_class(value: Any, kind: Any, path: tuple[str, ...], name: Any) -> Any:
+    """A section of another class that its declared type allows; what both have is kept."""
+    classes = {member.__name__: member for member in members(kind) if _is_section(member)}
+    if name not in classes:
+        known = ", ".join(classes) or "none, it is no section"
+        raise UsageError(f"{'.'.join((*path, TYPE_KEY))}={name}; the classes are {known}")
+    both = set(field_types(classes[name])) & set(field_types(type(value)) if value else ())
+    kept = {key: getattr(value, key) for key in both}
+    return _construct(lambda: classes[name](**kept), path, {})
+
+
+def _is_section(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind)
+
+
 def _make_section(kind: Any, path: tuple[str, ...], key: str) -> Any:
     """What a section that is None becomes when its field `key` is set."""
     name = ".".join(path)
-    sections = [member for member in members(kind) if dataclasses.is_dataclass(member)]
+    sections = [member for member in members(kind) if _is_section(member)]
     if not sections:
         raise UsageError(f"{name} is None, no section; set {name}=... as a whole")
     having = [section for section in sections if key in field_types(section)]
@@ -209,7 +226,7 @@ def _make_section(kind: Any, path: tuple[str, ...], key: str) -> Any:
         raise _unknown_key(path, key, [k for section in sections for k in field_types(section)])
     if len(having) > 1:
         names = " or ".join(section.__name__ for section in having)
-        raise UsageError(f"{name} is None and could be {names}; choose in the config file")
+        raise UsageError(f"{name} is None and could be {names}; choose by {name}.{TYPE_KEY}=NAME")
     return _construct(having[0], path, {})
 
 
@@ -279,7 +296,7 @@ def from_dict(kind: Any, data: Any) -> Any:
       UsageError: a class, a field or a value that the type does not have.
     """
     if isinstance(data, Mapping) and TYPE_KEY in data:
-        classes = {k.__name__: k for k in members(kind) if dataclasses.is_dataclass(k)}
+        classes = {k.__name__: k for k in members(kind) if _is_section(k)}
         name = " ".join(str(data[TYPE_KEY]).split())
         if name not in classes:
             raise UsageError(f"a {name} is saved where {describe(kind)} is wanted")

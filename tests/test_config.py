@@ -25,8 +25,6 @@ from llmprep_jax.config import (
     to_dict,
     to_json,
 )
-from llmprep_jax.data import DataConfig
-from llmprep_jax.train.run import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +134,8 @@ def test_an_override_is_read_by_the_declared_type(text, key, value):
         ("name.x=1", "name is None, no section"),
         ("adapter.rank=4", "adapter is None and could be LoRA or DoRA"),
         ("adapter.rang=4", "did you mean rank?"),
+        ("adapter._type=DORA", "adapter._type=DORA; the classes are LoRA, DoRA"),
+        ("steps._type=LoRA", "steps._type=LoRA; the classes are none, it is no section"),
         ("sources.1.weight=1", "sources has 1 items"),
         ("sources.-1.weight=1", "sources has 1 items"),
         ("heads.num_kv_heads=3", "heads.num_kv_heads: 4 heads do not divide by 3"),
@@ -316,11 +316,14 @@ def test_a_value_survives_being_written_as_an_override(lr, steps, debug, name):
     assert (new.optim.lr, new.steps, new.debug, new.name) == (lr, steps, debug, name)
 
 
-def test_a_run_refuses_an_adapter_that_its_folder_could_not_name():
-    with pytest.raises(ValueError, match="adapter is a DoRA; runs train LoRA"):
-        RunConfig(
-            model="m",
-            adapter=lp.peft.DoRA(),
-            data=DataConfig(paths=("a",)),
-            out=pathlib.Path("runs"),
-        )
+def test_a_section_may_change_its_class_and_keeps_what_both_have():
+    run = override(Run(), ["adapter._type=DoRA", "adapter.rank=4"])
+    assert run.adapter == DoRA(rank=4)
+    assert override(run, ["adapter._type=LoRA"]).adapter == LoRA(rank=4)
+
+
+@pytest.mark.parametrize("method", [lp.peft.LoRA, lp.peft.DoRA, lp.peft.LoHa, lp.peft.IA3])
+def test_the_adapter_of_a_run_survives_its_file(method):
+    settings = method(targets=("q", "v"))
+    saved = json.loads(to_json(settings))
+    assert from_dict(lp.peft.AnyMethod, saved) == settings

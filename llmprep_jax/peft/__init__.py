@@ -9,8 +9,11 @@ from llmprep_jax.peft.lokr import LoKr
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_format import load, save
 
+AnyMethod = LoRA | DoRA | LoHa | LoKr | IA3  # what a run's config may name
+
 __all__ = [
     "IA3",
+    "AnyMethod",
     "DoRA",
     "LoHa",
     "LoKr",

@@ -18,7 +18,7 @@ from llmprep_jax.config import UsageError, changed_fields, to_dict, to_json
 from llmprep_jax.data import DataConfig
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.stack import REMAT_POLICIES
-from llmprep_jax.peft import LoRA
+from llmprep_jax.peft import AnyMethod
 from llmprep_jax.train.checkpoint import all_steps
 from llmprep_jax.train.loop import FitConfig
 from llmprep_jax.train.metrics import read_jsonl
@@ -59,7 +59,7 @@ class RunConfig(FitConfig):
     architecture: Any | None = None
     tokenizer: str | None = None
     chat_template: pathlib.Path | None = None
-    adapter: LoRA | None = None
+    adapter: AnyMethod | None = None
     data: DataConfig
     eval_data: DataConfig | None = None
     eval_batches: int | None = None
@@ -80,13 +80,10 @@ class RunConfig(FitConfig):
                 f"data.batch_size={self.data.batch_size} is no multiple of "
                 f"accumulate={self.accumulate}"
             )
-        if self.adapter is not None and type(self.adapter) is not LoRA:
-            raise ValueError(
-                f"adapter is a {type(self.adapter).__name__}; runs train LoRA, whose settings their"
-                " folder holds; inject other methods with lp.peft.inject and train.loop.fit"
-            )
         if self.adapter is None and self.optim.lora_plus != 1:
-            raise ValueError("optim.lora_plus is for LoRA adapters; leave it, or set adapter.rank")
+            raise ValueError(
+                "optim.lora_plus is for LoRA adapters: leave it or set adapter._type=LoRA"
+            )
         _check_compute(self.compute)
         for name in ("eval_batches", "loss_chunk"):
             value = getattr(self, name)
