@@ -1,0 +1,42 @@
+"""Two texts that are on every machine, as tokens: Python's manual and a dictionary of 1911.
+
+The one thing a reader would get wrong: the last tenth of each is held out, and evaluated on the
+same windows whatever the seed.
+"""
+
+import json
+import pydoc_data.topics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from configs.smollm2_lora import DATA
+
+Batch = dict[str, np.ndarray]
+
+
+def read_texts(encode: Callable[[str], Sequence[int]] | None) -> dict[str, np.ndarray]:
+    """The tokens of both texts, "A" and "B"; without a tokenizer, their bytes."""
+    encode = encode or (lambda text: list(text.encode()))
+    entries = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    dictionary = "\n\n".join(entry["messages"][-1]["content"] for entry in entries)
+    manual = "\n\n".join(pydoc_data.topics.topics.values())
+    return {"A": np.array(encode(manual)), "B": np.array(encode(dictionary))}
+
+
+def draw_batch(tokens: np.ndarray, rows: int, length: int, rng: np.random.Generator) -> Batch:
+    """Windows from the first nine tenths."""
+    starts = rng.integers(0, len(tokens) * 9 // 10 - length - 1, rows)
+    return _windows(tokens, starts, length)
+
+
+def held_out(tokens: np.ndarray, rows: int, length: int) -> Batch:
+    """Windows over the last tenth, evenly spaced."""
+    starts = np.linspace(len(tokens) * 9 // 10, len(tokens) - length - 1, rows).astype(int)
+    return _windows(tokens, starts, length)
+
+
+def _windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> Batch:
+    rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int32)
+    ones = np.ones((len(starts), length), np.float32)
+    return {"tokens": rows[:, :-1], "targets": rows[:, 1:], "loss_mask": ones}
