@@ -254,7 +254,7 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_one_before(files, tmp_path, c
         if int(state.step) == 1:
             return save(self, state, data_state)
         self.wait()
-        with disk_for_files_of(2**14):
+        with disk_for_files_of(2**10):
             save(self, state, data_state)
             self.wait()
 

@@ -75,7 +75,7 @@ def test_one_row_decodes_alike_in_its_layout(monkeypatch, name, max_inputs):
     np.testing.assert_allclose(laid_out[1], plain[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_adapted_bf16_model_decodes_alike_in_its_layout(num_rows):
     cfg = CONFIGS["llama-tied-9-3-heads"]
     cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, dtype="bfloat16"))

@@ -24,6 +24,7 @@ from llmprep_jax.train.state import count_bytes, create_state, split_model
 from llmprep_jax.train.step import make_train_step, place_batch
 from tests.train.toy import Rows, make_batch, params_of, toy
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 MESH = {"fsdp": 4, "tensor": 2}
 CFG = OptimConfig(lr=1e-2, warmup_steps=2, optimizer="adamw8bit")
@@ -282,9 +283,9 @@ def test_a_step_that_is_not_finite_changes_nothing():
     [
         ((8, 2048), ("tensor", "fsdp")),  # whole blocks on every device
         ((8, 576), ("tensor", "fsdp")),  # blocks of 192, shares of 144
-        ((8, 256), (None, ("fsdp", "tensor"))),  # one block over all devices
-        ((128, 16), ("fsdp", "tensor")),  # blocks along the first dimension
-        ((2, 64, 12, 64), (None, "fsdp", "tensor", None)),
+        slow((8, 256), (None, ("fsdp", "tensor"))),  # one block over all devices
+        slow((128, 16), ("fsdp", "tensor")),  # blocks along the first dimension
+        slow((2, 64, 12, 64), (None, "fsdp", "tensor", None)),
     ],
     ids=str,
 )
@@ -304,6 +305,7 @@ def test_a_mesh_makes_the_codes_of_one_device(shape, spec, monkeypatch):
     np.testing.assert_allclose(sharded_step["w"], step["w"], rtol=1e-6)
 
 
+@pytest.mark.slow  # compiles a training step for eight devices
 def test_a_mesh_trains_like_one_device():
     batches = [make_batch(i, rows=16) for i in range(4)]
     alone, _ = go_on(*start(), batches)
@@ -334,6 +336,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, offload):
     assert_equal(state.params, whole.params)
 
 
+@pytest.mark.slow  # four runs of `fit`
 def test_a_run_may_go_on_with_its_moments_elsewhere(tmp_path):
     def run(out, steps, offload):
         optim = OptimConfig(lr=1e-2, schedule="constant", optimizer="adamw8bit", offload=offload)
@@ -377,6 +380,7 @@ def test_offloaded_moments_wait_on_the_host_and_change_no_bit(optimizer):
     assert_equal(away.params, state.params)
 
 
+@pytest.mark.slow  # compiles a training step for eight devices
 def test_offloaded_moments_are_sharded_as_the_others():
     cfg = OptimConfig(lr=1e-2, warmup_steps=2, optimizer="adamw8bit", offload=True)
     batches = [make_batch(i) for i in range(2)]

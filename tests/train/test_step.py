@@ -76,7 +76,10 @@ def test_accumulation_is_the_whole_batch_with_uneven_token_counts(accumulate):
 
 @pytest.mark.parametrize(
     ("axes", "accumulate"),
-    [({"fsdp": 4, "tensor": 2}, 2), ({"data": 2, "fsdp": 4}, 1)],
+    [
+        ({"fsdp": 4, "tensor": 2}, 2),
+        pytest.param({"data": 2, "fsdp": 4}, 1, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_a_mesh_trains_like_one_device(axes, accumulate):
