@@ -8,6 +8,7 @@ from llmprep_jax.peft.loha import LoHa
 from llmprep_jax.peft.lokr import LoKr
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_format import load, save
+from llmprep_jax.peft.vera import VeRA
 
 AnyMethod = LoRA | DoRA | LoHa | LoKr | IA3  # what a run's config may name
 
@@ -18,6 +19,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "VeRA",
     "count",
     "inject",
     "is_adapted",

@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.nn.param import AdapterParam
+from llmprep_jax.nn.param import AdapterParam, Shared
 from llmprep_jax.peft.targets import (
     Names,
     Targets,
@@ -30,6 +32,7 @@ from llmprep_jax.peft.targets import (
     stacked,
 )
 from llmprep_jax.quant.linear import QuantEinsum
+from llmprep_jax.sharding import has_mesh, spec
 
 Params = Mapping[str, Array]
 
@@ -86,15 +89,25 @@ class Method(Protocol):
 
 
 class Adapted(nnx.Module):
-    """A linear layer and the adapter around it, whose parameters are attributes."""
+    """A linear layer and the adapter around it, whose parameters are attributes.
 
-    def __init__(self, base: Einsum, method: Method, params: Params):
-        self.base, self.method, self.names = base, method, tuple(params)
+    `shared` are arrays that all layers of the model see, and that are not trained.
+    """
+
+    def __init__(self, base: Einsum, method: Method, params: Params, shared: Params | None = None):
+        shared = shared or {}
+        self.base, self.method, self.names = base, method, (*params, *shared)
         for name, value in params.items():
             setattr(self, name, AdapterParam(value))
+        for name, value in shared.items():
+            setattr(self, name, Shared(value))
 
     def params(self) -> dict[str, Array]:
         return {name: getattr(self, name)[...] for name in self.names}
+
+    def layer_axes(self) -> dict[str, int | None]:
+        """The axis of a stack's layers in each of `params`, None for what is shared."""
+        return {name: None if isinstance(getattr(self, name), Shared) else 0 for name in self.names}
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.method.forward(self.params(), self.base, x)
@@ -123,7 +136,19 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     found = {path: base for path, base in bases(model).items() if path in methods}
     # one program: op by op this takes seconds
     params = _init(tuple(methods.items()), found, {path: keys[path] for path in methods})
-    return wrap(model, methods, params)
+    shared = {}
+    if hasattr(method, "draw_shared"):
+        shared = place_shared(method.draw_shared(found.values()))
+    return wrap(model, methods, params, shared)
+
+
+def place_shared(arrays: Mapping[str, np.ndarray]) -> Params:
+    """What all layers share, one array for all of them, whole on every device."""
+    place = spec(None, None) if has_mesh() else None
+    return {
+        name: jnp.asarray(x) if place is None else jax.device_put(x, place)
+        for name, x in arrays.items()
+    }
 
 
 def _resolve(method: Method, path: str, layers: Sequence[Names]) -> Method:
@@ -161,15 +186,18 @@ def _init_layers(path: str, method: Method, base: Einsum, key: jax.Array) -> Par
 
 
 def wrap(
-    model: nnx.Module, methods: Mapping[str, Method], params: Mapping[str, Params]
+    model: nnx.Module,
+    methods: Mapping[str, Method],
+    params: Mapping[str, Params],
+    shared: Params | None = None,
 ) -> nnx.Module:
-    """A model with adapters of these methods and parameters, by path."""
+    """A model with adapters of these methods and parameters, by path; `shared` is for all."""
 
     def visit(path: tuple, node: Any) -> Any:
         name = ".".join(map(str, path))
         if not isinstance(node, Einsum) or name not in methods:
             return node
-        return Adapted(node, methods[name], params[name])
+        return Adapted(node, methods[name], params[name], shared)
 
     return nnx.recursive_map(visit, model)
 
@@ -222,20 +250,22 @@ def merge(model: nnx.Module) -> nnx.Module:
         )
 
     def merged(adapted: Adapted) -> Einsum:
-        base, params, method = adapted.base, adapted.params(), adapted.method
-        plain = base.with_weight(_each_layer(method.merge, params, base))
+        base, method = adapted.base, adapted.method
+        plain = base.with_weight(_each_layer(method.merge, adapted))
         if base.b is None or not hasattr(method, "merge_bias"):
             return plain
         graph, state = nnx.split(plain)
-        state["b"] = state["b"].replace(_each_layer(method.merge_bias, params, base))
+        state["b"] = state["b"].replace(_each_layer(method.merge_bias, adapted))
         return nnx.merge(graph, state)
 
     return _map_adapted(model, merged)
 
 
-def _each_layer(of: Callable[[Params, Einsum], Array], params: Params, base: Einsum) -> Array:
+def _each_layer(of: Callable[[Params, Einsum], Array], adapted: Adapted) -> Array:
     """`of` one layer, or of each layer of a stack."""
-    return of(params, base) if stacked(base) is None else jax.vmap(of)(params, base)
+    if stacked(adapted.base) is not None:
+        of = jax.vmap(of, in_axes=(adapted.layer_axes(), 0))
+    return of(adapted.params(), adapted.base)
 
 
 def _map_adapted(model: nnx.Module, change: Callable[[Adapted], Any]) -> nnx.Module:

@@ -1,8 +1,8 @@
 """How much of a model an adapter trains, as numbers and as a table for people.
 
-A packed weight counts as many parameters as it stands for, and as many bytes as it takes. The one
-thing a reader would get wrong: per cent is of all parameters, the adapter's own among them, as PEFT
-prints it, while a layer's row is of that layer alone.
+A packed weight counts as many parameters as it stands for, and as many bytes as it takes; what
+layers share counts once. The one thing a reader would get wrong: per cent is of all parameters, the
+adapter's own among them, as PEFT prints it, while a layer's row is of that layer alone.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import rich.console
 import rich.table
 from flax import nnx
 
-from llmprep_jax.nn.param import Buffer
+from llmprep_jax.nn.param import Buffer, Shared
 from llmprep_jax.peft.adapter import adapters, split
 from llmprep_jax.peft.targets import plain
 from llmprep_jax.quant.linear import packed_layers
@@ -38,7 +38,8 @@ class Count:
 def count(model: nnx.Module) -> Count:
     """Counts parameters; an abstract model will do."""
     trainable, frozen = split(model)
-    dense = _size(nnx.filter_state(frozen, nnx.Not(Buffer)))
+    frozen = _once(frozen)
+    dense = _size(nnx.filter_state(frozen, nnx.Any(Shared, nnx.Not(Buffer))))
     packed = sum(math.prod(layer.shape) for layer in packed_layers(model).values())
     return Count(_size(trainable), dense + packed, _bytes(trainable), _bytes(frozen))
 
@@ -66,6 +67,17 @@ def print_counts(model: nnx.Module, console: rich.console.Console | None = None)
 
 def _cells(found: Count) -> tuple[str, str, str]:
     return f"{found.trainable:,}", f"{found.frozen:,}", f"{found.share:.4%}".removesuffix("%")
+
+
+def _once(state: nnx.State) -> nnx.State:
+    """Without repetitions of what layers share, which is one array for each name and shape.
+
+    Abstract arrays are told apart by nothing else.
+    """
+    kept: dict[tuple, tuple] = {}
+    for path, x in nnx.to_flat_state(state):
+        kept.setdefault((path[-1], x.shape) if isinstance(x, Shared) else path, (path, x))
+    return nnx.from_flat_state(kept.values())
 
 
 def _size(state: nnx.State) -> int:

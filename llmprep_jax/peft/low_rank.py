@@ -103,6 +103,19 @@ def draw(
     return jax.random.uniform(rngs.params(), shape, dtype, -bound, bound, out_sharding=sharding)
 
 
+def bypass(a: Array, b: Array, base: Einsum, x: Array) -> Array:
+    """The base's result and x a b, by way of the rank: no matrix of the layer's size is formed.
+
+    Args:
+      a: [inputs..., r]. b: [r, outputs...].
+    """
+    x_dims, ins, outs, y_dims = dims(base)
+    rows = "".join(dim for dim in y_dims if dim not in outs)
+    low_axes = (*base.out_axes[: len(rows)], None)
+    x_low = contract(f"{x_dims},{ins}r->{rows}r", x, a, base.dtype, low_axes)
+    return base(x) + contract(f"{rows}r,r{outs}->{y_dims}", x_low, b, base.dtype, base.out_axes)
+
+
 def outer(a: Array, b: Array, base: Einsum) -> Array:
     """a b as a matrix of the layer, [inputs, outputs] unmerged, float32.
 

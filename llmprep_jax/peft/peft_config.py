@@ -28,6 +28,7 @@ from llmprep_jax.peft.targets import (
     matches,
     modules,
 )
+from llmprep_jax.peft.vera import VeRA
 from llmprep_jax.weights.safetensors import quoted
 
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -37,6 +38,7 @@ READ = {
     "LOHA": (*RANKS, "alpha"),
     "LOKR": (*RANKS, "alpha", "decompose_both", "decompose_factor"),
     "IA3": ("feedforward_modules",),
+    "VERA": ("r", "d_initial", "projection_prng_key", "save_projection", "bias"),
 }
 # where it comes from, how it was trained, and settings of what other fields switch on
 WITHOUT_EFFECT = (
@@ -47,6 +49,7 @@ WITHOUT_EFFECT = (
     "revision",
     "inference_mode",
     "lora_dropout",
+    "vera_dropout",
     "runtime_config",
     "megatron_core",
     "qalora_group_size",
@@ -92,6 +95,7 @@ class AdapterConfig:
       targets, excluded: names or a regex of modules; None: whatever the file holds, and none.
       layers: numbers of the only layers that are adapted, None for all.
       containers: regexes of what layers are numbered in, () for anything.
+      draws: whether what all layers share is drawn anew where the file does not hold it.
     """
 
     method: Method
@@ -99,6 +103,7 @@ class AdapterConfig:
     excluded: Targets | None
     layers: tuple[int, ...] | None
     containers: tuple[str, ...]
+    draws: bool = False
 
     def adapts(self, module: str) -> bool:
         """Whether PEFT adapts a module of this name."""
@@ -154,7 +159,8 @@ def _read(config: Mapping[str, Any]) -> AdapterConfig:
     for text in targets:
         if isinstance(text, str):
             check_regex("target_modules or exclude_modules", text)
-    return AdapterConfig(_method(config), *targets, tuple(layers) or None, containers)
+    draws = config.get("save_projection") is False
+    return AdapterConfig(_method(config), *targets, tuple(layers) or None, containers, draws)
 
 
 def _method(config: Mapping[str, Any]) -> Method:
@@ -162,6 +168,10 @@ def _method(config: Mapping[str, Any]) -> Method:
     kind = config["peft_type"]
     if kind == "IA3":
         return IA3(feedforward=_names(config, "feedforward_modules") or ())
+    if kind == "VERA":
+        check_number("r", config["r"], whole=True)
+        initial, seed = config.get("d_initial", 0.1), config.get("projection_prng_key", 0)
+        return VeRA(int(config["r"]), initial, seed)
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):
             raise ValueError(f"{name} is {quoted(config[name])}; it must be an object")
@@ -213,7 +223,6 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
         "revision": None,
         "inference_mode": True,
         "target_modules": sorted(_shortest(dict.fromkeys(by_name, True), every)),
-        "exclude_modules": None,
         "modules_to_save": None,
         **_settings(by_name),
     }
@@ -229,6 +238,20 @@ def _settings(by_name: Mapping[str, Method]) -> dict[str, Any]:
             "feedforward_modules": sorted(_shortest(inputs, by_name)),
             "fan_in_fan_out": False,
             "init_ia3_weights": True,
+        }
+    if isinstance(first, VeRA):
+        return {
+            "peft_type": "VERA",
+            "r": first.rank,
+            "d_initial": first.initial,
+            "projection_prng_key": first.seed,
+            "save_projection": True,
+            "vera_dropout": 0.0,
+            "fan_in_fan_out": False,
+            "bias": "none",
+            "init_weights": True,
+            "layers_to_transform": None,
+            "layers_pattern": None,
         }
 
     def pattern(field: str) -> dict[str, Any]:

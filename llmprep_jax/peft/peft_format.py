@@ -8,7 +8,8 @@ what differs in a layer's scale goes into its B.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -73,15 +74,23 @@ def save(
         raise ValueError("the model has no adapters; save_model writes whole models")
     base = adapter.strip(model)
     adapters = nnx.state(model, AdapterParam)
+    tensors = export(adapters, adapter_table(model, adapter.methods(model)))
     return save_folder(
         folder,
         make_config(model, base_model),
-        export(adapters, adapter_table(model, adapter.methods(model))),
+        itertools.chain(tensors, _shared_tensors(model)),
         config_name=CONFIG,
         weights_name=WEIGHTS_FILE,
         verify=lambda written: probe_difference(model, load(base, written)),
         tolerance=tolerance,
     )
+
+
+def _shared_tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """(PEFT's name, array) of what all layers share."""
+    adapted = next(iter(adapter.adapters(model).values()))
+    for name, theirs in getattr(adapted.method, "shared", {}).items():
+        yield theirs, np.asarray(jax.device_get(getattr(adapted, name)[...]))
 
 
 def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
@@ -101,7 +110,8 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
         base = bases(model)[path]
         methods[path] = _one_method(path, layers, base)
         params[path] = _read(base, methods[path], layers, file)
-    return adapter.wrap(model, methods, params)
+    shared = _read_shared(config, [bases(model)[path] for path in methods], file)
+    return adapter.wrap(model, methods, params, shared)
 
 
 def _read_json(folder: Path) -> dict:
@@ -200,10 +210,11 @@ def _differences(wanted: Sequence[Layer], file: SafetensorsFile) -> list[str]:
         for a, b in (layer.names[:2] for layer in wanted if isinstance(layer.method, LoRA))
         if {a, b} <= set(shape) and shape[a][:1] != shape[b][-1:]
     }
+    shared = {name for layer in wanted for name in getattr(layer.method, "shared", {}).values()}
     told = {name for names in unlike.values() for name in names}
     kinds = {
         "missing": [name for name in expected if name not in shape],
-        "unexpected": [name for name in shape if name not in expected],
+        "unexpected": [name for name in shape if name not in expected and name not in shared],
         "of two ranks": list(unlike),
         "of another shape": [
             f"{name} is {_dims(shape[name])}, expected {_dims(dims)}"
@@ -237,6 +248,28 @@ def _one_method(path: str, layers: Mapping[Place, Layer], base: Einsum) -> Metho
             f" {type(one).__name__}; unstack(model.layers) first, or adapt all alike"
         )
     return one
+
+
+def _read_shared(
+    config: AdapterConfig, layers: Sequence[Einsum], file: SafetensorsFile
+) -> dict[str, jax.Array]:
+    """What all layers share: as the file has it, else as the config has it drawn."""
+    method, theirs = config.method, getattr(config.method, "shared", {})
+    if not theirs:
+        return {}
+    if config.draws and not any(name in file for name in theirs.values()):
+        return adapter.place_shared(method.draw_shared(layers))
+    found = {}
+    for name, shape in method.shared_shapes(layers).items():
+        dims = file.shape(theirs[name]) if theirs[name] in file else None
+        if dims != shape:
+            reason = "is missing" if dims is None else f"is {_dims(dims)}"
+            raise ValueError(
+                f"{file.path} does not fit this base model: {theirs[name]} {reason}, expected"
+                f" {_dims(shape)}; load it on the base that {CONFIG} names, or save it again"
+            )
+        found[name] = np.array(file.read(theirs[name]), np.float32)
+    return adapter.place_shared(found)
 
 
 def _read(

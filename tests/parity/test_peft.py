@@ -166,6 +166,11 @@ MORE = {
         peft.LoKrConfig,
         dict(r=1, alpha=2, target_modules=ALL, decompose_both=True, decompose_factor=8),
     ),
+    "vera": (peft.VeraConfig, dict(r=48, target_modules=ALL, projection_prng_key=5)),
+    "vera-drawn": (
+        peft.VeraConfig,
+        dict(r=16, target_modules=["q_proj", "o_proj", "up_proj"], save_projection=False),
+    ),
     "ia3": (
         peft.IA3Config,
         dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -188,6 +193,16 @@ def test_other_methods_agree_in_logits_gradients_and_folders_both_ways(
     lp.peft.save(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
     assert_same(logits_of(again), expected)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 5])
+def test_vera_draws_its_projections_as_peft_does_bit_for_bit(base, seed):
+    theirs, ours = base
+    settings = dict(r=24, target_modules=ALL, projection_prng_key=seed)
+    expected = adapt(theirs, settings, peft.VeraConfig).base_model
+    q = lp.peft.inject(ours, lp.peft.VeRA(rank=24, seed=seed)).layers.attn.q
+    np.testing.assert_array_equal(q.vera_a[...], expected.vera_A["default"].numpy())
+    np.testing.assert_array_equal(q.vera_b[...], expected.vera_B["default"].numpy())
 
 
 @pytest.mark.parametrize("name", ["all-linear", "rslora", "patterns"])
@@ -237,6 +252,7 @@ CONFIGS = {
     "LOHA": peft.LoHaConfig,
     "LOKR": peft.LoKrConfig,
     "IA3": peft.IA3Config,
+    "VERA": peft.VeraConfig,
 }
 
 

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import llmprep_jax as lp
 from llmprep_jax.models import registry
 from llmprep_jax.models.llama.config import Config as LlamaConfig
-from llmprep_jax.nn.param import AdapterParam, Compute
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.param import AdapterParam, Compute, Shared
 from llmprep_jax.nn.stack import unstack
-from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr
+from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr, VeRA
+from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.peft.lokr import factors
 from llmprep_jax.sharding import make_mesh, use_mesh
 from tests.models.tiny import make_tokens
@@ -26,12 +29,14 @@ METHODS = {
     "lokr": LoKr(rank=2, alpha=4),
     "lokr-both": LoKr(rank=1, alpha=1, decompose_both=True, decompose_factor=4),
     "ia3": IA3(),
+    "vera": VeRA(rank=48),
     "ia3-outputs": IA3(targets="all-linear", feedforward=()),
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-FOUR = ("dora", "loha", "lokr", "ia3")  # where variants would compile for seconds and show no more
-each_kind = pytest.mark.parametrize("method", [METHODS[name] for name in FOUR], ids=FOUR)
+# where variants would compile for seconds and show no more
+KINDS = ("dora", "loha", "lokr", "ia3", "vera")
+each_kind = pytest.mark.parametrize("method", [METHODS[name] for name in KINDS], ids=KINDS)
 
 
 def small(remat: str = "none") -> nnx.Module:
@@ -155,6 +160,77 @@ def test_a_mesh_changes_nothing(method):
     assert_near(found, logits)
     assert_near(found_grads, grads, 2e-5)
     assert_near(found_merged, merged)
+
+
+def test_the_projections_of_vera_are_one_pair_of_arrays_in_all_layers(tmp_path):
+    method = VeRA(rank=3, targets=("q_proj", "up_proj", "down_proj"))
+    model = lp.peft.inject(base(), method)
+    listed = nnx.merge(*nnx.split(model))
+    listed.layers = unstack(model.layers)
+    loaded = lp.peft.load(base(), lp.peft.save(scattered(model), tmp_path / "adapter"))
+    for each in (model, loaded, scattered(model), listed):
+        found = adapters(each).values()
+        assert len({id(layer.vera_a[...]) for layer in found}) == 1
+        assert len({id(layer.vera_b[...]) for layer in found}) == 1
+        # 2 layers: 32 + 64 + 32 outputs and 3 d each; A is 3 x 64, B 64 x 3
+        counts = lp.peft.count(each)
+        assert counts.trainable == 2 * (32 + 64 + 32 + 3 * 3)
+        assert counts.frozen == lp.peft.count(base()).frozen + 2 * 3 * 64
+        assert not nnx.state(lp.peft.split(each)[0], Shared)
+        assert not nnx.state(lp.peft.strip(each), Shared)
+        assert not nnx.state(lp.peft.merge(each), Shared)
+
+
+def test_the_projections_of_vera_are_torchs_random_numbers():
+    class Layer(nnx.Module):
+        def __init__(self):
+            axes = ("embed", "mlp"), ("batch", "seq", "mlp")
+            compute, rngs = Compute(), nnx.Rngs(0)
+            self.q = Einsum("BTD,DF->BTF", (6, 2), *axes, compute=compute, rngs=rngs)
+
+    # 2 torch.rand(n) - 1 from manual_seed(0), A's 6 columns and B's 1 each under its own bound
+    q = lp.peft.inject(Layer(), VeRA(rank=1)).q
+    expected = np.float32([[-0.0074868, 0.5364436, -0.8230451, -0.735939, -0.3851544, 0.2681574]])
+    np.testing.assert_allclose(q.vera_a[...], expected, atol=1e-6)
+    expected = np.sqrt(6) * np.float32([[-0.0198132], [0.7928895]])
+    np.testing.assert_allclose(q.vera_b[...], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"initial": 0}, {"seed": -1}], ids=str)
+def test_settings_of_vera_that_make_no_sense_are_refused(settings):
+    with pytest.raises(ValueError, match=f"VeRA's {next(iter(settings))} is .*; it must be"):
+        VeRA(**settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("base_model.vera_B"), r"vera_B is missing, expected \[32, 4"),
+        (
+            lambda tensors: tensors.update({"base_model.vera_A": np.zeros((4, 40), np.float32)}),
+            r"vera_A is \[4, 40\], expected \[4, 32\]; load it on the base that",
+        ),
+    ],
+    ids=["missing", "misshapen"],
+)
+def test_a_folder_of_vera_without_fitting_projections_is_refused(tmp_path, change, message):
+    folder = lp.peft.save(lp.peft.inject(base(), VeRA(4, targets=("q_proj",))), tmp_path / "vera")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=message) as caught:
+        lp.peft.load(base(), folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_vera_opens_on_a_mesh(tmp_path):
+    method = VeRA(rank=4, targets=("q_proj", "o_proj", "down_proj"))
+    model = scattered(lp.peft.inject(base(), method))
+    folder = lp.peft.save(model, tmp_path / "adapter")
+    with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
+        found = logits_of(lp.peft.load(random_module(small), folder))
+    assert_near(found, logits_of(model))
 
 
 @pytest.mark.parametrize(
