@@ -23,6 +23,7 @@ from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft.experts import each_expert, experts, letters, num_experts
 from llmprep_jax.peft.targets import (
     Names,
+    Number,
     Targets,
     bases,
     check_keys,
@@ -98,9 +99,11 @@ class Adapted(nnx.Module):
         return {name: getattr(self, name)[...] for name in self.names}
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return forward(self.method, self.params(), self.base, x)
+        forward = lambda base, params, x: self.method.forward(params, base, x)  # noqa: E731
+        x_dims, _, y_dims = letters(self.base)
+        return each_expert(forward, self.base, self.params(), x, dims=("", x_dims), result=y_dims)
 
-    def merged(self, weights: Mapping[str, float] | None = None) -> tuple[Array, Array | None]:
+    def merged(self, weights: Mapping[str, Number] | None = None) -> tuple[Array, Array | None]:
         """(weight in float32, bias) with the adapter in them; `weights` are for several adapters.
 
         Raises:
@@ -111,30 +114,18 @@ class Adapted(nnx.Module):
                 "the model holds one adapter, without a name, and takes no weights; put several on"
                 " it by lp.peft.combine"
             )
-        return merged(self.method, self.params(), self.base)
+        _, w_dims, y_dims = letters(self.base)
+        b_dims = "".join(dim for dim in w_dims if dim in y_dims)
 
+        def each(of: Callable[[Params, Einsum], Array], result: str) -> Array:
+            one = lambda base, params: of(params, base)  # noqa: E731
+            experts = lambda params, base: each_expert(one, base, params, dims=("",), result=result)  # noqa: E731
+            return _each_layer(experts, self)
 
-def forward(method: Method, params: Params, base: Einsum, x: Array) -> Array:
-    """What a layer with an adapter gives."""
-    run = lambda base, params, x: method.forward(params, base, x)  # noqa: E731
-    x_dims, _, y_dims = letters(base)
-    return each_expert(run, base, dict(params), x, dims=("", x_dims), result=y_dims)
-
-
-def merged(method: Method, params: Params, base: Einsum) -> tuple[Array, Array | None]:
-    """(weight in float32, bias) of a layer or a stack of them, with an adapter in them."""
-    _, w_dims, y_dims = letters(base)
-    b_dims = "".join(dim for dim in w_dims if dim in y_dims)
-
-    def run(name: str, dims: str) -> Array:
-        one = lambda base, params: getattr(method, name)(params, base)  # noqa: E731
-        of = lambda params, base: each_expert(one, base, params, dims=("",), result=dims)  # noqa: E731
-        return _each_layer(of, dict(params), base)
-
-    bias = None if base.b is None else base.b[...]
-    if bias is not None and hasattr(method, "merge_bias"):
-        bias = run("merge_bias", b_dims)
-    return run("merge", w_dims), bias
+        bias = None if self.base.b is None else self.base.b[...]
+        if bias is not None and hasattr(self.method, "merge_bias"):
+            bias = each(self.method.merge_bias, b_dims)
+        return each(self.method.merge, w_dims), bias
 
 
 def with_weights(base: Einsum, weight: Array, bias: Array | None) -> Einsum:
@@ -256,7 +247,7 @@ def strip(model: nnx.Module) -> nnx.Module:
     return map_adapted(model, lambda adapted: adapted.base)
 
 
-def merge(model: nnx.Module, weights: Mapping[str, float] | None = None) -> nnx.Module:
+def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx.Module:
     """A plain model whose weights hold what the adapters added; computed in float32.
 
     Adapted layers on packed weights (`quant`) become dense, in the dtype they had before, with a
@@ -265,8 +256,14 @@ def merge(model: nnx.Module, weights: Mapping[str, float] | None = None) -> nnx.
     Args:
       weights: of several adapters (see `combine`), by name: base + sum of w (merged - base), those
         without a weight left out.
+
+    Raises:
+      ValueError: the model holds several adapters and there are no weights, or the other way.
     """
-    packed = [path for path, each in adapters(model).items() if isinstance(each.base, QuantEinsum)]
+    found = adapters(model)
+    if weights is not None and not found:
+        raise ValueError("the model has no adapters that weights could be for")
+    packed = [path for path, each in found.items() if isinstance(each.base, QuantEinsum)]
     if packed:
         warnings.warn(
             f"merging makes {len(packed)} packed layers dense, among them {packed[0]}; keep the"
@@ -276,9 +273,10 @@ def merge(model: nnx.Module, weights: Mapping[str, float] | None = None) -> nnx.
     return map_adapted(model, lambda each: with_weights(each.base, *each.merged(weights)))
 
 
-def _each_layer(of: Callable[[Params, Einsum], Array], params: Params, base: Einsum) -> Array:
+def _each_layer(of: Callable[[Params, Einsum], Array], adapted: Adapted) -> Array:
     """`of` one layer, or of each layer of a stack."""
-    return of(params, base) if stacked(base) is None else jax.vmap(of)(params, base)
+    of = of if stacked(adapted.base) is None else jax.vmap(of)
+    return of(adapted.params(), adapted.base)
 
 
 def map_adapted(model: nnx.Module, change: Callable[[Adapted], Any]) -> nnx.Module:
