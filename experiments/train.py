@@ -73,13 +73,13 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
     batches, evaluate = open_data(cfg, processor)
     trainable = Param if cfg.adapter is None else AdapterParam
     parts = split_model(model, trainable)
-    if cfg.adapter is not None:
-        lp.peft.print_counts(model, console)
     trained, total = count(parts.params), count(parts.params) + count(parts.frozen)
     console.print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
     tx = make_optimizer(cfg.optim, parts.params, cfg.steps)
     state_bytes = count_bytes(jax.eval_shape(tx.init, parts.params))
     console.print(f"optimizer state: {state_bytes / 2**20:,.1f} MiB")
+    if cfg.adapter is not None:
+        lp.peft.print_counts(model, console, state_bytes)
     result = fit(
         model,
         trainable,

@@ -1,16 +1,18 @@
 """Parameter-efficient fine-tuning: `inject`, `split`, `merge`, `save` and `load` adapters."""
 
 from llmprep_jax.peft.adapter import inject, is_adapted, merge, split, strip
+from llmprep_jax.peft.by_name import combine, select
 from llmprep_jax.peft.counts import count, print_counts
 from llmprep_jax.peft.dora import DoRA
 from llmprep_jax.peft.ia3 import IA3
 from llmprep_jax.peft.loha import LoHa
 from llmprep_jax.peft.lokr import LoKr
 from llmprep_jax.peft.lora import LoRA
+from llmprep_jax.peft.merging import blend, unmerge
 from llmprep_jax.peft.peft_format import load, save
 from llmprep_jax.peft.vera import VeRA
 
-AnyMethod = LoRA | DoRA | LoHa | LoKr | IA3  # what a run's config may name
+AnyMethod = LoRA | DoRA | LoHa | LoKr | IA3 | VeRA  # what a run's config may name
 
 __all__ = [
     "IA3",
@@ -20,6 +22,8 @@ __all__ = [
     "LoKr",
     "LoRA",
     "VeRA",
+    "blend",
+    "combine",
     "count",
     "inject",
     "is_adapted",
@@ -27,6 +31,8 @@ __all__ = [
     "merge",
     "print_counts",
     "save",
+    "select",
     "split",
     "strip",
+    "unmerge",
 ]

@@ -22,8 +22,10 @@ from jaxtyping import Array, Float
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Shared
+from llmprep_jax.peft.experts import each_expert, experts, letters, num_experts
 from llmprep_jax.peft.targets import (
     Names,
+    Number,
     Targets,
     bases,
     check_keys,
@@ -105,12 +107,56 @@ class Adapted(nnx.Module):
     def params(self) -> dict[str, Array]:
         return {name: getattr(self, name)[...] for name in self.names}
 
-    def layer_axes(self) -> dict[str, int | None]:
-        """The axis of a stack's layers in each of `params`, None for what is shared."""
-        return {name: None if isinstance(getattr(self, name), Shared) else 0 for name in self.names}
+    def own(self) -> dict[str, Array]:
+        """Of `params`, those of this layer alone."""
+        of = {name: getattr(self, name) for name in self.names}
+        return {name: x[...] for name, x in of.items() if not isinstance(x, Shared)}
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.method.forward(self.params(), self.base, x)
+        everything = self.params()
+        forward = lambda base, own, x: self.method.forward(everything | own, base, x)  # noqa: E731
+        x_dims, _, y_dims = letters(self.base)
+        return each_expert(forward, self.base, self.own(), x, dims=("", x_dims), result=y_dims)
+
+    def merged(self, weights: Mapping[str, Number] | None = None) -> tuple[Array, Array | None]:
+        """(weight in float32, bias) with the adapter in them; `weights` are for several adapters.
+
+        Raises:
+          ValueError: there are weights.
+        """
+        if weights is not None:
+            raise ValueError(
+                "the model holds one adapter, without a name, and takes no weights; put several on"
+                " it by lp.peft.combine"
+            )
+        _, w_dims, y_dims = letters(self.base)
+        b_dims = "".join(dim for dim in w_dims if dim in y_dims)
+
+        everything = self.params()
+
+        def each(of: Callable[[Params, Einsum], Array], result: str) -> Array:
+            def one(base: Einsum, own: Params) -> Array:
+                return of(everything | own, base)
+
+            def of_layer(own: Params, base: Einsum) -> Array:
+                return each_expert(one, base, own, dims=("",), result=result)
+
+            return _each_layer(of_layer, self)
+
+        bias = None if self.base.b is None else self.base.b[...]
+        if bias is not None and hasattr(self.method, "merge_bias"):
+            bias = each(self.method.merge_bias, b_dims)
+        return each(self.method.merge, w_dims), bias
+
+
+def with_weights(base: Einsum, weight: Array, bias: Array | None) -> Einsum:
+    """The layer with another weight and bias, in the dtypes of this one's."""
+    plain = base.with_weight(weight)
+    if bias is None:
+        return plain
+    graph, state = nnx.split(plain)
+    state["b"] = state["b"].replace(bias.astype(base.b.dtype))
+    return nnx.merge(graph, state)
 
 
 def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
@@ -175,7 +221,9 @@ def _init_layers(path: str, method: Method, base: Einsum, key: jax.Array) -> Par
     """The parameters of one layer, or with a leading axis those of a stack of layers."""
 
     def one(base: Einsum, key: jax.Array) -> dict[str, Array]:
-        return dict(method.init(base, nnx.Rngs(key)))
+        key = jax.random.split(key, num_experts(base)) if experts(base) else key
+        init = lambda base, key: dict(method.init(base, nnx.Rngs(key)))  # noqa: E731
+        return each_expert(init, base, key, dims=("",))
 
     try:
         if stacked(base) is None:
@@ -232,64 +280,71 @@ def split(model: nnx.Module) -> tuple[nnx.State, nnx.State]:
 
 def strip(model: nnx.Module) -> nnx.Module:
     """The base model, without its adapters."""
-    return _map_adapted(model, lambda adapted: adapted.base)
+    return map_adapted(model, lambda adapted: adapted.base)
 
 
-def merge(model: nnx.Module) -> nnx.Module:
+def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx.Module:
     """A plain model whose weights hold what the adapters added; computed in float32.
 
     Adapted layers on packed weights (`quant`) become dense, in the dtype they had before, with a
     warning; packing them again would round what the adapter added.
+
+    Args:
+      weights: of several adapters (see `combine`), by name: base + sum of w (merged - base), those
+        without a weight left out.
+
+    Raises:
+      ValueError: the model holds several adapters and there are no weights, or the other way.
     """
-    packed = [path for path, each in adapters(model).items() if isinstance(each.base, QuantEinsum)]
+    found = adapters(model)
+    if weights is not None and not found:
+        raise ValueError("the model has no adapters that weights could be for")
+    packed = [path for path, each in found.items() if isinstance(each.base, QuantEinsum)]
     if packed:
         warnings.warn(
             f"merging makes {len(packed)} packed layers dense, among them {packed[0]}; keep the"
             " adapters apart (lp.peft.save) to keep the weights packed",
             stacklevel=2,
         )
-
-    def merged(adapted: Adapted) -> Einsum:
-        base, method = adapted.base, adapted.method
-        plain = base.with_weight(_each_layer(method.merge, adapted))
-        if base.b is None or not hasattr(method, "merge_bias"):
-            return plain
-        graph, state = nnx.split(plain)
-        state["b"] = state["b"].replace(_each_layer(method.merge_bias, adapted))
-        return nnx.merge(graph, state)
-
-    return _map_adapted(model, merged)
+    return map_adapted(model, lambda each: with_weights(each.base, *each.merged(weights)))
 
 
 def _each_layer(of: Callable[[Params, Einsum], Array], adapted: Adapted) -> Array:
     """`of` one layer, or of each layer of a stack."""
-    if stacked(adapted.base) is not None:
-        of = jax.vmap(of, in_axes=(adapted.layer_axes(), 0))
-    return of(adapted.params(), adapted.base)
+    of = of if stacked(adapted.base) is None else jax.vmap(of)
+    return of(adapted.own(), adapted.base)
 
 
-def _map_adapted(model: nnx.Module, change: Callable[[Adapted], Any]) -> nnx.Module:
+def map_adapted(model: nnx.Module, change: Callable[[Adapted], Any]) -> nnx.Module:
+    """The model with its adapted layers changed."""
     return nnx.recursive_map(
         lambda _, node: change(node) if isinstance(node, Adapted) else node, model
     )
 
 
 def dims(base: Einsum) -> tuple[str, str, str, str]:
-    """(activation, weight's inputs, weight's outputs, result) of a layer's einsum, as letters."""
-    inputs, y_dims = base.eqn.split("->")
-    x_dims, w_dims = inputs.split(",")
+    """(activation, weight's inputs, weight's outputs, result) of a layer's einsum, as letters.
+
+    Letters of experts are neither inputs nor outputs.
+    """
+    x_dims, w_dims, y_dims = letters(base)
     ins = "".join(dim for dim in w_dims if dim not in y_dims)
-    outs = "".join(dim for dim in w_dims if dim in y_dims)
+    outs = "".join(dim for dim in w_dims if dim not in x_dims)
     return x_dims, ins, outs, y_dims
 
 
 def shape_of(base: Einsum) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """One layer's (input, output) sizes, unmerged."""
-    shape, num_inputs = base.layer_shape, len(dims(base)[1])
-    return shape[:num_inputs], shape[num_inputs:]
+    """One layer's (input, output) sizes, unmerged; of one expert where there are many."""
+    return _sides(base, base.layer_shape)
 
 
 def axes_of(base: Einsum) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     """The logical axes of a layer's (inputs, outputs)."""
-    num_inputs = len(dims(base)[1])
-    return base.axes[:num_inputs], base.axes[num_inputs:]
+    return _sides(base, base.axes)
+
+
+def _sides(base: Einsum, values: tuple) -> tuple[tuple, tuple]:
+    """What belongs to the (inputs, outputs), of values of the weight's dimensions."""
+    _, ins, outs, _ = dims(base)
+    of = dict(zip(letters(base)[1], values, strict=True))
+    return tuple(of[dim] for dim in ins), tuple(of[dim] for dim in outs)

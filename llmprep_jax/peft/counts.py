@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -52,30 +53,51 @@ def count_targets(model: nnx.Module) -> dict[str, Count]:
     return {name: count(nnx.List(layers)) for name, layers in sorted(each.items())}
 
 
-def print_counts(model: nnx.Module, console: rich.console.Console | None = None) -> None:
-    """Prints a table of the targets, their trainable parameters and what share these are."""
-    table = rich.table.Table(title="what is trained")
+def print_counts(
+    model: nnx.Module,
+    console: rich.console.Console | None = None,
+    optimizer_bytes: int | None = None,
+) -> None:
+    """Prints a table of the targets: their trainable parameters, what share these are, and memory.
+
+    Args:
+      optimizer_bytes: of the whole optimizer state; None: AdamW's, two float32 moments.
+    """
+    columns = ("trainable", "frozen", "per cent", "weights", "gradients", "optimizer")
+    table = rich.table.Table(title="what is trained, and MiB of memory")
     table.add_column("target")
-    for name in ("trainable", "frozen", "per cent"):
+    for name in columns:
         table.add_column(name, justify="right")
+    whole = count(model)
+    moments = 8 * whole.trainable if optimizer_bytes is None else optimizer_bytes
+    each = moments / max(whole.trainable, 1)
     for name, found in count_targets(model).items():
-        table.add_row(name, *_cells(found))
+        table.add_row(name, *_cells(found, each))
     table.add_section()
-    table.add_row("the whole model", *_cells(count(model)))
+    table.add_row("the whole model", *_cells(whole, each))
     (console or rich.console.Console()).print(table)
 
 
-def _cells(found: Count) -> tuple[str, str, str]:
-    return f"{found.trainable:,}", f"{found.frozen:,}", f"{found.share:.4%}".removesuffix("%")
+def _cells(found: Count, optimizer_bytes: float) -> tuple[str, ...]:
+    # gradients are summed in float32, whatever the parameters are
+    sizes = (
+        found.trainable_bytes + found.frozen_bytes,
+        4 * found.trainable,
+        optimizer_bytes * found.trainable,
+    )
+    share = f"{found.share:.4%}".removesuffix("%")
+    return f"{found.trainable:,}", f"{found.frozen:,}", share, *(f"{x / 2**20:,.1f}" for x in sizes)
 
 
 def _once(state: nnx.State) -> nnx.State:
     """Without repetitions of what layers share, which is one array for each name and shape.
 
-    Abstract arrays are told apart by nothing else.
+    Abstract arrays are told apart by nothing else. Numbers of rows (`several`) are left out.
     """
     kept: dict[tuple, tuple] = {}
     for path, x in nnx.to_flat_state(state):
+        if isinstance(x, Shared) and not jnp.issubdtype(x.dtype, jnp.floating):
+            continue
         kept.setdefault((path[-1], x.shape) if isinstance(x, Shared) else path, (path, x))
     return nnx.from_flat_state(kept.values())
 

@@ -370,12 +370,15 @@ def test_a_second_adapter_on_a_model_is_refused():
 
 
 def test_the_table_of_counts_has_a_row_a_target_and_one_of_the_whole():
-    console = rich.console.Console(file=io.StringIO(), width=80, color_system=None)
+    console = rich.console.Console(file=io.StringIO(), width=120, color_system=None)
     model = jax.eval_shape(lambda: build(LLAMA, LoRA(4, targets=("q_proj", "down")), listed=True))
-    lp.peft.print_counts(model, console)
+    lp.peft.print_counts(model, console, optimizer_bytes=2**30)
     rows = [line.split() for line in console.file.getvalue().splitlines()]
     cells = [[cell for cell in row if cell.strip("│┃|")] for row in rows]
-    # q 3 * 4 * (48 + 72), down 3 * 4 * (64 + 48); 3 * 48 * 72 and 3 * 64 * 48 weights
-    assert ["layers.attn.q", "1,440", "10,368", "12.1951"] in cells
-    assert ["layers.mlp.down", "1,344", "9,216", "12.7273"] in cells
-    assert ["the", "whole", "model", "2,784", "60,240", "4.4174"] in cells
+    # q 3 * 4 * (48 + 72), down 3 * 4 * (64 + 48); 3 * 48 * 72 and 3 * 64 * 48 weights; MiB
+    memory = lambda trained, frozen: [  # noqa: E731
+        f"{n / 2**20:.1f}" for n in (4 * (trained + frozen), 4 * trained, 2**30 * trained / 2784)
+    ]
+    assert ["layers.attn.q", "1,440", "10,368", "12.1951", *memory(1440, 10368)] in cells
+    assert ["layers.mlp.down", "1,344", "9,216", "12.7273", *memory(1344, 9216)] in cells
+    assert ["the", "whole", "model", "2,784", "60,240", "4.4174", "0.2", "0.0", "1,024.0"] in cells

@@ -1,0 +1,81 @@
+"""Layers that hold the weights of many experts, shown to an adapter method one expert at a time.
+
+In "ECD,EDF->ECF" the letter E is in the activation, the weight and the result: nothing is summed
+over it, and each expert has a layer of its own. A method's functions are mapped over such letters,
+so that each expert has an adapter of its own and no method knows of experts. The one thing a reader
+would get wrong: adapters' parameters get the experts as their first dimensions, wherever E stands
+in the weight.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.param import Param
+from llmprep_jax.types import Array
+
+
+def letters(base: Einsum) -> tuple[str, str, str]:
+    """(activation, weight, result) of a layer's einsum."""
+    inputs, y_dims = base.eqn.split("->")
+    return (*inputs.split(","), y_dims)
+
+
+def experts(base: Einsum) -> str:
+    """The letters that experts are numbered by, in the order of the weight."""
+    x_dims, w_dims, y_dims = letters(base)
+    return "".join(dim for dim in w_dims if dim in x_dims and dim in y_dims)
+
+
+def num_experts(base: Einsum) -> tuple[int, ...]:
+    """How many experts a layer has, () for an ordinary one."""
+    w_dims = letters(base)[1]
+    return tuple(base.layer_shape[w_dims.index(dim)] for dim in experts(base))
+
+
+class Expert(Einsum):
+    """The layer of one expert.
+
+    Args:
+      base: the layer of all. letter: what they are numbered by.
+      w, b: the one expert's weight and bias.
+    """
+
+    def __init__(self, base: Einsum, letter: str, w: Array, b: Array | None):
+        _, w_dims, y_dims = letters(base)
+        self.eqn, self.dtype = base.eqn.replace(letter, ""), base.dtype
+        self.axes = _without(base.axes, w_dims.index(letter))
+        self.layer_shape = _without(base.layer_shape, w_dims.index(letter))
+        self.out_axes = _without(base.out_axes, y_dims.index(letter))
+        self.w, self.b = Param(w), None if b is None else Param(b)
+
+
+def each_expert(
+    of: Callable[..., Any], base: Einsum, *args: Any, dims: Sequence[str], result: str = ""
+) -> Any:
+    """`of(base, *args)` of an ordinary layer; of each expert's layer where there are experts.
+
+    Args:
+      dims: the letters of each argument's dimensions; "" has the experts first, as parameters do.
+      result: the same of what `of` gives.
+    """
+    if not experts(base):
+        return of(base, *args)
+    letter, (_, w_dims, y_dims) = experts(base)[0], letters(base)
+    b_dims = [dim for dim in w_dims if dim in y_dims]
+    rest = [each.replace(letter, "") for each in (*dims, result)]
+
+    def one(w: Array, b: Array | None, *args: Any) -> Any:
+        expert = Expert(base, letter, w, b)
+        return each_expert(of, expert, *args, dims=rest[:-1], result=rest[-1])
+
+    places = [max(each.find(letter), 0) for each in dims]
+    b, at = (None, None) if base.b is None else (base.b[...], b_dims.index(letter))
+    mapped = jax.vmap(one, (w_dims.index(letter), at, *places), max(result.find(letter), 0))
+    return mapped(base.weight(), b, *args)
+
+
+def _without(values: tuple, index: int) -> tuple:
+    return values[:index] + values[index + 1 :]
