@@ -45,7 +45,7 @@ class Fp8(Packed):
     def rows(self, start: int | Array, count: int) -> Float[Array, "R I"]:
         raw = slice_rows(self.codes, start, count)
         codes = jax.lax.bitcast_convert_type(raw, jnp.float8_e4m3fn).astype(jnp.float32)
-        scale = self.scale_inv[(start + jnp.arange(count)) // self.block]
+        scale = jnp.asarray(self.scale_inv)[(start + jnp.arange(count)) // self.block]
         scaled = in_groups(codes, self.block) * scale[:, :, None]
         return scaled.reshape(count, -1)[:, : self.shape[1]]
 
