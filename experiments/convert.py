@@ -1,4 +1,4 @@
-"""Convert a GGUF file, a run of ours or a model with an adapter to a Hugging Face folder.
+"""Convert a GGUF file, a run, a packed folder or a model with an adapter to a Hugging Face folder.
 
     python -m experiments.convert MODEL FOLDER [dtype=bfloat16] [adapter=PEFT_FOLDER]
 
@@ -20,9 +20,9 @@ from llmprep_jax.config import UsageError, override, split_arguments
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """dtype None keeps the stored one."""
+    """dtype None keeps the stored one; the last four pack linear layers."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "nf4", "fp4", "int8", "fp8"] | None = None
     adapter: str | None = None
 
 

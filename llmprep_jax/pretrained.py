@@ -23,8 +23,10 @@ from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.peft import AnyMethod, inject, is_adapted
+from llmprep_jax.quant import export
+from llmprep_jax.quant.folder import packers, unpacking
 from llmprep_jax.quant.kinds import KINDS
-from llmprep_jax.quant.linear import adopt, packed_layers, packers, quantize_model
+from llmprep_jax.quant.linear import adopt, quantize_model
 from llmprep_jax.sharding import use_mesh
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.checkpoint import all_steps, read_meta, read_params
@@ -47,9 +49,10 @@ def load_model(
     Args:
       path: a Hugging Face folder (config.json and safetensors), a .gguf file, a run folder of ours,
         or a hub id "org/name", which is downloaded.
-      dtype: "float32", "bfloat16" or "float16"; None as stored (GGUF: float32). "nf4", "fp4",
-        "int8", "int4" or "fp8": linear layers are packed while they are read, one tensor at a time,
-        and everything else (embeddings, norms, the head) is in bfloat16.
+      dtype: "float32", "bfloat16" or "float16"; None as stored (GGUF: float32), and packed where a
+        folder's weights are (bitsandbytes, GPTQ, AWQ, fp8 in blocks). "nf4", "fp4", "int8", "int4"
+        or "fp8": linear layers are packed while they are read, one tensor at a time, and everything
+        else (embeddings, norms, the head) is in bfloat16.
       mesh: the weights are placed on it, each device reading its part (packed ones: all of it);
         None: the default device.
       compute: dtypes, remat and unrolling in detail; its `param_dtype` overrides a float `dtype`,
@@ -63,15 +66,17 @@ def load_model(
     path = hub.resolve(path)
     if all_steps(path):
         return _load_run(path, dtype, mesh, compute)
-    checkpoint = hub.open_checkpoint(path)
+    checkpoint = unpacking(hub.open_checkpoint(path))
     family, cfg = _read_config(checkpoint)
     stored = _stored_dtype(checkpoint)
+    to_dense = dtype in FLOATS
     kind, dtype = _kind_and_float(dtype)
     dtype = compute.param_dtype if compute else dtype
     compute = compute or Compute(dtype=dtype or stored, param_dtype=dtype or stored)
     cfg = dataclasses.replace(cfg, compute=compute)
     with use_mesh(mesh):
         abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
+        pack = {} if to_dense else packers(abstract, checkpoint, kind)
         model = table.load(
             abstract,
             checkpoint,
@@ -79,9 +84,9 @@ def load_model(
             dtype=dtype,
             renames=family.renames,
             ignore=family.ignored,
-            pack=packers(abstract, kind).get if kind else None,
+            pack=pack.get,
         )
-    return adopt(model, compute.param_dtype) if kind else model
+    return adopt(model, compute.param_dtype)
 
 
 def _kind_and_float(dtype: str | None) -> tuple[str | None, str | None]:
@@ -157,28 +162,29 @@ def save_model(
 
     The folder is written aside, re-opened, and its logits compared with the live model's on a fixed
     probe; only then is it put in place, with a receipt of tolerance, difference and versions. A
-    model with adapters is refused: merge it, or save the adapters with `peft.save`; and so is one
-    on packed weights: make it dense with `quant.dequantize_model`.
+    model with adapters is refused: merge it, or save the adapters with `peft.save`. Packed layers
+    are written as they are, nf4, fp4 and int8 in bitsandbytes' layout and fp8 in DeepSeek-V3's;
+    int4 is refused: make it dense with `quant.dequantize_model`.
 
     Args:
       tolerance: largest allowed difference of the probe's logits, as a share of the largest of
         them.
 
     Raises:
-      ValueError: the model has adapters or packed weights, or what was written does not give the
-        same logits.
+      ValueError: the model has adapters, or packed weights that no folder holds, or what was
+        written does not give the same logits.
       OSError: the folder cannot be written; what stood there before is untouched.
     """
     if is_adapted(model):
         raise ValueError("the model has adapters; save lp.peft.merge(model), or use lp.peft.save")
-    if packed_layers(model):
-        raise ValueError("the model's weights are packed; save lp.quant.dequantize_model(model)")
+    export.check_can_save(model)
     family = registry.family_of(model)
     config = family.to_hf(model.cfg) | {"dtype": str(model.embed.w.dtype)}
+    config |= export.config_fields(model, family.weights)
     return receipt.save_folder(
         Path(folder),
         config,
-        table.export(model, family.weights),
+        export.tensors(model, family.weights),
         extra_files=functools.partial(_write_extras, config, processor),
         verify=lambda written: receipt.probe_difference(
             model, load_model(written, compute=model.cfg.compute)

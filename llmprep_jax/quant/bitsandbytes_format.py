@@ -8,12 +8,13 @@ in that text and not a tensor, and `shape` there is the weight's, outputs by inp
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from llmprep_jax.quant.nf4 import CODES, NESTED_BLOCK, NESTED_MAP, Block4
 from llmprep_jax.types import Array
+from llmprep_jax.weights.safetensors import one_line, quoted
 
 _NEEDED = {"quant_type", "blocksize", "dtype", "shape"}
 _TOLERANCE = 1e-6  # between code books
@@ -62,10 +63,6 @@ def from_tensors(tensors: Mapping[str, Array], name: str) -> Block4:
     """
     state = _state(tensors, name)
     kind, shape, block = state["quant_type"], tuple(state["shape"]), state["blocksize"]
-    if kind not in CODES:
-        raise ValueError(
-            f"{name} is of the unknown 4-bit kind {kind!r}; {', '.join(CODES)} are read"
-        )
     num_blocks = -(-shape[0] * shape[1] // block)
     nested = "nested_offset" in state
     absmax_dtype = np.uint8 if nested else np.float32
@@ -81,25 +78,46 @@ def from_tensors(tensors: Mapping[str, Array], name: str) -> Block4:
     _check_map(tensors, f"{name}.nested_quant_map", NESTED_MAP)
     num_nested = -(-num_blocks // NESTED_BLOCK)
     nested_absmax = _take(tensors, f"{name}.nested_absmax", np.float32, num_nested)
-    return Block4(
-        codes, absmax, nested_absmax, jnp.float32(state["nested_offset"]), shape, kind, block
-    )
+    offset = np.array(state["nested_offset"], np.float32)
+    return Block4(codes, absmax, nested_absmax, offset, shape, kind, block)
 
 
 def _state(tensors: Mapping[str, Array], name: str) -> dict:
     keys = [key for key in tensors if key.startswith(f"{name}.quant_state.bitsandbytes__")]
     if len(keys) != 1:
         raise ValueError(f"{name} has {len(keys)} tensors .quant_state.bitsandbytes__*; one is due")
+    return read_state(tensors[keys[0]], keys[0])
+
+
+def read_state(text: Array, label: str) -> dict[str, Any]:
+    """What a tensor `.quant_state.bitsandbytes__*` says of a matrix.
+
+    Raises:
+      ValueError: it is no JSON text, or does not describe a matrix.
+    """
     try:
-        state = json.loads(np.asarray(tensors[keys[0]], np.uint8).tobytes())
-    except ValueError as error:
-        raise ValueError(f"{keys[0]} is no JSON text: {error}") from error
-    if not isinstance(state, dict) or not set(state) >= _NEEDED or len(state["shape"]) != 2:
-        raise ValueError(f"{keys[0]} does not describe a matrix: {str(state)[:200]}")
+        state = json.loads(np.asarray(text, np.uint8).tobytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{label} is no JSON text: {one_line(error)}") from error
+    whole = isinstance(state, dict) and set(state) >= _NEEDED
+    if not whole or not _are_sizes(state["shape"], 2) or not _are_sizes([state["blocksize"]], 1):
+        raise ValueError(f"{label} does not describe a matrix: {quoted(state)}")
+    if state["quant_type"] not in CODES:
+        raise ValueError(
+            f"{label} is of the unknown 4-bit kind {state['quant_type']!r}; {', '.join(CODES)} are"
+            " read"
+        )
+    if not isinstance(state.get("nested_offset", 0), int | float):
+        raise ValueError(f"{label} has the offset {quoted(state['nested_offset'])}; it is a number")
     return state
 
 
-def _take(tensors: Mapping[str, Array], key: str, dtype: type, size: int) -> Array:
+def _are_sizes(values: Any, count: int) -> bool:
+    sizes = isinstance(values, list) and len(values) == count
+    return sizes and all(type(value) is int and 0 < value < 2**40 for value in values)
+
+
+def _take(tensors: Mapping[str, Array], key: str, dtype: type, size: int) -> np.ndarray:
     """A tensor as a vector, checked."""
     if key not in tensors:
         raise ValueError(f"the tensor {key} is missing")
@@ -108,10 +126,10 @@ def _take(tensors: Mapping[str, Array], key: str, dtype: type, size: int) -> Arr
         raise ValueError(
             f"{key} is {value.dtype} of {value.size} elements; {np.dtype(dtype)} of {size} are due"
         )
-    return jnp.asarray(value).reshape(-1)
+    return np.asarray(value).reshape(-1)
 
 
 def _check_map(tensors: Mapping[str, Array], key: str, expected: np.ndarray) -> None:
-    found = np.asarray(_take(tensors, key, np.float32, expected.size))
-    if np.abs(found - expected).max() > _TOLERANCE:
+    found = _take(tensors, key, np.float32, expected.size)
+    if not np.abs(found - expected).max() <= _TOLERANCE:
         raise ValueError(f"{key} is not the code book of bitsandbytes; only that is read")

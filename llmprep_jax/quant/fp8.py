@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmprep_jax.quant.packed import (
     Packed,
@@ -44,7 +45,7 @@ class Fp8(Packed):
     def rows(self, start: int | Array, count: int) -> Float[Array, "R I"]:
         raw = slice_rows(self.codes, start, count)
         codes = jax.lax.bitcast_convert_type(raw, jnp.float8_e4m3fn).astype(jnp.float32)
-        scale = self.scale_inv[(start + jnp.arange(count)) // self.block]
+        scale = jnp.asarray(self.scale_inv)[(start + jnp.arange(count)) // self.block]
         scaled = in_groups(codes, self.block) * scale[:, :, None]
         return scaled.reshape(count, -1)[:, : self.shape[1]]
 
@@ -65,7 +66,8 @@ def quantize(w: Array, block: int = 128) -> Fp8:
     scale_inv = jnp.where(absmax == 0, 1.0, absmax / LARGEST)
     codes = jnp.clip(tiles / scale_inv[:, None, :, None], -LARGEST, LARGEST)
     codes = codes.reshape(padded.shape)[:outs, :inputs].astype(jnp.float8_e4m3fn)
-    return Fp8(_bits(codes), scale_inv, (outs, inputs), block)
+    bits = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    return Fp8(bits, scale_inv, (outs, inputs), block)
 
 
 def from_tensors(weight: Array, weight_scale_inv: Array, block: int = 128) -> Fp8:
@@ -86,9 +88,5 @@ def from_tensors(weight: Array, weight_scale_inv: Array, block: int = 128) -> Fp
             f"weight_scale_inv is {tuple(weight_scale_inv.shape)} for a weight of"
             f" {tuple(weight.shape)}; blocks of {block} need {expected}"
         )
-    scale_inv = jnp.asarray(weight_scale_inv).astype(jnp.float32)
-    return Fp8(_bits(jnp.asarray(weight)), scale_inv, tuple(weight.shape), block)
-
-
-def _bits(codes: Array) -> Array:
-    return jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    scale_inv = np.asarray(weight_scale_inv).astype(np.float32)
+    return Fp8(np.asarray(weight).view(np.uint8), scale_inv, tuple(weight.shape), block)

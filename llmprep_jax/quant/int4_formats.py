@@ -6,11 +6,9 @@ each in its order. The one thing a reader would get wrong: GPTQ's files hold the
 unless they say `checkpoint_format: gptq_v2`.
 """
 
-import jax.numpy as jnp
 import numpy as np
 
 from llmprep_jax.quant.int4 import Int4
-from llmprep_jax.quant.packed import pack_nibbles
 from llmprep_jax.types import Array
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output in each nibble
@@ -18,7 +16,13 @@ _EIGHT = 8  # numbers an int32
 
 
 def from_gptq(
-    qweight: Array, qzeros: Array, scales: Array, g_idx: Array | None = None, *, v2: bool = False
+    qweight: Array,
+    qzeros: Array,
+    scales: Array,
+    g_idx: Array | None = None,
+    *,
+    v2: bool = False,
+    group: int | None = None,
 ) -> Int4:
     """A weight of a GPTQ checkpoint with 4 bits.
 
@@ -26,6 +30,7 @@ def from_gptq(
       qweight: int32 [I / 8, O]. qzeros: int32 [G, O / 8]. scales: float [G, O].
       g_idx: the group of each input, int [I]; None: groups lie side by side.
       v2: whether zeros are stored as they are (`checkpoint_format: gptq_v2`).
+      group: inputs a group; None: as many as make groups of one size.
 
     Raises:
       ValueError: the tensors are not of these shapes, or g_idx names a group that is not there.
@@ -36,14 +41,15 @@ def from_gptq(
     # [I / 8, 8, O], inputs in their order
     codes = _nibbles(qweight).transpose(0, 2, 1).reshape(inputs, outs)
     zero = _nibbles(qzeros).reshape(len(qzeros), outs) + (0 if v2 else 1)
-    return _make(codes, zero, scales, g_idx)
+    return _make(codes, zero, scales, g_idx, group)
 
 
-def from_awq(qweight: Array, qzeros: Array, scales: Array) -> Int4:
+def from_awq(qweight: Array, qzeros: Array, scales: Array, *, group: int | None = None) -> Int4:
     """A weight of an AWQ checkpoint with 4 bits (version "gemm").
 
     Args:
       qweight: int32 [I, O / 8]. qzeros: int32 [G, O / 8]. scales: float [G, O].
+      group: inputs a group; None: as many as make groups of one size.
 
     Raises:
       ValueError: the tensors are not of these shapes.
@@ -54,7 +60,7 @@ def from_awq(qweight: Array, qzeros: Array, scales: Array) -> Int4:
     place = np.argsort(AWQ_ORDER)  # the nibble of each output
     codes = _nibbles(qweight)[..., place].reshape(inputs, outs)
     zero = _nibbles(qzeros)[..., place].reshape(len(qzeros), outs)
-    return _make(codes, zero, scales, None)
+    return _make(codes, zero, scales, None, group)
 
 
 def _nibbles(packed: np.ndarray) -> np.ndarray:
@@ -71,7 +77,8 @@ def _check(
     inputs: int,
     outs: int,
 ) -> None:
-    integers = qweight.dtype == qzeros.dtype == np.int32 and qweight.ndim == qzeros.ndim == 2
+    four_bytes = [x.dtype.kind in "iu" and x.dtype.itemsize == 4 for x in (qweight, qzeros)]
+    integers = all(four_bytes) and qweight.ndim == qzeros.ndim == 2
     fits = scales.ndim == 2 and scales.shape[1] == outs and 0 < len(scales) <= inputs
     if not integers or not fits or qzeros.shape != (len(scales), -(-outs // _EIGHT)) or outs % 8:
         shown = ", ".join(
@@ -81,10 +88,16 @@ def _check(
         raise ValueError(f"these are no 4-bit {name} tensors of one weight: {shown}")
 
 
-def _make(codes: np.ndarray, zero: np.ndarray, scales: np.ndarray, g_idx: Array | None) -> Int4:
+def _make(
+    codes: np.ndarray,
+    zero: np.ndarray,
+    scales: np.ndarray,
+    g_idx: Array | None,
+    group: int | None,
+) -> Int4:
     """From codes [I, O], zeros and scales [G, O]."""
     inputs, outs = codes.shape
-    group = -(-inputs // len(scales))
+    group = -(-inputs // len(scales)) if group is None else group
     side_by_side = np.arange(inputs) // group
     group_of = side_by_side if g_idx is None else np.asarray(g_idx)
     if group_of.shape != (inputs,) or group_of.min() < 0 or group_of.max() >= len(scales):
@@ -93,11 +106,12 @@ def _make(codes: np.ndarray, zero: np.ndarray, scales: np.ndarray, g_idx: Array 
             f" one of {len(scales)} groups for each of {inputs} inputs"
         )
     in_order = np.array_equal(group_of, side_by_side)
+    pairs = np.pad(codes, ((0, inputs % 2), (0, 0)))
     return Int4(
-        pack_nibbles(jnp.asarray(codes.T)),
-        jnp.asarray(scales.T),
-        jnp.asarray(zero.T.astype(np.uint8)),
-        None if in_order else jnp.asarray(group_of, jnp.int32),
+        np.ascontiguousarray(((pairs[::2] << 4) | pairs[1::2]).T),
+        np.ascontiguousarray(scales.T),
+        np.ascontiguousarray(zero.T.astype(np.uint8)),
+        None if in_order else group_of.astype(np.int32),
         (outs, inputs),
         group,
     )

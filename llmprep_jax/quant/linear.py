@@ -11,12 +11,11 @@ weight has.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
@@ -130,7 +129,7 @@ def quantize_model(model: nnx.Module, kind: str, targets: str = "all-linear") ->
       ValueError: an unknown kind, a target that is no regex or matches no dense layer.
     """
     check_kind(kind)
-    layers = _find(model, lambda node: type(node) is Einsum)
+    layers = find_layers(model, lambda node: type(node) is Einsum)
     chosen = {path: base for path, base in layers.items() if _matches(targets, path)}
     if not chosen:
         raise ValueError(
@@ -152,7 +151,7 @@ def dequantize_model(model: nnx.Module) -> nnx.Module:
 
 def packed_layers(model: nnx.Module) -> dict[str, QuantEinsum]:
     """The layers on packed weights, by path."""
-    return _find(model, lambda node: isinstance(node, QuantEinsum))
+    return find_layers(model, lambda node: isinstance(node, QuantEinsum))
 
 
 def adopt(model: nnx.Module, dense_dtype: str) -> nnx.Module:
@@ -161,30 +160,11 @@ def adopt(model: nnx.Module, dense_dtype: str) -> nnx.Module:
     def is_packed(node: Any) -> bool:
         return type(node) is Einsum and isinstance(node.w.get_value(), Packed)
 
-    layers = _find(model, is_packed)
+    layers = find_layers(model, is_packed)
     return _replace(
         model,
         {path: QuantEinsum(x, x.w.get_value(), dense_dtype) for path, x in layers.items()},
     )
-
-
-def packers(model: nnx.Module, kind: str) -> dict[str, Callable]:
-    """For each dense weight's path what a loader makes of its tensors, see `weights.table.load`."""
-    layers = _find(model, lambda node: type(node) is Einsum)
-    return {
-        f"{path}.w": functools.partial(_pack_each, base.eqn, kind) for path, base in layers.items()
-    }
-
-
-def _pack_each(
-    eqn: str, kind: str, tensors: Iterable[np.ndarray], stacked: tuple[int, ...]
-) -> Packed:
-    """Packs one tensor after the other, so that one at a time is dense, and stacks them."""
-    mesh = jax.sharding.get_mesh()
-    place = None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.P())
-    each = [_quantize(jax.device_put(to_matrix(eqn, w), place), kind) for w in tensors]
-    stack = lambda *parts: jnp.stack(parts).reshape(*stacked, *parts[0].shape)  # noqa: E731
-    return jax.tree.map(stack, *each)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -198,9 +178,6 @@ def _pack(w: Float[Array, "..."], eqn: str, kind: str) -> Packed:
     return one(w)
 
 
-_quantize = jax.jit(quantize, static_argnums=1)
-
-
 def _matches(targets: str, path: str) -> bool:
     if targets == "all-linear":
         return True
@@ -210,7 +187,7 @@ def _matches(targets: str, path: str) -> bool:
         raise ValueError(f"target {targets!r} is no regex: {error}") from error
 
 
-def _find(model: nnx.Module, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+def find_layers(model: nnx.Module, wanted: Callable[[Any], bool]) -> dict[str, Any]:
     """Parts of a model by path; a layer under an adapter by the path that the adapter took."""
     found: dict[str, Any] = {}
 

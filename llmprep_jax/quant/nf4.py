@@ -120,7 +120,7 @@ class Block4(Packed):
         absmax = slice_rows(self.absmax, start, count)
         if self.nested_absmax is None:
             return absmax
-        nested = self.nested_absmax[(start + jnp.arange(count)) // NESTED_BLOCK]
+        nested = jnp.asarray(self.nested_absmax)[(start + jnp.arange(count)) // NESTED_BLOCK]
         return jnp.asarray(NESTED_MAP)[absmax] * nested + self.offset
 
 

@@ -141,5 +141,5 @@ def in_groups(x: Float[Array, "R I"], group: int) -> Float[Array, "R G g"]:
 def slice_rows(x: Array, start: int | Array, count: int) -> Array:
     """`count` rows of an array from `start` on, which may be traced."""
     if isinstance(start, int) and start == 0 and count == x.shape[0]:
-        return x
+        return jnp.asarray(x)
     return jax.lax.dynamic_slice_in_dim(x, start, count)

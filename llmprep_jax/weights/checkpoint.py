@@ -6,6 +6,7 @@ checked against the shards before anything is read, and pickled weights are neve
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,10 +14,12 @@ import numpy as np
 
 from llmprep_jax.weights.safetensors import INDEX, SINGLE, SafetensorsFile, one_line, quoted
 
+MISSING, MISSHAPEN = "missing", "of another shape"  # kinds of lines in a loader's error
+
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """Tensors by name, and the config.json that describes them."""
+    """Tensors by name, and the config.json that describes them; implementations derive from it."""
 
     path: Path
     config: dict[str, Any]
@@ -30,8 +33,19 @@ class Checkpoint(Protocol):
 
     def file(self, name: str) -> Path: ...
 
+    def misfits(self, name: str, shape: tuple[int, ...]) -> dict[str, list[str]]:
+        """What keeps a tensor from being read as one of `shape`: lines by what is the matter."""
+        found = tuple(self.shape(name))
+        if found == tuple(shape):
+            return {}
+        return {MISSHAPEN: [f"{name} is {dims(found)}, expected {dims(shape)}"]}
 
-class FolderCheckpoint:
+    def is_spare(self, name: str) -> bool:
+        """Whether a tensor that the model has no place for says nothing."""
+        return False
+
+
+class FolderCheckpoint(Checkpoint):
     """A Hugging Face folder: config.json and model.safetensors, or shards and their index.
 
     Raises:
@@ -125,3 +139,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, no JSON object")
     return value
+
+
+def dims(shape: Sequence[int]) -> str:
+    """A shape for a message."""
+    return f"[{', '.join(map(str, shape))}]"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llmprep_jax.weights.checkpoint import Checkpoint
 from llmprep_jax.weights.gguf_file import GgufFile, GgufTensor
 from llmprep_jax.weights.safetensors import one_line, quoted
 
@@ -48,7 +49,7 @@ _LLAMA3_ROPE = {
 }
 
 
-class GgufCheckpoint:
+class GgufCheckpoint(Checkpoint):
     """A GGUF file, with the interface of a `Checkpoint`; every tensor comes out in float32.
 
     Raises:

@@ -22,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.weights.checkpoint import Checkpoint
+from llmprep_jax.weights.checkpoint import MISSHAPEN, MISSING, Checkpoint
 
 Table = Mapping[str, tuple[str, str]]
 Index = tuple[Any, ...]  # slices, or an ellipsis
-Pack = Callable[[Iterator[np.ndarray], tuple[int, ...]], Any]  # see `load`
 BUFFERS = (r"rotary_emb\.inv_freq$", r"\.position_ids$")  # in old files; computed, not loaded
 _HEAD, _EMBED = "head.w", "embed.w"  # paths of the two that a model may tie
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -88,6 +87,9 @@ class Entry:
         return {name: size for name, size in self.sizes().items() if name != "1"}
 
 
+Pack = Callable[[Entry, list[str]], Any]  # see `load`
+
+
 def entries(
     module: nnx.Module | nnx.State, table: Table, kind: type = nnx.Variable
 ) -> dict[str, Entry]:
@@ -100,16 +102,23 @@ def entries(
     """
     rows, unnamed = {}, []
     for path, variable in nnx.to_flat_state(nnx.state(module, kind)):
-        full = ".".join(map(str, path))
-        name = ".".join(part for part in path if isinstance(part, str))
-        if name not in table:
+        full, row = ".".join(map(str, path)), entry(path, tuple(variable.shape), table)
+        if row is None:
             unnamed.append(full)
-            continue
-        place = tuple(part for part in path if not isinstance(part, str))
-        rows[full] = Entry(full, tuple(variable.shape), *table[name], place)
+        else:
+            rows[full] = row
     if unnamed:
         raise ValueError(f"the weight table names no tensor for {_listed(sorted(unnamed))}")
     return rows
+
+
+def entry(path: Sequence[str | int], shape: tuple[int, ...], table: Table) -> Entry | None:
+    """The table's row for a parameter; None if it has none."""
+    name = ".".join(part for part in path if isinstance(part, str))
+    if name not in table:
+        return None
+    place = tuple(part for part in path if not isinstance(part, str))
+    return Entry(".".join(map(str, path)), shape, *table[name], place)
 
 
 def load(
@@ -134,9 +143,9 @@ def load(
       renames: (regex, replacement) pairs that bring the checkpoint's names to the table's.
       ignore: regexes of tensors (as stored) that are none of this model's.
       progress: called with each parameter's path before it is read.
-      pack: gives, for a parameter's path, None or a function of its tensors; the function gets them
-        one at a time, as stored but with our dimensions, and the sizes of the stacked dimensions,
-        and its result, whatever it is, takes the parameter's place.
+      pack: gives, for a parameter's path, None or a function of its row and its tensors' stored
+        names; the function reads them, and its result takes the parameter's place, unless it is
+        None.
 
     Raises:
       ValueError: tensors are missing, unexpected or misshapen (all are listed), or a tied model's
@@ -155,12 +164,10 @@ def load(
                 progress(row.path)
             names = {place: found[name] for place, name in row.names().items()}
             packer = None if pack is None else pack(row.path)
-            if packer is not None:
-                tensors = (row.to_ours(checkpoint.read(name)) for name in names.values())
-                flat.append((path, variable.replace(packer(tensors, row.stacked))))
-                continue
-            sharding = _on_devices(variable.get_value().sharding)
-            value = _read(row, names, checkpoint, dtype, sharding, pool)
+            value = None if packer is None else packer(row, list(names.values()))
+            if value is None:
+                sharding = _on_devices(variable.get_value().sharding)
+                value = _read(row, names, checkpoint, dtype, sharding, pool)
             flat.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
@@ -197,22 +204,17 @@ def _check(
     rows: Mapping[str, Entry], table: Table, found: Mapping[str, str], checkpoint: Checkpoint
 ) -> None:
     wanted = {name: row for row in rows.values() for name in row.names().values()}
-    missing = set(wanted) - set(found)
     unexpected = set(found) - set(wanted) - _spare_head(rows, table, found, checkpoint)
-    misshapen = [
-        f"{name} is {_dims(checkpoint.shape(found[name]))}, expected {_dims(row.their_shape())}"
-        for name, row in wanted.items()
-        if name in found and tuple(checkpoint.shape(found[name])) != row.their_shape()
-    ]
-    problems = [
-        f"{len(lines)} {kind}: {_listed(lines)}"
-        for kind, lines in (
-            ("missing", sorted(missing)),
-            ("unexpected", sorted(unexpected)),
-            ("of another shape", sorted(misshapen)),
-        )
-        if lines
-    ]
+    faults = {
+        MISSING: sorted(set(wanted) - set(found)),
+        "unexpected": sorted(x for x in unexpected if not checkpoint.is_spare(found[x])),
+        MISSHAPEN: [],
+    }
+    for name, row in sorted(wanted.items()):
+        misfits = checkpoint.misfits(found[name], row.their_shape()) if name in found else {}
+        for kind, lines in misfits.items():
+            faults[kind] = faults.get(kind, []) + lines
+    problems = [f"{len(x)} {kind}: {_listed(x)}" for kind, x in faults.items() if x]
     if problems:
         raise ValueError(
             f"{checkpoint.path}: the weights do not fit the model's config: {'; '.join(problems)};"
@@ -241,10 +243,6 @@ def _listed(lines: Sequence[str]) -> str:
     rest = len(lines) - _SHOWN
     shown = ", ".join(line[:200] for line in lines[:_SHOWN])
     return " ".join(shown.split()) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _dims(shape: Sequence[int]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
 
 
 def _read(

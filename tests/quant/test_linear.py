@@ -44,8 +44,11 @@ def make_input(eqn="BTD,DF->BTF", dtype="float32", rows=2):
     return jnp.asarray(np.random.default_rng(1).normal(size=(rows, 3, *ins)), dtype)
 
 
-def gradients(layer, x):
-    return jax.jit(jax.grad(lambda x: jnp.sin(layer(x).astype(jnp.float32)).sum()))(x)
+@jax.jit
+def run_and_grad(layer, x):
+    """y, and the gradient of the sum of sin(y); one program of both."""
+    y, pullback = jax.vjp(layer, x)
+    return y, pullback(jnp.cos(y.astype(jnp.float32)).astype(y.dtype))[0]
 
 
 @kinds
@@ -56,22 +59,25 @@ def test_a_layer_and_its_gradient_are_those_of_the_dense_weight(eqn, kind):
     assert type(packed[0]) is QuantEinsum
     assert type(dense[0]) is Einsum
     assert packed[0].shape == dense[0].shape == EQUATIONS[eqn][0]
-    np.testing.assert_allclose(run(packed[0], x), run(dense[0], x), atol=1e-5)
-    np.testing.assert_allclose(gradients(packed[0], x), gradients(dense[0], x), atol=1e-5)
+    for found, expected in zip(run_and_grad(packed[0], x), run_and_grad(dense[0], x), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_bf16_activations_stay_bf16_and_are_summed_in_float32():
     x, layer = make_input(dtype="bfloat16"), make_layer(dtype="bfloat16")
     packed = quantize_model(nnx.List([layer]), "nf4")
-    y = run(packed[0], x)
-    assert y.dtype == gradients(packed[0], x).dtype == jnp.bfloat16
+    y, dx = run_and_grad(packed[0], x)
+    assert y.dtype == dx.dtype == jnp.bfloat16
     dense = dequantize_model(packed)[0]
     assert dense.w.dtype == jnp.bfloat16
     np.testing.assert_allclose(*(np.float32(z) for z in (y, run(dense, x))), atol=0.03)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])  # blocks across rows, and rows
-def test_a_stack_is_its_layers_under_vmap_and_scan_with_and_without_remat(kind):
+# blocks across rows, and rows; nf4 takes LLVM five times as long
+@pytest.mark.parametrize(
+    ("kind", "remats"), [("nf4", ["dots"]), ("int8", ["none", "full", "dots"])], ids=["nf4", "int8"]
+)
+def test_a_stack_is_its_layers_under_vmap_and_scan_with_and_without_remat(kind, remats):
     eqn, axes = "BTD,DF->BTF", ("embed", "mlp")
     compute = Compute()
     make = functools.partial(Einsum, eqn, (40, 40), axes, ("batch", "seq", "mlp"), compute=compute)
@@ -90,9 +96,10 @@ def test_a_stack_is_its_layers_under_vmap_and_scan_with_and_without_remat(kind):
 
     grad = jax.jit(jax.grad(total, argnums=1), static_argnums=2)
     expected = grad(dequantize_model(nnx.List([packed]))[0], x, "none")
-    for remat in ("none", "full", "dots"):
+    for remat in remats:
         np.testing.assert_allclose(grad(packed, x, remat), expected, atol=1e-5)
-    np.testing.assert_allclose(grad(each, x, "none"), expected, atol=1e-5)
+    if "none" in remats:
+        np.testing.assert_allclose(grad(each, x, "none"), expected, atol=1e-5)
 
 
 @kinds
@@ -166,9 +173,9 @@ def test_targets_are_a_regex_of_whole_paths():
 def test_a_mesh_computes_the_same(eqn):
     x = make_input(eqn, rows=8)
     packed = quantize_model(nnx.List([make_layer(eqn)]), "nf4")[0]
-    expected = run(packed, x), gradients(packed, x)
+    expected = run_and_grad(packed, x)
     with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
         whole = jax.tree.map(lambda a: jax.device_put(a, jax.P()), packed)
-        found = run(whole, x), gradients(whole, x)
+        found = run_and_grad(whole, x)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from llmprep_jax.nn.param import Buffer, Param, param
 from llmprep_jax.nn.stack import stack
+from llmprep_jax.weights.checkpoint import Checkpoint
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 L, D, N, H, F, V = 3, 8, 4, 2, 6, 16
@@ -57,7 +58,7 @@ def abstract(**settings) -> Model:
     return jax.eval_shape(lambda: Model(**settings, rngs=nnx.Rngs(0)))
 
 
-class Memory:
+class Memory(Checkpoint):
     """A checkpoint of arrays in memory that counts how often each is read."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray]):

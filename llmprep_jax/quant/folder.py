@@ -1,0 +1,252 @@
+"""Folders of packed weights: a `Checkpoint` over the tensors, and what a loader makes of them.
+
+`PackedCheckpoint` shows each packed layer as the one tensor `<layer>.weight` that it stands for, so
+that tables of names fit packed folders as they are; `read` gives it dequantised and `read_packed`
+as stored. `packers` says which of the two, layer by layer. The one thing a reader would get wrong:
+the layers of a stack are one array, so all of them must be packed alike to stay packed.
+"""
+
+import collections
+import functools
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.quant.kinds import quantize
+from llmprep_jax.quant.layouts import FLOATS, Layout, layout_of
+from llmprep_jax.quant.linear import find_layers, to_matrix
+from llmprep_jax.quant.packed import Packed, dequantize
+from llmprep_jax.weights.checkpoint import MISSHAPEN, MISSING, Checkpoint, dims
+from llmprep_jax.weights.table import Entry, Pack
+
+_quantize = jax.jit(quantize, static_argnums=1)
+_dequantize = jax.jit(dequantize)
+
+
+def unpacking(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint, or a `PackedCheckpoint` over it where its config says that it is packed.
+
+    Raises:
+      ValueError: it is packed in a way that is not read here.
+    """
+    layout = layout_of(checkpoint.config, checkpoint.path)
+    return checkpoint if layout is None else PackedCheckpoint(checkpoint, layout)
+
+
+class PackedCheckpoint(Checkpoint):
+    """A folder whose linear layers are packed, some of them or all.
+
+    Attributes:
+      layers: of each packed weight `<layer>.weight`, the stored names of its tensors by their names
+        in the layout.
+    """
+
+    def __init__(self, stored: Checkpoint, layout: Layout):
+        self.path, self._stored, self._layout = stored.path, stored, layout
+        self.config = {k: v for k, v in stored.config.items() if k != "quantization_config"}
+        self.layers = self._find_layers()
+        parts = {name for layer in self.layers.values() for name in layer.values()}
+        dense = [name for name in stored.names if name not in parts]
+        self.names = [*dense, *self.layers]
+        self._float = self._float_dtype(dense)
+
+    def _find_layers(self) -> dict[str, dict[str, str]]:
+        names = "|".join(
+            re.escape(part) + (r"\w+" if part.endswith("__") else "") for part in self._layout.parts
+        )
+        found: dict[str, dict[str, str]] = collections.defaultdict(dict)
+        for name in self._stored.names:
+            if match := re.fullmatch(rf"(.+)\.({names})", name):
+                found[match[1]][match[2]] = name
+
+        def is_packed(parts: dict[str, str]) -> bool:
+            dtypes = {part: str(self._stored.dtype(name)) for part, name in parts.items()}
+            return self._layout.is_packed(dtypes)
+
+        return {f"{layer}.weight": parts for layer, parts in found.items() if is_packed(parts)}
+
+    def _float_dtype(self, dense: list[str]) -> np.dtype:
+        """That of config.json, else of most tensors that are not packed."""
+        stated = self.config.get("dtype") or self.config.get("torch_dtype")
+        counts = collections.Counter(str(self._stored.dtype(name)) for name in dense)
+        known = [name for name, _ in counts.most_common() if name in FLOATS]
+        return np.dtype(stated if stated in FLOATS else (known or ["float32"])[0])
+
+    def kind(self, name: str) -> str | None:
+        """The format of a packed weight; None: it is not packed."""
+        return self._layout.kind(tuple(self.layers[name])) if name in self.layers else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.layers:
+            return self._stored.shape(name)
+        return self._layout.shape(self._read(name))
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._float if name in self.layers else self._stored.dtype(name)
+
+    def file(self, name: str) -> Path:
+        parts = self.layers.get(name, {name: name})
+        return self._stored.file(next(iter(parts.values())))
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, a packed one in float32."""
+        if name not in self.layers:
+            return self._stored.read(name)
+        return np.asarray(_dequantize(self.read_packed(name)))
+
+    def read_packed(self, name: str) -> Packed:
+        """A packed weight as it is stored.
+
+        Raises:
+          ValueError: its tensors make no sense.
+        """
+        try:
+            return self._layout.read(self._read(name))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {name} cannot be unpacked: {error}") from error
+
+    def _read(self, name: str) -> dict[str, np.ndarray]:
+        return {part: self._stored.read(stored) for part, stored in self.layers[name].items()}
+
+    def misfits(self, name: str, shape: tuple[int, ...]) -> dict[str, list[str]]:
+        if name not in self.layers:
+            return self._stored.misfits(name, shape)
+        layer, parts = name.removesuffix(".weight"), self.layers[name]
+        if len(shape) != 2:
+            return {MISSHAPEN: [f"{name} is a packed matrix, expected {dims(shape)}"]}
+        try:
+            expected = self._layout.expected(self._read(name), tuple(shape))
+        except ValueError as error:
+            return {"that do not fit": [f"{layer}.{error}"]}
+        needed = set(expected) - set(self._layout.optional)
+        odd = [
+            self._misfit(stored, *expected[part])
+            for part, stored in parts.items()
+            if part in expected
+        ]
+        lines = {
+            MISSING: [f"{layer}.{part}" for part in sorted(needed - set(parts))],
+            "unexpected": [parts[part] for part in sorted(set(parts) - set(expected))],
+            MISSHAPEN: list(filter(None, odd)),
+        }
+        return {kind: found for kind, found in lines.items() if found}
+
+    def _misfit(
+        self, stored: str, dtypes: tuple[str, ...], size: tuple[int, ...] | int
+    ) -> str | None:
+        """One line, if a tensor is not of these dtypes and this shape, or number of elements."""
+        shape, dtype = self._stored.shape(stored), self._stored.dtype(stored)
+        num = int(np.prod(shape)) * (1 if dtypes else dtype.itemsize)
+        fits = size in (-1, num) if isinstance(size, int) else tuple(shape) == size
+        if fits and (not dtypes or str(dtype) in dtypes):
+            return None
+        wanted = [] if not dtypes else [" or ".join(dtypes)]
+        if isinstance(size, tuple):
+            wanted.append(dims(size))
+        elif size != -1:
+            wanted.append(f"{size} {'elements' if dtypes else 'bytes'}")
+        return f"{stored} is {dtype} {dims(shape)}, expected {' '.join(wanted)}"
+
+    def is_spare(self, name: str) -> bool:
+        """Of a packed layer of zeros: old GPTQ files have a bias for models without."""
+        packed = name.removesuffix(".bias") + ".weight" in self.layers
+        return packed and name.endswith(".bias") and not self._stored.read(name).any()
+
+
+def packers(model: nnx.Module, checkpoint: Checkpoint, kind: str | None) -> dict[str, Pack]:
+    """For each linear layer's weight, by path, what `weights.table.load` is to make of its tensors.
+
+    Args:
+      model: abstract. kind: the format of all linear layers; None: packed layers as stored, and the
+        others dense.
+    """
+    if kind is None and not isinstance(checkpoint, PackedCheckpoint):
+        return {}
+    if isinstance(checkpoint, PackedCheckpoint) and kind is not None:
+        stored = {checkpoint.kind(name) for name in checkpoint.layers} - {kind}
+        if stored:
+            warnings.warn(
+                f"{checkpoint.path}: weights stored as {', '.join(sorted(stored))} are packed again"
+                f" as {kind}, and what both lose adds up; dtype=None keeps them as stored",
+                stacklevel=3,
+            )
+    layers = find_layers(model, lambda node: type(node) is Einsum)
+    return {
+        f"{path}.w": functools.partial(_pack, checkpoint, base.eqn, kind)
+        for path, base in layers.items()
+    }
+
+
+def _pack(
+    checkpoint: Checkpoint, eqn: str, kind: str | None, row: Entry, names: list[str]
+) -> Packed | None:
+    """A parameter in few bits, read one tensor after the other; None: it is to be dense."""
+    stored = {}
+    if isinstance(checkpoint, PackedCheckpoint):
+        stored = {name: found for name in names if (found := checkpoint.kind(name))}
+    if stored and kind in (None, *stored.values()):
+        if len(stored) < len(names):
+            dense = next(name for name in names if name not in stored)
+            raise ValueError(
+                f"{checkpoint.path}: {next(iter(stored))} is packed and {dense} is not, but the"
+                ' layers of a stack are one array; load it with dtype="bfloat16"'
+            )
+        return _stack(checkpoint, names, checkpoint.read_packed, row.stacked)
+    if kind is None:
+        return None
+    place = _replicated()
+
+    def pack(name: str) -> Packed:
+        w = to_matrix(eqn, row.to_ours(checkpoint.read(name)))
+        return _quantize(jax.device_put(w, place), kind)
+
+    return _stack(checkpoint, names, pack, row.stacked)
+
+
+def _stack(
+    checkpoint: Checkpoint,
+    names: list[str],
+    read: Callable[[str], Packed],
+    stacked: tuple[int, ...],
+) -> Packed:
+    """Packed weights, had one after the other, as one stack of them."""
+    first, arrays = None, {}
+    for i, name in enumerate(names):
+        packed = read(name)
+        if first is None:
+            first = packed
+            arrays = {k: _empty(len(names), v) for k, v in packed.arrays().items()}
+        if _signature(packed) != _signature(first):
+            raise ValueError(
+                f"{checkpoint.path}: {name} is not packed as {names[0]} is"
+                f" ({dict(packed.settings())}, {dict(first.settings())}), but the layers of a stack"
+                ' are one array; load it with dtype="bfloat16"'
+            )
+        for key, value in packed.arrays().items():
+            arrays[key][i] = np.asarray(value)
+    place = _replicated()
+    arrays = {
+        k: jax.device_put(v.reshape(*stacked, *v.shape[1:]), place) for k, v in arrays.items()
+    }
+    return type(first).of(first.settings(), arrays)
+
+
+def _signature(packed: Packed) -> tuple:
+    arrays = {k: (v.shape, v.dtype) for k, v in packed.arrays().items()}
+    return type(packed), packed.settings(), arrays
+
+
+def _empty(count: int, like: Any) -> np.ndarray:
+    return np.empty((count, *like.shape), like.dtype)
+
+
+def _replicated() -> jax.sharding.Sharding | None:
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.P())
