@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning: `inject`, `split`, `merge`, `save` and `load` adapters."""
 
+from llmprep_jax.peft.adalora import AdaLoRA
 from llmprep_jax.peft.adapter import inject, is_adapted, merge, split, strip
 from llmprep_jax.peft.counts import count, print_counts
 from llmprep_jax.peft.dora import DoRA
@@ -12,6 +13,7 @@ from llmprep_jax.peft.vera import VeRA
 
 __all__ = [
     "IA3",
+    "AdaLoRA",
     "DoRA",
     "LoHa",
     "LoKr",

@@ -65,7 +65,10 @@ class Layout:
 
 @runtime_checkable
 class Method(Protocol):
-    """An adapter method: its settings, and three functions of one layer."""
+    """An adapter method: its settings, and three functions of one layer.
+
+    One whose layers share arrays has `shared`, `shared_shapes` and `draw_shared` too, as VeRA does.
+    """
 
     targets: Targets
 
@@ -251,17 +254,17 @@ def merge(model: nnx.Module) -> nnx.Module:
 
     def merged(adapted: Adapted) -> Einsum:
         base, method = adapted.base, adapted.method
-        plain = base.with_weight(_each_layer(method.merge, adapted))
+        plain = base.with_weight(each_layer(method.merge, adapted))
         if base.b is None or not hasattr(method, "merge_bias"):
             return plain
         graph, state = nnx.split(plain)
-        state["b"] = state["b"].replace(_each_layer(method.merge_bias, adapted))
+        state["b"] = state["b"].replace(each_layer(method.merge_bias, adapted))
         return nnx.merge(graph, state)
 
     return _map_adapted(model, merged)
 
 
-def _each_layer(of: Callable[[Params, Einsum], Array], adapted: Adapted) -> Array:
+def each_layer(of: Callable[[Params, Einsum], Array], adapted: Adapted) -> Array:
     """`of` one layer, or of each layer of a stack."""
     if stacked(adapted.base) is not None:
         of = jax.vmap(of, in_axes=(adapted.layer_axes(), 0))
