@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning: `inject`, `split`, `merge`, `save` and `load` adapters."""
 
+from llmprep_jax.peft.adalora import AdaLoRA
 from llmprep_jax.peft.adapter import inject, is_adapted, merge, split, strip
 from llmprep_jax.peft.by_name import combine, select
 from llmprep_jax.peft.counts import count, print_counts
@@ -12,10 +13,11 @@ from llmprep_jax.peft.merging import blend, unmerge
 from llmprep_jax.peft.peft_format import load, save
 from llmprep_jax.peft.vera import VeRA
 
-AnyMethod = LoRA | DoRA | LoHa | LoKr | IA3 | VeRA  # what a run's config may name
+AnyMethod = LoRA | DoRA | LoHa | LoKr | IA3 | VeRA | AdaLoRA  # what a run may name
 
 __all__ = [
     "IA3",
+    "AdaLoRA",
     "AnyMethod",
     "DoRA",
     "LoHa",

@@ -67,7 +67,10 @@ class Layout:
 
 @runtime_checkable
 class Method(Protocol):
-    """An adapter method: its settings, and three functions of one layer."""
+    """An adapter method: its settings, and three functions of one layer.
+
+    One whose layers share arrays has `shared`, `shared_shapes` and `draw_shared` too, as VeRA does.
+    """
 
     targets: Targets
 
@@ -141,7 +144,7 @@ class Adapted(nnx.Module):
             def of_layer(own: Params, base: Einsum) -> Array:
                 return each_expert(one, base, own, dims=("",), result=result)
 
-            return _each_layer(of_layer, self)
+            return each_layer(of_layer, self)
 
         bias = None if self.base.b is None else self.base.b[...]
         if bias is not None and hasattr(self.method, "merge_bias"):
@@ -309,7 +312,7 @@ def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx
     return map_adapted(model, lambda each: with_weights(each.base, *each.merged(weights)))
 
 
-def _each_layer(of: Callable[[Params, Einsum], Array], adapted: Adapted) -> Array:
+def each_layer(of: Callable[[Params, Einsum], Array], adapted: Adapted) -> Array:
     """`of` one layer, or of each layer of a stack."""
     of = of if stacked(adapted.base) is None else jax.vmap(of)
     return of(adapted.own(), adapted.base)

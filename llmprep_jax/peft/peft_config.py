@@ -13,6 +13,7 @@ from typing import Any
 
 from flax import nnx
 
+from llmprep_jax.peft.adalora import AdaLoRA
 from llmprep_jax.peft.adapter import Method, methods
 from llmprep_jax.peft.dora import DoRA
 from llmprep_jax.peft.ia3 import IA3
@@ -33,11 +34,32 @@ from llmprep_jax.weights.safetensors import quoted
 
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 RANKS = ("r", "rank_pattern", "alpha_pattern")
+ADALORA = {  # our settings by their names
+    "init_r": "rank",
+    "target_r": "target_rank",
+    "tinit": "warmup_steps",
+    "tfinal": "final_steps",
+    "deltaT": "every",
+    "beta1": "beta1",
+    "beta2": "beta2",
+    "orth_reg_weight": "orthogonality",
+    "total_step": "total_steps",
+}
+# of LoRA's fields AdaLoRA ignores r, alpha_pattern and use_rslora, and PEFT refuses use_dora
 READ = {
     "LORA": (*RANKS, "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias"),
     "LOHA": (*RANKS, "alpha"),
     "LOKR": (*RANKS, "alpha", "decompose_both", "decompose_factor"),
     "IA3": ("feedforward_modules",),
+    "ADALORA": (
+        *ADALORA,
+        *RANKS,
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "init_lora_weights",
+        "bias",
+    ),
     "VERA": ("r", "d_initial", "projection_prng_key", "save_projection", "bias"),
 }
 # where it comes from, how it was trained, and settings of what other fields switch on
@@ -96,6 +118,7 @@ class AdapterConfig:
       layers: numbers of the only layers that are adapted, None for all.
       containers: regexes of what layers are numbered in, () for anything.
       draws: whether what all layers share is drawn anew where the file does not hold it.
+      empty: modules of which nothing is left after AdaLoRA's pruning.
     """
 
     method: Method
@@ -104,9 +127,12 @@ class AdapterConfig:
     layers: tuple[int, ...] | None
     containers: tuple[str, ...]
     draws: bool = False
+    empty: tuple[str, ...] = ()
 
     def adapts(self, module: str) -> bool:
         """Whether PEFT adapts a module of this name."""
+        if module in self.empty:
+            return False
         if self.excluded and matches(self.excluded, [module]):
             return False
         if not matches(self.targets, [module]):
@@ -160,7 +186,42 @@ def _read(config: Mapping[str, Any]) -> AdapterConfig:
         if isinstance(text, str):
             check_regex("target_modules or exclude_modules", text)
     draws = config.get("save_projection") is False
-    return AdapterConfig(_method(config), *targets, tuple(layers) or None, containers, draws)
+    selection = *targets, tuple(layers) or None, containers
+    if config["peft_type"] != "ADALORA":
+        return AdapterConfig(_method(config), *selection, draws)
+    left = _kept(config)
+    ranks = {re.escape(module): rank for module, rank in left.items() if rank}
+    empty = tuple(module for module, rank in left.items() if not rank)
+    return AdapterConfig(_adalora(config, ranks), *selection, empty=empty)
+
+
+def _adalora(config: Mapping[str, Any], rank_pattern: Mapping[str, int]) -> AdaLoRA:
+    settings = {ours: config[theirs] for theirs, ours in ADALORA.items() if theirs in config}
+    for name in ("init_r", "total_step"):
+        check_number(name, config.get(name), whole=True)
+    for name in {*ADALORA, "lora_alpha"} & config.keys():
+        if isinstance(config[name], bool) or not isinstance(config[name], (int, float)):
+            raise ValueError(f"{name} is {quoted(config[name])}; it must be a number")
+    alpha = config.get("lora_alpha", 8)
+    # as PEFT has it: an alpha of 0 or less stands for the rank
+    alpha = alpha if alpha > 0 else settings["rank"]
+    return AdaLoRA(**settings, alpha=alpha, rank_pattern=rank_pattern)
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, int]:
+    """How many triplets AdaLoRA's pruning left, by module; modules that it says nothing of lack."""
+    pattern, kept = config.get("rank_pattern") or {}, {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"rank_pattern is {quoted(pattern)}; it must be an object")
+    for name, left in pattern.items():
+        is_list = isinstance(left, list) and all(isinstance(each, bool) for each in left)
+        if not is_list or len(left) != config.get("init_r"):
+            raise ValueError(
+                f"rank_pattern of {quoted(name)} is {quoted(left)}; it must hold true or false for"
+                " each of init_r triplets"
+            )
+        kept[name.split(".lora_E")[0]] = sum(left)
+    return kept
 
 
 def _method(config: Mapping[str, Any]) -> Method:
@@ -239,20 +300,10 @@ def _settings(by_name: Mapping[str, Method]) -> dict[str, Any]:
             "fan_in_fan_out": False,
             "init_ia3_weights": True,
         }
+    if isinstance(first, AdaLoRA):
+        return _of_adalora(by_name)
     if isinstance(first, VeRA):
-        return {
-            "peft_type": "VERA",
-            "r": first.rank,
-            "d_initial": first.initial,
-            "projection_prng_key": first.seed,
-            "save_projection": True,
-            "vera_dropout": 0.0,
-            "fan_in_fan_out": False,
-            "bias": "none",
-            "init_weights": True,
-            "layers_to_transform": None,
-            "layers_pattern": None,
-        }
+        return _of_vera(first)
 
     def pattern(field: str) -> dict[str, Any]:
         values = _shortest({name: getattr(m, field) for name, m in by_name.items()}, by_name)
@@ -287,6 +338,43 @@ def _settings(by_name: Mapping[str, Method]) -> dict[str, Any]:
         return {"peft_type": "LOHA", **common, **own}
     own |= {"decompose_both": first.decompose_both, "decompose_factor": first.decompose_factor}
     return {"peft_type": "LOKR", **common, **own}
+
+
+def _of_vera(method: VeRA) -> dict[str, Any]:
+    return {
+        "peft_type": "VERA",
+        "r": method.rank,
+        "d_initial": method.initial,
+        "projection_prng_key": method.seed,
+        "save_projection": True,
+        "vera_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _of_adalora(by_name: Mapping[str, AdaLoRA]) -> dict[str, Any]:
+    first = next(iter(by_name.values()))
+    left = {
+        f"{name}.lora_E": [i < method.rank for i in range(first.initial_rank)]
+        for name, method in by_name.items()
+    }
+    return {
+        "peft_type": "ADALORA",
+        **{theirs: getattr(first, ours) for theirs, ours in ADALORA.items()},
+        "init_r": first.initial_rank,
+        "rank_pattern": left if any(False in each for each in left.values()) else None,
+        "lora_alpha": _whole(first.alpha),
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
 
 
 def _shortest(values: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:

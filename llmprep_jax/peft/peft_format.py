@@ -20,6 +20,7 @@ from flax import nnx
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import adapter
+from llmprep_jax.peft.adalora import AdaLoRA
 from llmprep_jax.peft.adapter import Layout, Method
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
@@ -203,7 +204,8 @@ def _shapes(method: Method, base: Einsum) -> dict[str, tuple[int, ...]]:
 
 def _differences(wanted: Sequence[Layer], file: SafetensorsFile) -> list[str]:
     """How a file differs from what it must hold, one phrase a kind."""
-    shape = {name: file.shape(name) for name in file.names}
+    # AdaLoRA's of layers that are pruned whole are empty
+    shape = {name: file.shape(name) for name in file.names if 0 not in file.shape(name)}
     expected = {row.name: row.their_shape() for layer in wanted for row in layer.rows.values()}
     unlike = {
         f"{a} is {_dims(shape[a])} and {b} is {_dims(shape[b])}": (a, b)
@@ -242,7 +244,7 @@ def _one_method(path: str, layers: Mapping[Place, Layer], base: Einsum) -> Metho
     methods = {layer.method for layer in layers.values()}
     whole = len(layers) == (stacked(base) or 1)
     one = max(methods, key=lambda method: getattr(method, "rank", 0))
-    if type(one) is not LoRA and (len(methods) > 1 or not whole):
+    if type(one) not in (LoRA, AdaLoRA) and (len(methods) > 1 or not whole):
         raise ValueError(
             f"the folder adapts layers of the stack {path} unlike each other by"
             f" {type(one).__name__}; unstack(model.layers) first, or adapt all alike"

@@ -27,6 +27,7 @@ from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.metrics import Flops, Numbers
 from llmprep_jax.train.monitor import Monitor
 from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
+from llmprep_jax.train.rank_budget import adalora_of, with_orthogonality
 from llmprep_jax.train.state import Split, TrainState, create_state, merge, split_model
 from llmprep_jax.train.step import LossFn, make_train_step, place_batch
 
@@ -118,7 +119,7 @@ def fit(
 
     Args:
       trainable: what is trained, a Variable class or filter (`nnx.split`).
-      loss_fn: `loss_fn(model, microbatch, key) -> LossSum`.
+      loss_fn: `loss_fn(model, microbatch, key) -> LossSum`; AdaLoRA's regulariser is added.
       evaluate: numbers by name for a model.
       meta: JSON saved with each checkpoint, from which the model can be rebuilt.
       flops: of one token, for MFU.
@@ -128,9 +129,10 @@ def fit(
       ValueError: nothing to train, a checkpoint of another model, too little data.
       OSError: a checkpoint cannot be written; earlier ones are whole.
     """
-    out, split = pathlib.Path(out), split_model(model, trainable)
+    out, split, ranks = pathlib.Path(out), split_model(model, trainable), adalora_of(model)
     del model
-    tx = make_optimizer(cfg.optim, split.params, cfg.steps)
+    loss_fn = with_orthogonality(loss_fn, ranks)
+    tx = make_optimizer(cfg.optim, split.params, cfg.steps, ranks)
     schedule = make_schedule(cfg.optim, cfg.steps)
     train_step = make_train_step(split.graphdef, tx, loss_fn, schedule, ema_decay=cfg.ema_decay)
     state = create_state(split.params, tx, seed=cfg.seed, ema=cfg.ema_decay is not None)

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llmprep_jax.peft import AdaLoRA
 from llmprep_jax.train.adam8bit import scale_by_adam8bit
 from llmprep_jax.train.offload import keep_on_host
+from llmprep_jax.train.rank_budget import allocate_ranks, check_ranks
 
 NO_DECAY = ("scale", "b", "bias", "magnitude")  # last names of paths: norms, biases, DoRA's lengths
 
@@ -120,11 +122,16 @@ def lora_b_mask(params: Any) -> Any:
     )
 
 
-def make_optimizer(cfg: OptimConfig, params: Any, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimConfig, params: Any, num_steps: int, ranks: AdaLoRA | None = None
+) -> optax.GradientTransformation:
     """AdamW for a tree of parameters (arrays or shapes) over a run of `num_steps`.
 
+    Args:
+      ranks: prunes the triplets of AdaLoRA adapters by these settings.
+
     Raises:
-      ValueError: LoRA+ is asked for and no leaf is a lora_b, the schedule does not fit the run, or
+      ValueError: LoRA+ is asked for and no leaf is a lora_b, a schedule does not fit the run, or
         offload is asked for and the backend cannot address the host's memory.
     """
     decay = decay_mask(params, cfg.decay_embeddings)
@@ -141,6 +148,9 @@ def make_optimizer(cfg: OptimConfig, params: Any, num_steps: int) -> optax.Gradi
             raise ValueError(f"lora_plus={cfg.lora_plus}, but nothing trained is a lora_b")
         parts.append(optax.masked(optax.scale(cfg.lora_plus), is_lora_b))
     tx = _with_float32_state(optax.chain(*parts))
+    if ranks is not None:
+        check_ranks(ranks, params, num_steps)
+        tx = allocate_ranks(tx, ranks)
     return keep_on_host(tx) if cfg.offload else tx
 
 

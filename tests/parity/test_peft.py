@@ -10,11 +10,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
 import transformers
 from flax import nnx
+from safetensors.numpy import save_file
 
 import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
@@ -22,6 +24,7 @@ from llmprep_jax.nn.stack import unstack
 from llmprep_jax.peft.adapter import methods
 from llmprep_jax.peft.peft_config import READ, REFUSED, SELECTION, WITHOUT_EFFECT
 from llmprep_jax.peft.peft_format import adapter_table
+from llmprep_jax.train.rank_budget import allocate_ranks, orthogonality
 from llmprep_jax.weights.table import export
 from tests.parity import torch_models
 
@@ -171,6 +174,10 @@ MORE = {
         peft.VeraConfig,
         dict(r=16, target_modules=["q_proj", "o_proj", "up_proj"], save_projection=False),
     ),
+    "adalora": (
+        peft.AdaLoraConfig,
+        dict(init_r=4, lora_alpha=6, target_modules=ALL, total_step=10),
+    ),
     "ia3": (
         peft.IA3Config,
         dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -203,6 +210,92 @@ def test_vera_draws_its_projections_as_peft_does_bit_for_bit(base, seed):
     q = lp.peft.inject(ours, lp.peft.VeRA(rank=24, seed=seed)).layers.attn.q
     np.testing.assert_array_equal(q.vera_a[...], expected.vera_A["default"].numpy())
     np.testing.assert_array_equal(q.vera_b[...], expected.vera_B["default"].numpy())
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("every", [1, 2])
+def test_adalora_prunes_what_peft_prunes(base, tmp_path, every):
+    theirs, ours = base
+    schedule = dict(target_r=2, tinit=1, tfinal=2, deltaT=every, total_step=8)
+    settings = dict(init_r=4, lora_alpha=6, target_modules=ALL, **schedule)
+    adapted = adapt(theirs, settings, peft.AdaLoraConfig)
+    adapted.save_pretrained(tmp_path / "start")
+    model = lp.peft.load(ours, tmp_path / "start")
+    graph, state, frozen = nnx.split(model, AdapterParam, ...)
+    method = next(iter(methods(model).values()))
+    tx = allocate_ranks(optax.sgd(0.1), method)
+    params = nnx.to_pure_dict(state)
+    opt_state, update = tx.init(params), jax.jit(tx.update)
+    weights = {
+        of_file(key): parameter
+        for key, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    rng = np.random.default_rng(0)
+    for step in range(1, 9):
+        drawn = {key: rng.normal(0, 0.1, x.shape).astype(np.float32) for key, x in weights.items()}
+        grads = nnx.to_pure_dict(nnx.state(read_tensors(ours, tmp_path, drawn), AdapterParam))
+        updates, opt_state = update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        with torch.no_grad():
+            for key, parameter in weights.items():
+                parameter.grad = torch.tensor(drawn[key])
+                parameter -= 0.1 * parameter.grad
+        adapted.base_model.update_and_allocate(step)
+        state = nnx.state(nnx.merge(graph, params, frozen), AdapterParam)
+        found = dict(export(state, adapter_table(model, methods(model))))
+        for key, array in found.items():
+            np.testing.assert_allclose(array, weights[key].detach(), atol=1e-6)
+            if key.endswith("lora_E"):
+                np.testing.assert_array_equal(array == 0, weights[key].detach() == 0)
+        pruned = step >= 2 and (step % every == 0 or step > 6)
+        assert any(np.any(array == 0) for array in found.values()) == pruned
+    left = adapted.peft_config["default"].rank_pattern
+    assert sum(map(sum, left.values())) == 2 * len(left)
+    check_pruned_folder(theirs, ours, adapted, tmp_path)
+
+
+def read_tensors(ours: nnx.Module, folder, tensors: dict[str, np.ndarray]) -> nnx.Module:
+    """The model with these in the place of the adapters in `folder / "start"`."""
+    (folder / "drawn").mkdir(exist_ok=True)
+    config = (folder / "start" / "adapter_config.json").read_text()
+    (folder / "drawn" / "adapter_config.json").write_text(config)
+    save_file(tensors, folder / "drawn" / "adapter_model.safetensors")
+    return lp.peft.load(ours, folder / "drawn")
+
+
+def check_pruned_folder(theirs, ours, adapted, tmp_path):
+    """What is left after pruning, of one layer nothing, goes to us and back."""
+    pattern, name = adapted.peft_config["default"].rank_pattern, "layers.0.self_attn.q_proj.lora_E"
+    key = next(key for key in pattern if name in key)
+    pattern[key] = [False] * 4
+    with torch.no_grad():
+        adapted.get_parameter(f"base_model.model.{key}").zero_()
+    expected = logits_of(adapted)
+    adapted.save_pretrained(tmp_path / "pruned")
+    model = lp.peft.load(ours, tmp_path / "pruned")
+    assert_same(forward(model, TOKENS), expected)
+    assert_same(forward(lp.peft.merge(model), TOKENS), expected)
+    lp.peft.save(model, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "again").eval()
+    assert_same(logits_of(again), expected)
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_the_orthogonality_of_adalora_is_what_peft_adds_to_the_loss(base, tmp_path):
+    theirs, ours = base
+    settings = dict(init_r=4, target_modules=ALL, total_step=10, orth_reg_weight=0.25)
+    adapted = adapt(theirs, settings, peft.AdaLoraConfig)
+    adapted.save_pretrained(tmp_path)
+    losses = []
+    for weight in (0.25, 0.0):
+        adapted.peft_config["default"].orth_reg_weight = weight
+        with torch.no_grad():
+            losses.append(
+                adapted(torch.tensor(TOKENS), labels=torch.tensor(TOKENS).long()).loss.item()
+            )
+    found = 0.25 * orthogonality(lp.peft.load(ours, tmp_path))
+    np.testing.assert_allclose(found, losses[0] - losses[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["all-linear", "rslora", "patterns"])
@@ -253,6 +346,7 @@ CONFIGS = {
     "LOKR": peft.LoKrConfig,
     "IA3": peft.IA3Config,
     "VERA": peft.VeraConfig,
+    "ADALORA": peft.AdaLoraConfig,
 }
 
 
@@ -272,4 +366,5 @@ def test_every_field_of_peft_is_known():
 @pytest.mark.parametrize("field", REFUSED)
 def test_no_refused_field_is_set_by_default(field):
     for config in CONFIGS.values():
-        assert not getattr(config(), field, None)
+        needed = {"total_step": 1} if config is peft.AdaLoraConfig else {}
+        assert not getattr(config(**needed), field, None)

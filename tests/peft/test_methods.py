@@ -1,6 +1,7 @@
 """The laws of every adapter method: identity at first, own leaves move, a merge says the same."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Compute, Shared
 from llmprep_jax.nn.stack import unstack
-from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr, VeRA
+from llmprep_jax.peft import IA3, AdaLoRA, DoRA, LoHa, LoKr, VeRA
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.peft.lokr import factors
 from llmprep_jax.sharding import make_mesh, use_mesh
@@ -30,12 +31,13 @@ METHODS = {
     "lokr-both": LoKr(rank=1, alpha=1, decompose_both=True, decompose_factor=4),
     "ia3": IA3(),
     "vera": VeRA(rank=48),
+    "adalora": AdaLoRA(rank=4, alpha=8, total_steps=10),
     "ia3-outputs": IA3(targets="all-linear", feedforward=()),
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 # where variants would compile for seconds and show no more
-KINDS = ("dora", "loha", "lokr", "ia3", "vera")
+KINDS = ("dora", "loha", "lokr", "ia3", "vera", "adalora")
 each_kind = pytest.mark.parametrize("method", [METHODS[name] for name in KINDS], ids=KINDS)
 
 
@@ -196,6 +198,65 @@ def test_the_projections_of_vera_are_torchs_random_numbers():
     np.testing.assert_allclose(q.vera_b[...], expected, atol=1e-6)
 
 
+def test_adalora_writes_what_pruning_left_as_peft_does(tmp_path):
+    method = AdaLoRA(4, targets=("q_proj", "v_proj"), rank_pattern={"v_proj": 2}, total_steps=10)
+    model = scattered(lp.peft.inject(base(), method))
+    folder = lp.peft.save(model, tmp_path / "adapter")
+    assert_near(lp.peft.load(base(), folder), model, 1e-7)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    module = "model.layers.{}.self_attn.{}_proj.lora_E"
+    assert config["rank_pattern"] == {
+        module.format(layer, name): left
+        for layer in (0, 1)
+        for name, left in (("q", [True] * 4), ("v", [True, True, False, False]))
+    }
+    assert (config["init_r"], config["target_r"], config["total_step"]) == (4, 8, 10)
+    assert model.layers.attn.v.method.scale == model.layers.attn.q.method.scale == 8 / 4.00001
+
+
+def test_adalora_draws_both_factors_from_the_same_normal_distribution():
+    q = lp.peft.inject(base(), AdaLoRA(32, targets=("q_proj",), total_steps=10)).layers.attn.q
+    for drawn in (q.lora_a[...], q.lora_b[...]):
+        assert np.std(drawn) == pytest.approx(0.02, rel=0.05)
+        assert not np.any(drawn[0] == drawn[1])
+    assert not np.any(q.lora_e[...])
+
+
+ADALORA = {
+    "total_steps": ({"warmup_steps": 5, "final_steps": 5}, "total_steps must exceed warmup_steps"),
+    "beta": ({"beta1": 1.0}, r"beta1 must be in \(0, 1\), not 1.0"),
+    "alphas": ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern must be empty, not"),
+    "ranks": ({"rank_pattern": {"q_proj": 13}}, "rank_pattern must not exceed rank"),
+    "target": ({"target_rank": 0}, "target_rank is 0; it must be a whole number"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), ADALORA.values(), ids=ADALORA)
+def test_settings_of_adalora_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"AdaLoRA's {message}"):
+        AdaLoRA(total_steps=10, **settings)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rank_pattern", {"q_proj": 2}, "rank_pattern of 'q_proj' is 2; it must hold true or"),
+        ("rank_pattern", {"q_proj": [True]}, "for each of init_r triplets"),
+        ("total_step", None, "total_step is None; it must be a whole number"),
+        ("tinit", "1", "tinit is '1'; it must be a number"),
+        ("modules_to_save", ["lm_head"], "sets modules_to_save=.*not supported"),
+    ],
+)
+def test_a_folder_of_adalora_that_makes_no_sense_is_refused(tmp_path, field, value, message):
+    method = AdaLoRA(2, targets=("q_proj",), total_steps=4)
+    folder = lp.peft.save(lp.peft.inject(base(), method), tmp_path / "adapter")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ValueError, match=message) as caught:
+        lp.peft.load(base(), folder)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"initial": 0}, {"seed": -1}], ids=str)
 def test_settings_of_vera_that_make_no_sense_are_refused(settings):
     with pytest.raises(ValueError, match=f"VeRA's {next(iter(settings))} is .*; it must be"):
@@ -224,8 +285,10 @@ def test_a_folder_of_vera_without_fitting_projections_is_refused(tmp_path, chang
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_vera_opens_on_a_mesh(tmp_path):
-    method = VeRA(rank=4, targets=("q_proj", "o_proj", "down_proj"))
+@pytest.mark.parametrize(
+    "method", [VeRA(rank=4), AdaLoRA(rank=4, total_steps=4)], ids=["vera", "adalora"]
+)
+def test_a_folder_opens_on_a_mesh(method, tmp_path):
     model = scattered(lp.peft.inject(base(), method))
     folder = lp.peft.save(model, tmp_path / "adapter")
     with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
