@@ -134,22 +134,23 @@ class Adapted(nnx.Module):
             )
         _, w_dims, y_dims = letters(self.base)
         b_dims = "".join(dim for dim in w_dims if dim in y_dims)
-
-        everything = self.params()
-
-        def each(of: Callable[[Params, Einsum], Array], result: str) -> Array:
-            def one(base: Einsum, own: Params) -> Array:
-                return of(everything | own, base)
-
-            def of_layer(own: Params, base: Einsum) -> Array:
-                return each_expert(one, base, own, dims=("",), result=result)
-
-            return each_layer(of_layer, self)
-
         bias = None if self.base.b is None else self.base.b[...]
         if bias is not None and hasattr(self.method, "merge_bias"):
-            bias = each(self.method.merge_bias, b_dims)
-        return each(self.method.merge, w_dims), bias
+            bias = self.map(self.method.merge_bias, b_dims)
+        return self.map(self.method.merge, w_dims), bias
+
+    def map(self, of: Callable[[Params, Einsum], Array], result: str = "") -> Array:
+        """`of` the layer, or of each layer of a stack and each expert; `result`: its dimensions."""
+        everything = self.params()
+
+        def one(base: Einsum, own: Params) -> Array:
+            return of(everything | own, base)
+
+        def layer(own: Params, base: Einsum) -> Array:
+            return each_expert(one, base, own, dims=("",), result=result)
+
+        each = layer if stacked(self.base) is None else jax.vmap(layer)
+        return each(self.own(), self.base)
 
 
 def with_weights(base: Einsum, weight: Array, bias: Array | None) -> Einsum:
@@ -220,13 +221,18 @@ def _init(
     return {path: _init_layers(path, method, bases[path], keys[path]) for path, method in methods}
 
 
+def init_layer(method: Method, base: Einsum, key: jax.Array) -> dict[str, Array]:
+    """The parameters of one layer, or of each of its experts."""
+    init = lambda base, key: dict(method.init(base, nnx.Rngs(key)))  # noqa: E731
+    key = jax.random.split(key, num_experts(base)) if experts(base) else key
+    return each_expert(init, base, key, dims=("",))
+
+
 def _init_layers(path: str, method: Method, base: Einsum, key: jax.Array) -> Params:
     """The parameters of one layer, or with a leading axis those of a stack of layers."""
 
     def one(base: Einsum, key: jax.Array) -> dict[str, Array]:
-        key = jax.random.split(key, num_experts(base)) if experts(base) else key
-        init = lambda base, key: dict(method.init(base, nnx.Rngs(key)))  # noqa: E731
-        return each_expert(init, base, key, dims=("",))
+        return init_layer(method, base, key)
 
     try:
         if stacked(base) is None:
@@ -310,12 +316,6 @@ def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx
             stacklevel=2,
         )
     return map_adapted(model, lambda each: with_weights(each.base, *each.merged(weights)))
-
-
-def each_layer(of: Callable[[Params, Einsum], Array], adapted: Adapted) -> Array:
-    """`of` one layer, or of each layer of a stack."""
-    of = of if stacked(adapted.base) is None else jax.vmap(of)
-    return of(adapted.own(), adapted.base)
 
 
 def map_adapted(model: nnx.Module, change: Callable[[Adapted], Any]) -> nnx.Module:

@@ -14,6 +14,7 @@ import jax
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import Param
+from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array
 
 
@@ -71,10 +72,25 @@ def each_expert(
         expert = Expert(base, letter, w, b)
         return each_expert(of, expert, *args, dims=rest[:-1], result=rest[-1])
 
+    at_w, at_b = w_dims.index(letter), b_dims.index(letter)
     places = [max(each.find(letter), 0) for each in dims]
-    b, at = (None, None) if base.b is None else (base.b[...], b_dims.index(letter))
-    mapped = jax.vmap(one, (w_dims.index(letter), at, *places), max(result.find(letter), 0))
-    return mapped(base.weight(), b, *args)
+    values = [base.weight(), None if base.b is None else base.b[...], *args]
+    places = [at_w, None if base.b is None else at_b, *places]
+    if has_mesh():  # what is mapped over must be laid out alike
+        axis = spec(base.axes[at_w], shape=base.layer_shape[at_w : at_w + 1])[0]
+        values = [
+            jax.tree.map(lambda x, place=place: _laid(x, place, axis), value)
+            for value, place in zip(values, places, strict=True)
+        ]
+    return jax.vmap(one, tuple(places), max(result.find(letter), 0))(*values)
+
+
+def _laid(x: Array, place: int, axis: Any) -> Array:
+    """An array whose experts' dimension is laid over a mesh axis, and no other is."""
+    dims = list(jax.typeof(x).sharding.spec)
+    dims = [None if dim == axis else dim for dim in dims] + [None] * (x.ndim - len(dims))
+    dims[place] = axis
+    return jax.reshard(x, jax.P(*dims))
 
 
 def _without(values: tuple, index: int) -> tuple:

@@ -71,7 +71,8 @@ class LoKr(Added, LowRank):
     def delta(self, params: Mapping[str, Array], base: Einsum) -> Array:
         w1, w2 = (_factor(params, name) for name in ("lokr_w1", "lokr_w2"))
         (out_1, in_1), (out_2, in_2) = w1.shape, w2.shape
-        delta = jnp.einsum("ac,bd->cdab", w1, w2).reshape(in_1 * in_2, out_1 * out_2)
+        delta = jnp.einsum("ac,bd->cdab", w1, w2).reshape(in_1 * in_2, out_1, out_2)
+        delta = delta.reshape(in_1 * in_2, -1)  # one pair at a time, where experts are sharded
         ins, outs = shape_of(base)
         return self.scale * delta.reshape(*ins, *outs)
 

@@ -16,6 +16,7 @@ from flax import nnx
 from llmprep_jax.peft.adalora import AdaLoRA
 from llmprep_jax.peft.adapter import Method, methods
 from llmprep_jax.peft.dora import DoRA
+from llmprep_jax.peft.expert_format import expert_layers
 from llmprep_jax.peft.ia3 import IA3
 from llmprep_jax.peft.loha import LoHa
 from llmprep_jax.peft.lokr import LoKr
@@ -47,7 +48,15 @@ ADALORA = {  # our settings by their names
 }
 # of LoRA's fields AdaLoRA ignores r, alpha_pattern and use_rslora, and PEFT refuses use_dora
 READ = {
-    "LORA": (*RANKS, "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias"),
+    "LORA": (
+        *RANKS,
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "init_lora_weights",
+        "bias",
+        "target_parameters",
+    ),
     "LOHA": (*RANKS, "alpha"),
     "LOKR": (*RANKS, "alpha", "decompose_both", "decompose_factor"),
     "IA3": ("feedforward_modules",),
@@ -94,7 +103,6 @@ REFUSED = (
     "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
-    "target_parameters",
     "layer_replication",
     "alora_invocation_tokens",
     "arrow_config",
@@ -119,6 +127,7 @@ class AdapterConfig:
       containers: regexes of what layers are numbered in, () for anything.
       draws: whether what all layers share is drawn anew where the file does not hold it.
       empty: modules of which nothing is left after AdaLoRA's pruning.
+      parameters: names of parameters that hold experts (target_parameters).
     """
 
     method: Method
@@ -128,11 +137,16 @@ class AdapterConfig:
     containers: tuple[str, ...]
     draws: bool = False
     empty: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
 
-    def adapts(self, module: str) -> bool:
-        """Whether PEFT adapts a module of this name."""
+    def adapts(self, module: str, *, parameter: bool = False) -> bool:
+        """Whether PEFT adapts a module of this name, or a parameter; or, untold, could."""
+        if parameter:
+            return matches(self.parameters, [module])
         if module in self.empty:
             return False
+        if self.targets is None:
+            return True
         if self.excluded and matches(self.excluded, [module]):
             return False
         if not matches(self.targets, [module]):
@@ -185,10 +199,13 @@ def _read(config: Mapping[str, Any]) -> AdapterConfig:
     for text in targets:
         if isinstance(text, str):
             check_regex("target_modules or exclude_modules", text)
+    parameters = _names(config, "target_parameters") or ()
+    if isinstance(parameters, str):
+        raise ValueError(f"target_parameters is {quoted(parameters)}; it must be a list of names")
     draws = config.get("save_projection") is False
     selection = *targets, tuple(layers) or None, containers
     if config["peft_type"] != "ADALORA":
-        return AdapterConfig(_method(config), *selection, draws)
+        return AdapterConfig(_method(config), *selection, draws, parameters=parameters)
     left = _kept(config)
     ranks = {re.escape(module): rank for module, rank in left.items() if rank}
     empty = tuple(module for module, rank in left.items() if not rank)
@@ -277,13 +294,20 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
     """The config of a model's adapters, for PEFT."""
     of_model, adapted = modules(model), methods(model)
     by_name = {name: method for path, method in adapted.items() for name in of_model[path].values()}
-    every = {name for names in of_model.values() for name in names.values()}
+    of_experts = expert_layers(model, of_model)
+    every = {name for path in of_model for name in of_model[path].values()}
+    parameters = {name for path in of_experts for name in of_model[path].values()}
+    targets, of_parameters = [
+        sorted(_shortest(dict.fromkeys([x for x in by_name if x in kind], True), kind))
+        for kind in (every - parameters, parameters)
+    ]
     return {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "revision": None,
         "inference_mode": True,
-        "target_modules": sorted(_shortest(dict.fromkeys(by_name, True), every)),
+        "target_modules": targets,
+        **({"target_parameters": of_parameters} if of_parameters else {}),
         "modules_to_save": None,
         **_settings(by_name),
     }

@@ -22,9 +22,11 @@ from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import adapter
 from llmprep_jax.peft.adalora import AdaLoRA
 from llmprep_jax.peft.adapter import Layout, Method
+from llmprep_jax.peft.expert_format import expert_layers, expert_module, expert_tensors
+from llmprep_jax.peft.experts import experts, letters
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
-from llmprep_jax.peft.targets import Place, bases, modules, plain, stacked
+from llmprep_jax.peft.targets import Place, bases, matches, modules, plain, stacked
 from llmprep_jax.sharding import spec
 from llmprep_jax.weights.checkpoint import read_json
 from llmprep_jax.weights.receipt import probe_difference, save_folder
@@ -41,13 +43,36 @@ def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str,
 
     "(n h) d -> d n h" of the weight gives "r d -> d r" of LoRA's A and "(n h) r -> r n h" of its B.
     """
-    table = {}
+    table, of_model = {}, bases(model)
     for path, method in methods.items():
         name, pattern = model.weights[f"{plain(path)}.w"]
-        module = _PREFIX + name.removesuffix(".weight")
-        for param, (suffix, theirs) in method.tensors(Layout.of(pattern)).items():
-            table[f"{plain(path)}.{param}"] = (f"{module}.{suffix}", theirs)
+        module, tensors = name.removesuffix(".weight"), _tensors(path, method, of_model, pattern)
+        if experts(of_model[path]):
+            beside = [other for other in methods if _number(other) == _number(path)]
+            names = [model.weights[f"{plain(x)}.w"][0] for x in expert_layers(model, beside)]
+            module = expert_module(name, names)
+        for param, (suffix, theirs) in tensors.items():
+            row = f"{_PREFIX}{module}.{suffix}", theirs
+            if table.setdefault(f"{plain(path)}.{param}", row) != row:
+                raise ValueError(
+                    f"layers of the list of {path} adapt experts unlike each other, for which there"
+                    " is no table; adapt all alike"
+                )
     return table
+
+
+def _number(path: str) -> list[str]:
+    """Where in lists of layers a path leads."""
+    return [part for part in path.split(".") if part.isdigit()]
+
+
+def _tensors(
+    path: str, method: Method, of_model: Mapping[str, Einsum], pattern: str
+) -> Mapping[str, tuple[str, str]]:
+    """As `Method.tensors`, for an ordinary layer or one of many experts."""
+    if experts(of_model[path]):
+        return expert_tensors(method, path, of_model[path], pattern)
+    return method.tensors(Layout.of(pattern))
 
 
 def save(
@@ -161,19 +186,34 @@ def _layers(
         listed.
     """
     found: dict[str, dict[Place, Layer]] = {}
-    of_model = bases(model)
-    for path, modules_of_path in modules(model).items():
-        layout = Layout.of(model.weights[f"{plain(path)}.w"][1])
+    of_model, named = bases(model), modules(model)
+    of_experts = expert_layers(model, named)
+    parameters = [
+        name
+        for path in of_experts
+        for name in named[path].values()
+        if config.adapts(name, parameter=True)
+    ]
+    for path, modules_of_path in named.items():
+        pattern = model.weights[f"{plain(path)}.w"][1]
         for place, module in modules_of_path.items():
-            if config.targets is not None and not config.adapts(module):
+            if not config.adapts(module, parameter=path in of_experts):
                 continue
             method = config.method.resolve((module,))
-            layer = Layer(module, method, _rows(module, method, of_model[path], layout))
+            tensors = _tensors(path, method, of_model, pattern)
+            keys = expert_module(module, parameters) if path in of_experts else module
+            layer = Layer(module, method, _rows(keys, method, of_model[path], tensors))
             # without target_modules, what the file holds is what is adapted
-            if config.targets is not None or any(name in file for name in layer.names):
+            told = config.targets is not None or path in of_experts
+            if told or any(name in file for name in layer.names):
                 found.setdefault(path, {})[place] = layer
     wanted = [layer for layers in found.values() for layer in layers.values()]
     problems = _differences(wanted, file)
+    unknown = [
+        name for name in config.parameters if not any(matches((name,), [x]) for x in parameters)
+    ]
+    if unknown:
+        problems += [f"the model has no experts of target_parameters {', '.join(unknown)}"]
     if problems or not wanted:
         reason = "; ".join(problems) or "its target_modules name no layer of the model"
         raise ValueError(
@@ -183,12 +223,13 @@ def _layers(
     return found
 
 
-def _rows(module: str, method: Method, base: Einsum, layout: Layout) -> dict[str, Entry]:
+def _rows(
+    module: str, method: Method, base: Einsum, tensors: Mapping[str, tuple[str, str]]
+) -> dict[str, Entry]:
     """What each parameter of one layer is made of in the file."""
-    shapes, tensors = _shapes(method, base), method.tensors(layout)
     return {
         name: Entry(name, shape, f"{_PREFIX}{module}.{tensors[name][0]}", tensors[name][1])
-        for name, shape in shapes.items()
+        for name, shape in _shapes(method, base).items()
     }
 
 
@@ -197,7 +238,7 @@ def _shapes(method: Method, base: Einsum) -> dict[str, tuple[int, ...]]:
 
     def init(base: Einsum) -> dict[str, jax.Array]:
         base = base if stacked(base) is None else jax.tree.map(lambda x: x[0], base)
-        return dict(method.init(base, nnx.Rngs(0)))
+        return adapter.init_layer(method, base, jax.random.key(0))
 
     return {name: tuple(x.shape) for name, x in jax.eval_shape(init, base).items()}
 
@@ -302,8 +343,9 @@ def _axes(method: Method, base: Einsum) -> dict[str, tuple[str | None, ...]]:
     (in_axes, out_axes) = adapter.axes_of(base)
     by_letter = dict(zip(ins + outs, (*in_axes, *out_axes), strict=True))
     layout = Layout(" ".join(ins), " ".join(outs), " ".join(ins), " ".join(outs))
+    of_experts = tuple(base.axes[letters(base)[1].index(dim)] for dim in experts(base))
     return {
-        name: tuple(by_letter.get(dim) for dim in pattern.split("->")[1].split())
+        name: (*of_experts, *(by_letter.get(dim) for dim in pattern.split("->")[1].split()))
         for name, (_, pattern) in method.tensors(layout).items()
     }
 

@@ -54,7 +54,10 @@ class Several(Adapted):
         Raises:
           ValueError: always.
         """
-        raise ValueError(
+        raise self._unchosen()
+
+    def _unchosen(self) -> ValueError:
+        return ValueError(
             f"the model holds several adapters: {', '.join(self.order)}; choose one by"
             " lp.peft.select(model, name), or merge by lp.peft.merge(model, {name: weight})"
         )
@@ -107,7 +110,7 @@ class Several(Adapted):
     def _rows(self, x: Array) -> Array:
         """Which adapter each row of a batch has, as numbers."""
         if self.rows is None:
-            return self.method  # which says that there is no one
+            raise self._unchosen()
         if x.shape[0] != self.rows.shape[0]:
             raise ValueError(
                 f"adapters are selected for {self.rows.shape[0]} rows and the batch has"

@@ -19,7 +19,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.peft.adalora import AdaLoRA
-from llmprep_jax.peft.adapter import adapters, dims, each_layer
+from llmprep_jax.peft.adapter import adapters, dims
 from llmprep_jax.sharding import spec
 from llmprep_jax.train.losses import LossSum
 from llmprep_jax.train.step import LossFn
@@ -196,7 +196,7 @@ def orthogonality(model: nnx.Module) -> Float[Array, ""]:
         return jnp.stack(found)
 
     layers = [each for each in adapters(model).values() if isinstance(each.method, AdaLoRA)]
-    return jnp.mean(jnp.concatenate([each_layer(norms, layer).reshape(-1) for layer in layers]))
+    return jnp.mean(jnp.concatenate([layer.map(norms).reshape(-1) for layer in layers]))
 
 
 def with_orthogonality(loss_fn: LossFn, method: AdaLoRA | None) -> LossFn:

@@ -340,6 +340,33 @@ def test_a_merged_folder_gives_the_same_logits_in_transformers(base, tmp_path):
     assert_same(logits_of(again), logits_of(adapted))
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_a_weighted_merge_is_pefts_weighted_adapter(base, tmp_path):
+    theirs, ours = base
+    weights = {"law": 0.7, "verse": 0.3}
+    settings = {
+        "law": dict(r=4, lora_alpha=8, target_modules=ALL),
+        "verse": dict(r=2, lora_alpha=3, use_rslora=True, target_modules=["q_proj", "down_proj"]),
+    }
+    for name, each in settings.items():
+        adapt(theirs, each).save_pretrained(tmp_path / name)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "law", "law")
+    adapted.load_adapter(tmp_path / "verse", "verse")
+    adapted.add_weighted_adapter(list(weights), list(weights.values()), "both", "cat")
+    adapted.set_adapter("both")
+    expected = logits_of(adapted.eval())
+    both = lp.peft.combine({name: tmp_path / name for name in settings}, ours)
+    assert_same(forward(lp.peft.merge(both, weights), TOKENS), expected)
+    lp.peft.save(lp.peft.blend(both, weights), tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    assert_same(logits_of(again), expected)
+    # "linear" mixes A with the other's B unless there is one adapter, where all three agree
+    adapted.add_weighted_adapter(["law"], [0.7], "one", "linear")
+    adapted.set_adapter("one")
+    one = lp.peft.merge(both, {"law": 0.7})
+    assert_same(forward(one, TOKENS), logits_of(adapted))
+
+
 CONFIGS = {
     "LORA": peft.LoraConfig,
     "LOHA": peft.LoHaConfig,

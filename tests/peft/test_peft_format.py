@@ -267,7 +267,6 @@ SET = {
     "bias": "all",
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
-    "target_parameters": ["experts.gate_up_proj"],
     "layer_replication": [[0, 1], [0, 1]],
     "alora_invocation_tokens": [5],
     "arrow_config": {"top_k": 3},
@@ -288,6 +287,12 @@ def test_a_field_that_changes_the_result_is_refused_by_name(tmp_path, field, val
     ) as caught:
         lp.peft.load(base(), folder)
     assert "\n" not in str(caught.value)
+
+
+def test_parameters_of_experts_that_the_model_has_not_are_refused(tmp_path):
+    folder = write(tmp_path, target_parameters=["experts.gate_up_proj"])
+    with pytest.raises(ValueError, match="no experts of target_parameters experts.gate_up_proj"):
+        lp.peft.load(base(), folder)
 
 
 @pytest.mark.parametrize("init", ["corda", "olora", "loftq", "lora_ga", "pissa"])

@@ -13,7 +13,8 @@ import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.nn.stack import unstack
 from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr, LoRA
-from llmprep_jax.quant.linear import quantize_model
+from llmprep_jax.peft.adapter import adapters, methods, wrap
+from llmprep_jax.quant.linear import dequantize_model, quantize_model
 from llmprep_jax.sharding import make_mesh, use_mesh
 from tests.models.tiny import make_tokens
 from tests.peft.test_methods import QUICK, assert_near, base, scattered, small
@@ -101,17 +102,21 @@ def test_layers_in_a_list_say_the_same():
     assert_near(logits_of(listed(model), *padded()), by_row())
 
 
-def test_rows_on_a_packed_base_compute_what_each_adapter_alone_does():
+def moved(model: nnx.Module, base: nnx.Module) -> nnx.Module:
+    """The adapter of a model on another base."""
+    layers = adapters(model)
+    return wrap(base, methods(model), {path: one.params() for path, one in layers.items()})
+
+
+def test_rows_on_a_packed_base_compute_what_they_do_on_the_same_base_dense():
     packed = quantize_model(base(), "nf4")
-    pairs = {
-        name: scattered(lp.peft.inject(packed, METHODS[name], seed=seed))
-        for seed, name in enumerate(("law", "dora"))
-    }
-    model = lp.peft.combine(pairs)
-    found = logits_of(lp.peft.select(model, ["law", "dora"]), *padded(2))
-    for row, name in enumerate(pairs):
-        real = padded(2)[1][row]
-        assert_near(found[row][real], logits_of(pairs[name], *padded(2))[row][real])
+    on_packed, on_dense = [
+        lp.peft.combine({name: moved(adapted(name), each) for name in METHODS})
+        for each in (packed, dequantize_model(packed))
+    ]
+    found, expected = [logits_of(lp.peft.select(x, ROWS), *padded()) for x in (on_packed, on_dense)]
+    assert_near(found[1:], expected[1:])
+    assert np.abs(expected - by_row()).max() > 0.01
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -231,11 +236,7 @@ def test_a_blend_is_one_lora_that_merges_to_the_weighted_sum(tmp_path):
 def test_an_adapter_comes_out_of_merged_weights(name):
     merged = lp.peft.merge(adapted(name))
     assert_near(lp.peft.unmerge(merged, adapted(name)), base(), 1e-6)
-    on_merged = lp.peft.adapter.wrap(
-        merged,
-        lp.peft.adapter.methods(adapted(name)),
-        {path: one.params() for path, one in lp.peft.adapter.adapters(adapted(name)).items()},
-    )
+    on_merged = moved(adapted(name), merged)
     assert_near(lp.peft.unmerge(merged, on_merged), base(), 1e-6)  # the base does not count
 
 
