@@ -170,6 +170,11 @@ class Embed(nnx.Module):
         init = jax.nn.initializers.normal(0.02)
         self.w = param(rngs, (vocab_size, dim), ("vocab", "embed"), init, compute.param_dtype)
 
+    @property
+    def table_dtype(self) -> jnp.dtype:
+        """dtype of the table."""
+        return self.w.dtype
+
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up; ids outside the vocabulary give the nearest row (XLA clamps)."""
         shape = (*tokens_BT.shape, self.w.shape[-1])

@@ -8,6 +8,7 @@ from llmprep_jax.peft.loha import LoHa
 from llmprep_jax.peft.lokr import LoKr
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_format import load, save
+from llmprep_jax.peft.tuned import untie
 
 __all__ = [
     "IA3",
@@ -24,4 +25,5 @@ __all__ = [
     "save",
     "split",
     "strip",
+    "untie",
 ]

@@ -29,6 +29,7 @@ from llmprep_jax.peft.targets import (
     select,
     stacked,
 )
+from llmprep_jax.peft.tuned import Tuned, choose, tune
 from llmprep_jax.quant.linear import QuantEinsum
 
 Params = Mapping[str, Array]
@@ -117,13 +118,17 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     chosen = {path: layers[path] for path in select(method.targets, layers)}
     for label in ("rank_pattern", "alpha_pattern"):
         check_keys(label, getattr(method, label, ()), chosen)
+    whole = choose(model, getattr(method, "modules_to_save", ()))
+    if chosen.keys() & set(whole):
+        both = min(chosen.keys() & set(whole))
+        raise ValueError(f"{both} is a target and in modules_to_save; leave it in one of them")
     methods = {path: _resolve(method, path, names) for path, names in chosen.items()}
     rngs = nnx.Rngs(seed)
     keys = {path: rngs.params() for path in sorted(layers)}  # so another target changes no other
     found = {path: base for path, base in bases(model).items() if path in methods}
     # one program: op by op this takes seconds
     params = _init(tuple(methods.items()), found, {path: keys[path] for path in methods})
-    return wrap(model, methods, params)
+    return tune(wrap(model, methods, params), whole, getattr(method, "dtype", "float32"))
 
 
 def _resolve(method: Method, path: str, layers: Sequence[Names]) -> Method:
@@ -204,7 +209,7 @@ def split(model: nnx.Module) -> tuple[nnx.State, nnx.State]:
 
 def strip(model: nnx.Module) -> nnx.Module:
     """The base model, without its adapters."""
-    return _map_adapted(model, lambda adapted: adapted.base)
+    return _map_adapted(model, lambda adapted: adapted.base, lambda tuned: tuned.base)
 
 
 def merge(model: nnx.Module) -> nnx.Module:
@@ -230,7 +235,7 @@ def merge(model: nnx.Module) -> nnx.Module:
         state["b"] = state["b"].replace(_each_layer(method.merge_bias, params, base))
         return nnx.merge(graph, state)
 
-    return _map_adapted(model, merged)
+    return _map_adapted(model, merged, Tuned.merged)
 
 
 def _each_layer(of: Callable[[Params, Einsum], Array], params: Params, base: Einsum) -> Array:
@@ -238,10 +243,15 @@ def _each_layer(of: Callable[[Params, Einsum], Array], params: Params, base: Ein
     return of(params, base) if stacked(base) is None else jax.vmap(of)(params, base)
 
 
-def _map_adapted(model: nnx.Module, change: Callable[[Adapted], Any]) -> nnx.Module:
-    return nnx.recursive_map(
-        lambda _, node: change(node) if isinstance(node, Adapted) else node, model
-    )
+def _map_adapted(
+    model: nnx.Module, change: Callable[[Adapted], Any], change_whole: Callable[[Tuned], Any]
+) -> nnx.Module:
+    def visit(_: tuple, node: Any) -> Any:
+        if isinstance(node, Tuned):
+            return change_whole(node)
+        return change(node) if isinstance(node, Adapted) else node
+
+    return nnx.recursive_map(visit, model)
 
 
 def dims(base: Einsum) -> tuple[str, str, str, str]:

@@ -28,12 +28,18 @@ from llmprep_jax.peft.targets import (
     matches,
     modules,
 )
+from llmprep_jax.peft.tuned import EMBED, is_tied, saved_names, tuned
 from llmprep_jax.weights.safetensors import quoted
 
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+SELECTION = (*SELECTION, "modules_to_save")
 RANKS = ("r", "rank_pattern", "alpha_pattern")
 READ = {
-    "LORA": (*RANKS, "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias"),
+    "LORA": (
+        *RANKS,
+        *("lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias"),
+        "ensure_weight_tying",
+    ),
     "LOHA": (*RANKS, "alpha"),
     "LOKR": (*RANKS, "alpha", "decompose_both", "decompose_factor"),
     "IA3": ("feedforward_modules",),
@@ -54,7 +60,6 @@ WITHOUT_EFFECT = (
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "ensure_weight_tying",
     "rank_dropout",
     "rank_dropout_scale",
     "module_dropout",
@@ -67,7 +72,6 @@ REFUSED = (
     "use_bdlora",
     "fan_in_fan_out",
     "lora_bias",
-    "modules_to_save",
     "trainable_token_indices",
     "target_parameters",
     "layer_replication",
@@ -92,6 +96,8 @@ class AdapterConfig:
       targets, excluded: names or a regex of modules; None: whatever the file holds, and none.
       layers: numbers of the only layers that are adapted, None for all.
       containers: regexes of what layers are numbered in, () for anything.
+      saved: ends of names of the modules that are trained whole.
+      tied: whether what trains the embedding trains the head that is tied to it.
     """
 
     method: Method
@@ -99,6 +105,12 @@ class AdapterConfig:
     excluded: Targets | None
     layers: tuple[int, ...] | None
     containers: tuple[str, ...]
+    saved: tuple[str, ...] = ()
+    tied: bool = False
+
+    def trains(self, module: str) -> bool:
+        """Whether PEFT trains a module of this name whole; it looks at the end of the name."""
+        return module.endswith(self.saved)
 
     def adapts(self, module: str) -> bool:
         """Whether PEFT adapts a module of this name."""
@@ -154,7 +166,15 @@ def _read(config: Mapping[str, Any]) -> AdapterConfig:
     for text in targets:
         if isinstance(text, str):
             check_regex("target_modules or exclude_modules", text)
-    return AdapterConfig(_method(config), *targets, tuple(layers) or None, containers)
+    saved = _names(config, "modules_to_save") or ()
+    return AdapterConfig(
+        _method(config),
+        *targets,
+        tuple(layers) or None,
+        containers,
+        (saved,) if isinstance(saved, str) else saved,
+        _flag(config, "ensure_weight_tying"),
+    )
 
 
 def _method(config: Mapping[str, Any]) -> Method:
@@ -214,9 +234,20 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
         "inference_mode": True,
         "target_modules": sorted(_shortest(dict.fromkeys(by_name, True), every)),
         "exclude_modules": None,
-        "modules_to_save": None,
+        "modules_to_save": saved_names(model) or None,
         **_settings(by_name),
+        **_tying(model, by_name),
     }
+
+
+def _tying(model: nnx.Module, by_name: Mapping[str, Method]) -> dict[str, Any]:
+    """What has PEFT train the head with the embedding that it is."""
+    if not is_tied(model) or EMBED not in tuned(model):
+        return {}
+    if isinstance(next(iter(by_name.values())), LoRA):
+        return {"ensure_weight_tying": True}
+    head = model.weights["head.w"][0].removesuffix(".weight")
+    return {"modules_to_save": sorted([*saved_names(model), head])}
 
 
 def _settings(by_name: Mapping[str, Method]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ what differs in a layer's scale goes into its B.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -18,7 +18,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
-from llmprep_jax.peft import adapter
+from llmprep_jax.peft import adapter, tuned
 from llmprep_jax.peft.adapter import Layout, Method
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
@@ -48,6 +48,11 @@ def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str,
     return table
 
 
+def trained_table(model: nnx.Module) -> dict[str, tuple[str, str]]:
+    """A weight table for all that is trained of a model with adapters."""
+    return adapter_table(model, adapter.methods(model)) | tuned.table(model, _PREFIX)
+
+
 def save(
     model: nnx.Module,
     folder: str | Path,
@@ -72,16 +77,21 @@ def save(
     if not adapter.is_adapted(model):
         raise ValueError("the model has no adapters; save_model writes whole models")
     base = adapter.strip(model)
-    adapters = nnx.state(model, AdapterParam)
     return save_folder(
         folder,
         make_config(model, base_model),
-        export(adapters, adapter_table(model, adapter.methods(model))),
+        _tensors(model),
         config_name=CONFIG,
         weights_name=WEIGHTS_FILE,
         verify=lambda written: probe_difference(model, load(base, written)),
         tolerance=tolerance,
     )
+
+
+def _tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """Everything that a model's file holds."""
+    yield from export(nnx.state(model, AdapterParam), trained_table(model))
+    yield from tuned.tied_head(model, _PREFIX).items()
 
 
 def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
@@ -97,11 +107,13 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     config = read_config(folder / CONFIG, _read_json(folder))
     file = _open(folder)
     methods, params = {}, {}
-    for path, layers in _layers(model, config, file).items():
+    whole = tuned.rows_of(model, config.trains, file, _PREFIX)
+    for path, layers in _layers(model, config, file, whole).items():
         base = bases(model)[path]
         methods[path] = _one_method(path, layers, base)
         params[path] = _read(base, methods[path], layers, file)
-    return adapter.wrap(model, methods, params)
+    tuned.check_tied(model, whole, file, _PREFIX)
+    return tuned.read(adapter.wrap(model, methods, params), whole, file)
 
 
 def _read_json(folder: Path) -> dict:
@@ -141,9 +153,15 @@ class Layer:
 
 
 def _layers(
-    model: nnx.Module, config: AdapterConfig, file: SafetensorsFile
+    model: nnx.Module,
+    config: AdapterConfig,
+    file: SafetensorsFile,
+    whole: Mapping[str, Mapping[str, Entry]],
 ) -> dict[str, dict[Place, Layer]]:
     """The layers that a folder adapts, by our path and place in a stack.
+
+    Args:
+      whole: rows of what is trained whole, whose tensors the file holds too.
 
     Raises:
       ValueError: the file is not what the config and this model lead to expect; all differences are
@@ -162,7 +180,9 @@ def _layers(
             if config.targets is not None or any(name in file for name in layer.names):
                 found.setdefault(path, {})[place] = layer
     wanted = [layer for layers in found.values() for layer in layers.values()]
-    problems = _differences(wanted, file)
+    expected = {row.name: row.their_shape() for layer in wanted for row in layer.rows.values()}
+    expected |= tuned.shapes(model, whole, file, _PREFIX)
+    problems = _differences(wanted, expected, file)
     if problems or not wanted:
         reason = "; ".join(problems) or "its target_modules name no layer of the model"
         raise ValueError(
@@ -191,10 +211,11 @@ def _shapes(method: Method, base: Einsum) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in jax.eval_shape(init, base).items()}
 
 
-def _differences(wanted: Sequence[Layer], file: SafetensorsFile) -> list[str]:
+def _differences(
+    wanted: Sequence[Layer], expected: Mapping[str, tuple[int, ...]], file: SafetensorsFile
+) -> list[str]:
     """How a file differs from what it must hold, one phrase a kind."""
     shape = {name: file.shape(name) for name in file.names}
-    expected = {row.name: row.their_shape() for layer in wanted for row in layer.rows.values()}
     unlike = {
         f"{a} is {_dims(shape[a])} and {b} is {_dims(shape[b])}": (a, b)
         for a, b in (layer.names[:2] for layer in wanted if isinstance(layer.method, LoRA))

@@ -19,9 +19,8 @@ from flax import nnx
 import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.nn.stack import unstack
-from llmprep_jax.peft.adapter import methods
 from llmprep_jax.peft.peft_config import READ, REFUSED, SELECTION, WITHOUT_EFFECT
-from llmprep_jax.peft.peft_format import adapter_table
+from llmprep_jax.peft.peft_format import trained_table
 from llmprep_jax.weights.table import export
 from tests.parity import torch_models
 
@@ -81,7 +80,8 @@ def adapt(
 
 def of_file(name: str) -> str:
     """A parameter's name as PEFT's files have it."""
-    return re.sub(r"(magnitude_vector)?\.default(?(1)\.weight)", r"\1", name)
+    name = re.sub(r"(magnitude_vector)?\.default(?(1)\.weight)", r"\1", name)
+    return name.replace(".modules_to_save", "")
 
 
 def logits_of(model) -> np.ndarray:
@@ -135,13 +135,14 @@ def check_gradients(adapted, ours, tmp_path):
         return jnp.square(nnx.merge(graph, trained, frozen)(TOKENS).logits).mean()
 
     grads = jax.jit(jax.grad(loss), compiler_options=QUICK)(trained)
-    found = dict(export(grads, adapter_table(model, methods(model))))
+    found = dict(export(grads, trained_table(model)))
     assert found.keys() == expected.keys()
     for key, gradient in found.items():
         scale = max(np.abs(expected[key]).max(), 1e-5)
         assert np.abs(gradient - expected[key]).max() / scale < 1e-4, key
 
 
+WHOLE = dict(modules_to_save=["embed_tokens", "norm", "v_proj"])
 MORE = {
     "dora": (peft.LoraConfig, dict(r=4, lora_alpha=8, target_modules=ALL, use_dora=True)),
     "dora-rslora": (
@@ -149,6 +150,10 @@ MORE = {
         dict(
             r=4, lora_alpha=3, target_modules=["q_proj", "o_proj"], use_dora=True, use_rslora=True
         ),
+    ),
+    "whole": (
+        peft.LoraConfig,
+        dict(r=4, target_modules=["q_proj"], **WHOLE, ensure_weight_tying=True),
     ),
     "loha": (peft.LoHaConfig, dict(r=4, alpha=8, target_modules=ALL)),
     "loha-patterns": (
@@ -218,6 +223,34 @@ def test_adapters_on_some_layers_of_a_list_load_in_peft(base, tmp_path):
     assert_same(forward(model, TOKENS), logits_of(again))
     ranks = {key: x.shape[0] for key, x in again.named_parameters() if "lora_A" in key}
     assert sorted(ranks.values()) == [3, 4]
+
+
+@pytest.mark.parametrize("base", ["gemma3"], indirect=True)
+@pytest.mark.parametrize("kind", [peft.LoraConfig, peft.IA3Config])
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
+def test_tables_that_peft_unties_load_onto_an_untied_model(base, tmp_path, kind, modules):
+    theirs, ours = base
+    more = dict(feedforward_modules=[]) if kind is peft.IA3Config else {}
+    adapted = adapt(theirs, dict(target_modules=["k_proj"], modules_to_save=modules, **more), kind)
+    adapted.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"load it onto lp.peft.untie\(model\)"):
+        lp.peft.load(ours, tmp_path / "theirs")
+    model = lp.peft.load(lp.peft.untie(ours), tmp_path / "theirs")
+    assert_same(forward(model, TOKENS), logits_of(adapted))
+    lp.peft.save(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    assert_same(logits_of(again), logits_of(adapted))
+
+
+@pytest.mark.parametrize("base", ["gemma3"], indirect=True)
+def test_a_tied_table_trained_beside_ia3_loads_in_peft(base, tmp_path):
+    theirs, ours = base
+    method = lp.peft.IA3(targets=("k_proj",), feedforward=(), modules_to_save=("embed_tokens",))
+    graph, trained, rest = nnx.split(lp.peft.inject(ours, method), AdapterParam, ...)
+    model = nnx.merge(graph, jax.tree.map(lambda x: 1.1 * x, trained), rest)
+    lp.peft.save(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    assert_same(logits_of(again), forward(model, TOKENS))
 
 
 def test_a_merged_folder_gives_the_same_logits_in_transformers(base, tmp_path):

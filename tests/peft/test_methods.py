@@ -13,7 +13,7 @@ from llmprep_jax.models import registry
 from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.param import AdapterParam, Compute
 from llmprep_jax.nn.stack import unstack
-from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr
+from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr, LoRA
 from llmprep_jax.peft.lokr import factors
 from llmprep_jax.sharding import make_mesh, use_mesh
 from tests.models.tiny import make_tokens
@@ -27,11 +27,14 @@ METHODS = {
     "lokr-both": LoKr(rank=1, alpha=1, decompose_both=True, decompose_factor=4),
     "ia3": IA3(),
     "ia3-outputs": IA3(targets="all-linear", feedforward=()),
+    "whole": LoRA(4, 8, targets=("q_proj",), modules_to_save=("embed", "attn_norm", "v", "head")),
+    "ia3-whole": IA3(targets=("k_proj",), feedforward=(), modules_to_save=("lm_head",)),
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-FOUR = ("dora", "loha", "lokr", "ia3")  # where variants would compile for seconds and show no more
-each_kind = pytest.mark.parametrize("method", [METHODS[name] for name in FOUR], ids=FOUR)
+# where variants would compile for seconds and show no more
+KINDS = ("dora", "loha", "lokr", "ia3", "whole")
+each_kind = pytest.mark.parametrize("method", [METHODS[name] for name in KINDS], ids=KINDS)
 
 
 def small(remat: str = "none") -> nnx.Module:
