@@ -23,6 +23,7 @@ from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.peft.adapter import inject, is_adapted
+from llmprep_jax.peft.longlora import LongLoRA
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.quant.kinds import KINDS
 from llmprep_jax.quant.linear import adopt, packed_layers, packers, quantize_model
@@ -103,7 +104,7 @@ def _load_run(
     with use_mesh(mesh):
         if meta["adapter"] is not None:
             model = load_model(meta["base"], kind, mesh=mesh, compute=compute)
-            model = inject(model, from_dict(LoRA, meta["adapter"]))
+            model = inject(model, from_dict(LoRA | LongLoRA, meta["adapter"]))
             graph, params, frozen = nnx.split(model, AdapterParam, ...)
         else:
             family = registry.family_of_type(meta["config"].get("model_type"))

@@ -6,8 +6,10 @@ from llmprep_jax.peft.dora import DoRA
 from llmprep_jax.peft.ia3 import IA3
 from llmprep_jax.peft.loha import LoHa
 from llmprep_jax.peft.lokr import LoKr
+from llmprep_jax.peft.longlora import LongLoRA
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_format import load, save
+from llmprep_jax.peft.training import train_mode
 from llmprep_jax.peft.tuned import untie
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LongLoRA",
     "count",
     "inject",
     "is_adapted",
@@ -25,5 +28,6 @@ __all__ = [
     "save",
     "split",
     "strip",
+    "train_mode",
     "untie",
 ]

@@ -18,7 +18,7 @@ from llmprep_jax.config import UsageError, changed_fields, to_dict, to_json
 from llmprep_jax.data import DataConfig
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.stack import REMAT_POLICIES
-from llmprep_jax.peft import LoRA
+from llmprep_jax.peft import LongLoRA, LoRA
 from llmprep_jax.train.checkpoint import all_steps
 from llmprep_jax.train.loop import FitConfig
 from llmprep_jax.train.metrics import read_jsonl
@@ -42,7 +42,7 @@ class RunConfig(FitConfig):
       tokenizer: where the tokenizer comes from; None: from where `model` does.
       chat_template: a Jinja file, for the tokenizer of a base model, which has none; it is saved
         with the run.
-      adapter: trained in place of the model; None: all of it is.
+      adapter: a LoRA or LongLoRA that is trained in place of the model; None: all of it is.
       data: what it is trained on; data.batch_size rows of data.seq_len tokens a step.
       eval_data: what it is evaluated on, all splits of it; None: what data.holdout keeps back, if
         anything.
@@ -80,10 +80,11 @@ class RunConfig(FitConfig):
                 f"data.batch_size={self.data.batch_size} is no multiple of "
                 f"accumulate={self.accumulate}"
             )
-        if self.adapter is not None and type(self.adapter) is not LoRA:
+        if self.adapter is not None and type(self.adapter) not in (LoRA, LongLoRA):
             raise ValueError(
-                f"adapter is a {type(self.adapter).__name__}; runs train LoRA, whose settings their"
-                " folder holds; inject other methods with lp.peft.inject and train.loop.fit"
+                f"adapter is a {type(self.adapter).__name__}; runs train LoRA and LongLoRA, whose"
+                " settings their folder holds; inject other methods with lp.peft.inject and"
+                " train.loop.fit"
             )
         if self.adapter is None and self.optim.lora_plus != 1:
             raise ValueError("optim.lora_plus is for LoRA adapters; leave it, or set adapter.rank")
