@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.nn.param import AdapterParam
+from llmprep_jax.nn.param import AdapterParam, Buffer
 from llmprep_jax.peft.targets import (
     Names,
     Targets,
@@ -31,6 +32,7 @@ from llmprep_jax.peft.targets import (
 )
 from llmprep_jax.peft.tuned import Tuned, choose, tune
 from llmprep_jax.quant.linear import QuantEinsum
+from llmprep_jax.sharding import sharding_of
 
 Params = Mapping[str, Array]
 
@@ -79,7 +81,9 @@ class Method(Protocol):
         """Parameters by name, such that `forward` equals the base."""
         ...
 
-    def forward(self, params: Params, base: Einsum, x: Array) -> Array: ...
+    def forward(self, params: Params, base: Einsum, x: Array) -> Array:
+        """The layer's result; a method with `dropout` takes the inputs after it as well."""
+        ...
 
     def merge(self, params: Params, base: Einsum) -> Array:
         """The base's weight with the adapter in it, in float32."""
@@ -91,6 +95,7 @@ class Adapted(nnx.Module):
 
     def __init__(self, base: Einsum, method: Method, params: Params):
         self.base, self.method, self.names = base, method, tuple(params)
+        self.key: Buffer | None = None  # `train_mode` gives one to a layer that drops inputs
         for name, value in params.items():
             setattr(self, name, AdapterParam(value))
 
@@ -98,7 +103,16 @@ class Adapted(nnx.Module):
         return {name: getattr(self, name)[...] for name in self.names}
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.method.forward(self.params(), self.base, x)
+        if self.key is None:
+            return self.method.forward(self.params(), self.base, x)
+        dropped = drop(x, self.method.dropout, self.key[...])
+        return self.method.forward(self.params(), self.base, x, dropped)
+
+
+def drop(x: Float[Array, "..."], rate: float, key: jax.Array) -> Float[Array, "..."]:
+    """Dropout: a share `rate` of the values is 0, the others are divided by 1 - rate."""
+    kept = jax.random.uniform(key, x.shape, out_sharding=sharding_of(x)) >= rate
+    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:

@@ -33,10 +33,14 @@ class DoRA(LoRA):
         params = super().init(base, rngs)
         return params | {"magnitude": self._norm(params, base).astype(self.dtype)}
 
-    def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
-        y, ratio = super().forward(params, base, x), self._ratio(params, base)
+    def forward(
+        self, params: Mapping[str, Array], base: Einsum, x: Array, dropped: Array | None = None
+    ) -> Array:
+        y, ratio = super().forward(params, base, x, dropped), self._ratio(params, base)
         bias = 0.0 if base.b is None else base.b[...].astype(y.dtype)
-        return y + ((ratio - 1.0) * (y - bias)).astype(y.dtype)
+        # what is scaled sees the dropped inputs, the base's weight too
+        whole = y if dropped is None else base(dropped) + self.added(params, base, dropped)
+        return y + ((ratio - 1.0) * (whole - bias)).astype(y.dtype)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         return super().merge(params, base) * self._ratio(params, base)

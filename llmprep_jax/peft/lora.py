@@ -26,13 +26,24 @@ from llmprep_jax.sharding import spec
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(LowRank):
-    """Settings of LoRA: those of `LowRank`, and `rslora`, a scale of alpha / sqrt(rank)."""
+    """Settings of LoRA: those of `LowRank`, and more.
+
+    Attributes:
+      rslora: a scale of alpha / sqrt(rank).
+      dropout: the share of A's inputs that is dropped in `peft.train_mode` with a key.
+    """
 
     rank: int = 16
     alpha: Number = 32.0
     rslora: bool = False
+    dropout: float = 0.0
 
     scaled: ClassVar[str] = "lora_b"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
     @property
     def scale(self) -> float:
@@ -53,7 +64,13 @@ class LoRA(LowRank):
         b = jnp.zeros(b_shape, self.dtype, out_sharding=spec(None, *out_axes, shape=b_shape))
         return {"lora_a": a, "lora_b": b}
 
-    def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
+    def forward(
+        self, params: Mapping[str, Array], base: Einsum, x: Array, dropped: Array | None = None
+    ) -> Array:
+        return base(x) + self.added(params, base, x if dropped is None else dropped)
+
+    def added(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
+        """s B A x."""
         x_dims, ins, outs, y_dims = dims(base)
         rows = "".join(dim for dim in y_dims if dim not in outs)
         low_axes = (*base.out_axes[: len(rows)], None)
@@ -61,7 +78,7 @@ class LoRA(LowRank):
         x_low = contract(eqn, x, params["lora_a"], base.dtype, low_axes)
         # scaled in float32, as PEFT does for adapters of any dtype
         b = params["lora_b"].astype(jnp.float32) * self.scale
-        return base(x) + contract(f"{rows}r,r{outs}->{y_dims}", x_low, b, base.dtype, base.out_axes)
+        return contract(f"{rows}r,r{outs}->{y_dims}", x_low, b, base.dtype, base.out_axes)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         delta = outer(params["lora_a"], params["lora_b"], base)

@@ -38,7 +38,7 @@ READ = {
     "LORA": (
         *RANKS,
         *("lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias"),
-        "ensure_weight_tying",
+        *("ensure_weight_tying", "lora_dropout"),
     ),
     "LOHA": (*RANKS, "alpha"),
     "LOKR": (*RANKS, "alpha", "decompose_both", "decompose_factor"),
@@ -52,7 +52,6 @@ WITHOUT_EFFECT = (
     "base_model_name_or_path",
     "revision",
     "inference_mode",
-    "lora_dropout",
     "runtime_config",
     "megatron_core",
     "qalora_group_size",
@@ -196,7 +195,10 @@ def _method(config: Mapping[str, Any]) -> Method:
     )
     if kind == "LORA":
         method = DoRA if _flag(config, "use_dora") else LoRA
-        return method(**common, rslora=_flag(config, "use_rslora"))
+        dropout = config.get("lora_dropout") or 0.0
+        if not isinstance(dropout, (int, float)):
+            raise ValueError(f"lora_dropout is {quoted(dropout)}; it must be a number")
+        return method(**common, rslora=_flag(config, "use_rslora"), dropout=float(dropout))
     if kind == "LOHA":
         return LoHa(**common)
     factor = config.get("decompose_factor", -1)
@@ -277,7 +279,7 @@ def _settings(by_name: Mapping[str, Method]) -> dict[str, Any]:
     if isinstance(first, LoRA):
         own = {
             "lora_alpha": _whole(first.alpha),
-            "lora_dropout": 0.0,
+            "lora_dropout": first.dropout,
             "use_rslora": first.rslora,
             "use_dora": isinstance(first, DoRA),
             "fan_in_fan_out": False,

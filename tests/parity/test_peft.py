@@ -120,7 +120,7 @@ def test_every_gradient_of_a_and_b_agrees(base, tmp_path, name):
     check_gradients(adapt(theirs, SETTINGS[name]), ours, tmp_path)
 
 
-def check_gradients(adapted, ours, tmp_path):
+def check_gradients(adapted, ours, tmp_path, switch=lambda model: model):
     adapted.save_pretrained(tmp_path)
     adapted(torch.tensor(TOKENS)).logits.square().mean().backward()
     expected = {
@@ -132,7 +132,7 @@ def check_gradients(adapted, ours, tmp_path):
     graph, trained, frozen = nnx.split(model, AdapterParam, ...)
 
     def loss(trained):
-        return jnp.square(nnx.merge(graph, trained, frozen)(TOKENS).logits).mean()
+        return jnp.square(switch(nnx.merge(graph, trained, frozen))(TOKENS).logits).mean()
 
     grads = jax.jit(jax.grad(loss), compiler_options=QUICK)(trained)
     found = dict(export(grads, trained_table(model)))
@@ -193,6 +193,40 @@ def test_other_methods_agree_in_logits_gradients_and_folders_both_ways(
     lp.peft.save(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
     assert_same(logits_of(again), expected)
+
+
+class Drop(torch.nn.Module):
+    """Drops the same inputs whatever the key is."""
+
+    def forward(self, x):
+        return x * torch.tensor(kept(tuple(x.shape[1:])))
+
+
+def kept(shape: tuple[int, ...]) -> np.ndarray:
+    rng = np.random.default_rng(len(TOKENS))
+    return (rng.random((shape[0], int(np.prod(shape[1:])))) > 0.4).astype(np.float32) / 0.6
+
+
+@pytest.mark.parametrize("base", ["qwen2"], indirect=True)
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_what_is_dropped_changes_logits_and_gradients_as_in_peft(
+    base, tmp_path, monkeypatch, use_dora
+):
+    theirs, ours = base
+    adapted = adapt(theirs, dict(r=4, target_modules=ALL, use_dora=use_dora, lora_dropout=0.4))
+    for module in adapted.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = Drop()
+    monkeypatch.setattr(
+        lp.peft.adapter, "drop", lambda x, rate, key: x * kept(x.shape[1:]).reshape(x.shape[1:])
+    )
+    adapted.train()
+    expected = logits_of(adapted)
+    key = jax.random.key(0)
+    check_gradients(adapted, ours, tmp_path, switch=lambda m: lp.peft.train_mode(m, key))
+    model = lp.peft.load(ours, tmp_path)
+    assert_same(lp.peft.train_mode(model, key)(TOKENS).logits, expected)
+    assert np.abs(expected - forward(model, TOKENS)).max() > 0.02
 
 
 @pytest.mark.parametrize("name", ["all-linear", "rslora", "patterns"])
