@@ -21,12 +21,14 @@ from jaxtyping import Array, Float
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Buffer
+from llmprep_jax.peft import biases
 from llmprep_jax.peft.targets import (
     Names,
     Targets,
     bases,
     check_keys,
     linear_layers,
+    modules,
     select,
     stacked,
 )
@@ -142,7 +144,13 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     found = {path: base for path, base in bases(model).items() if path in methods}
     # one program: op by op this takes seconds
     params = _init(tuple(methods.items()), found, {path: keys[path] for path in methods})
-    return tune(wrap(model, methods, params), whole, getattr(method, "dtype", "float32"))
+    which, dtype = getattr(method, "bias", "none"), getattr(method, "dtype", "float32")
+    adapted = {path: theirs.keys() for path, theirs in modules(model).items() if path in methods}
+    trained = biases.names_of(model, which, adapted, whole)
+    if which != "none" and not trained:
+        raise ValueError(f'bias is {which!r}, but no layer that it means has one; leave it "none"')
+    model = tune(wrap(model, methods, params), whole, dtype)
+    return biases.free(model, trained, dtype)
 
 
 def _resolve(method: Method, path: str, layers: Sequence[Names]) -> Method:
@@ -223,7 +231,7 @@ def split(model: nnx.Module) -> tuple[nnx.State, nnx.State]:
 
 def strip(model: nnx.Module) -> nnx.Module:
     """The base model, without its adapters."""
-    return _map_adapted(model, lambda adapted: adapted.base, lambda tuned: tuned.base)
+    return _map_adapted(model, lambda each: each.base, lambda each: each.base, trained=False)
 
 
 def merge(model: nnx.Module) -> nnx.Module:
@@ -249,7 +257,7 @@ def merge(model: nnx.Module) -> nnx.Module:
         state["b"] = state["b"].replace(_each_layer(method.merge_bias, params, base))
         return nnx.merge(graph, state)
 
-    return _map_adapted(model, merged, Tuned.merged)
+    return _map_adapted(model, merged, Tuned.merged, trained=True)
 
 
 def _each_layer(of: Callable[[Params, Einsum], Array], params: Params, base: Einsum) -> Array:
@@ -258,9 +266,17 @@ def _each_layer(of: Callable[[Params, Einsum], Array], params: Params, base: Ein
 
 
 def _map_adapted(
-    model: nnx.Module, change: Callable[[Adapted], Any], change_whole: Callable[[Tuned], Any]
+    model: nnx.Module,
+    change: Callable[[Adapted], Any],
+    change_whole: Callable[[Tuned], Any],
+    *,
+    trained: bool,
 ) -> nnx.Module:
+    """The model with its adapters changed, and with its biases as they were or as `trained`."""
+
     def visit(_: tuple, node: Any) -> Any:
+        if isinstance(node, Einsum):  # before the adapter around it
+            return biases.settle(node, trained=trained)
         if isinstance(node, Tuned):
             return change_whole(node)
         return change(node) if isinstance(node, Adapted) else node

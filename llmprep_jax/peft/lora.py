@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum, contract
+from llmprep_jax.peft import biases
 from llmprep_jax.peft.adapter import Layout, axes_of, dims, shape_of
 from llmprep_jax.peft.low_rank import LowRank, check_rank, draw, outer
 from llmprep_jax.peft.targets import Number
@@ -30,6 +31,7 @@ class LoRA(LowRank):
 
     Attributes:
       rslora: a scale of alpha / sqrt(rank).
+      bias: which biases are trained too: "none", those of the adapted layers ("lora_only"), "all".
       dropout: the share of A's inputs that is dropped in `peft.train_mode` with a key.
     """
 
@@ -37,6 +39,7 @@ class LoRA(LowRank):
     alpha: Number = 32.0
     rslora: bool = False
     dropout: float = 0.0
+    bias: str = "none"
 
     scaled: ClassVar[str] = "lora_b"
 
@@ -44,6 +47,8 @@ class LoRA(LowRank):
         super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.bias not in biases.KINDS:
+            raise ValueError(f"bias is {self.bias!r}; it must be one of {', '.join(biases.KINDS)}")
 
     @property
     def scale(self) -> float:

@@ -139,7 +139,6 @@ def read_config(path: Path, config: Mapping[str, Any]) -> AdapterConfig:
         raise ValueError(f"{path} is of peft_type {quoted(kind)}; supported: {', '.join(READ)}")
     known = {"peft_type", *SELECTION, *READ[kind], *WITHOUT_EFFECT}
     asked = [name for name, value in config.items() if name not in known and value]
-    asked += ["bias"] if config.get("bias", "none") != "none" else []
     asked += ["init_lora_weights"] if config.get("init_lora_weights") not in _INITS else []
     if asked:
         lacks = ", ".join(f"{name}={quoted(config[name])}" for name in sorted(asked))
@@ -198,7 +197,8 @@ def _method(config: Mapping[str, Any]) -> Method:
         dropout = config.get("lora_dropout") or 0.0
         if not isinstance(dropout, (int, float)):
             raise ValueError(f"lora_dropout is {quoted(dropout)}; it must be a number")
-        return method(**common, rslora=_flag(config, "use_rslora"), dropout=float(dropout))
+        more = {"rslora": _flag(config, "use_rslora"), "bias": config.get("bias") or "none"}
+        return method(**common, **more, dropout=float(dropout))
     if kind == "LOHA":
         return LoHa(**common)
     factor = config.get("decompose_factor", -1)
@@ -283,7 +283,7 @@ def _settings(by_name: Mapping[str, Method]) -> dict[str, Any]:
             "use_rslora": first.rslora,
             "use_dora": isinstance(first, DoRA),
             "fan_in_fan_out": False,
-            "bias": "none",
+            "bias": first.bias,
             "init_lora_weights": True,
         }
         return {"peft_type": "LORA", **common, **own}

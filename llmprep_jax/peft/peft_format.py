@@ -18,7 +18,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
-from llmprep_jax.peft import adapter, tuned
+from llmprep_jax.peft import adapter, biases, tuned
 from llmprep_jax.peft.adapter import Layout, Method
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
@@ -50,7 +50,8 @@ def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str,
 
 def trained_table(model: nnx.Module) -> dict[str, tuple[str, str]]:
     """A weight table for all that is trained of a model with adapters."""
-    return adapter_table(model, adapter.methods(model)) | tuned.table(model, _PREFIX)
+    beside = tuned.table(model, _PREFIX) | biases.table(model, _PREFIX)
+    return adapter_table(model, adapter.methods(model)) | beside
 
 
 def save(
@@ -108,12 +109,14 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     file = _open(folder)
     methods, params = {}, {}
     whole = tuned.rows_of(model, config.trains, file, _PREFIX)
-    for path, layers in _layers(model, config, file, whole).items():
+    found, of_biases = _layers(model, config, file, whole)
+    for path, layers in found.items():
         base = bases(model)[path]
         methods[path] = _one_method(path, layers, base)
         params[path] = _read(base, methods[path], layers, file)
     tuned.check_tied(model, whole, file, _PREFIX)
-    return tuned.read(adapter.wrap(model, methods, params), whole, file)
+    adapted = tuned.read(adapter.wrap(model, methods, params), whole, file)
+    return biases.read(adapted, of_biases, file, _PREFIX)
 
 
 def _read_json(folder: Path) -> dict:
@@ -157,8 +160,8 @@ def _layers(
     config: AdapterConfig,
     file: SafetensorsFile,
     whole: Mapping[str, Mapping[str, Entry]],
-) -> dict[str, dict[Place, Layer]]:
-    """The layers that a folder adapts, by our path and place in a stack.
+) -> tuple[dict[str, dict[Place, Layer]], biases.Names]:
+    """The layers that a folder adapts, by our path and place in a stack, and biases it trains.
 
     Args:
       whole: rows of what is trained whole, whose tensors the file holds too.
@@ -181,7 +184,9 @@ def _layers(
                 found.setdefault(path, {})[place] = layer
     wanted = [layer for layers in found.values() for layer in layers.values()]
     expected = {row.name: row.their_shape() for layer in wanted for row in layer.rows.values()}
+    of_biases = biases.names_of(model, getattr(config.method, "bias", "none"), found, whole)
     expected |= tuned.shapes(model, whole, file, _PREFIX)
+    expected |= biases.shapes(model, of_biases, _PREFIX)
     problems = _differences(wanted, expected, file)
     if problems or not wanted:
         reason = "; ".join(problems) or "its target_modules name no layer of the model"
@@ -189,7 +194,7 @@ def _layers(
             f"{file.path} does not fit this base model: {reason}; load it on the base that"
             f" {CONFIG} names"
         )
-    return found
+    return found, of_biases
 
 
 def _rows(module: str, method: Method, base: Einsum, layout: Layout) -> dict[str, Entry]:

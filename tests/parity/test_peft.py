@@ -155,6 +155,11 @@ MORE = {
         peft.LoraConfig,
         dict(r=4, target_modules=["q_proj"], **WHOLE, ensure_weight_tying=True),
     ),
+    "biases": (peft.LoraConfig, dict(r=4, target_modules=["q_proj", "o_proj"], bias="lora_only")),
+    "dora-biases": (
+        peft.LoraConfig,
+        dict(r=4, target_modules=["k_proj", "up_proj"], use_dora=True, bias="all"),
+    ),
     "loha": (peft.LoHaConfig, dict(r=4, alpha=8, target_modules=ALL)),
     "loha-patterns": (
         peft.LoHaConfig,

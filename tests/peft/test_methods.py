@@ -28,7 +28,8 @@ METHODS = {
     "ia3": IA3(),
     "ia3-outputs": IA3(targets="all-linear", feedforward=()),
     "whole": LoRA(4, 8, targets=("q_proj",), modules_to_save=("embed", "attn_norm", "v", "head")),
-    "ia3-whole": IA3(targets=("k_proj",), feedforward=(), modules_to_save=("lm_head",)),
+    "biases": LoRA(4, 8, targets=("q_proj", "o_proj"), bias="lora_only"),
+    "dora-biases": DoRA(4, 8, targets=("k_proj", "up_proj"), modules_to_save=("v",), bias="all"),
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -167,6 +168,13 @@ def test_a_mesh_changes_nothing(method):
 )  # fmt: skip
 def test_dimensions_are_cut_as_near_to_the_square_root_as_allowed(size, limit, expected):
     assert factors(size, limit) == expected
+
+
+def test_biases_are_refused_where_there_are_none_to_train():
+    for which, targets in (("lora_only", ("o_proj",)), ("some", ("q_proj",))):
+        with pytest.raises(ValueError, match=r"^bias is '(lora_only|some)'") as caught:
+            lp.peft.inject(base(), LoRA(4, targets=targets, bias=which))
+        assert "\n" not in str(caught.value)
 
 
 def test_dora_merges_its_magnitude_exactly():
