@@ -9,8 +9,8 @@ from llmprep_jax.peft.lokr import LoKr
 from llmprep_jax.peft.longlora import LongLoRA
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_format import load, save
+from llmprep_jax.peft.tied import untie
 from llmprep_jax.peft.training import train_mode
-from llmprep_jax.peft.tuned import untie
 
 __all__ = [
     "IA3",

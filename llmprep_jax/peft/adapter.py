@@ -17,9 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
-from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.linear import Einsum, Embed
 from llmprep_jax.nn.param import AdapterParam, Buffer
 from llmprep_jax.peft import biases
 from llmprep_jax.peft.targets import (
@@ -27,14 +26,17 @@ from llmprep_jax.peft.targets import (
     Targets,
     bases,
     check_keys,
+    is_table,
     linear_layers,
     modules,
     select,
     stacked,
 )
+from llmprep_jax.peft.tied import refuse_head
 from llmprep_jax.peft.tuned import Tuned, choose, tune
 from llmprep_jax.quant.linear import QuantEinsum
 from llmprep_jax.sharding import sharding_of
+from llmprep_jax.types import Array, Float
 
 Params = Mapping[str, Array]
 
@@ -46,12 +48,24 @@ class Layout:
     Attributes:
       their_ins, their_outs: the columns and rows of Hugging Face's matrix.
       ins, outs: our dimensions.
+      is_embedding: whether PEFT's names are those of an embedding.
     """
 
     their_ins: str
     their_outs: str
     ins: str
     outs: str
+
+    is_embedding: bool = False
+
+    @classmethod
+    def of_layer(cls, base: Einsum, pattern: str) -> "Layout | None":
+        """That of a layer; an embedding, [V, D] with us and with them, takes V and gives D."""
+        layout = cls.of(pattern)
+        if not isinstance(base, Embed):
+            return layout
+        theirs, ours = (layout.their_outs, layout.their_ins), (layout.outs, layout.ins)
+        return cls(*theirs, *ours, is_embedding=True)
 
     @classmethod
     def of(cls, pattern: str) -> "Layout | None":
@@ -104,7 +118,17 @@ class Adapted(nnx.Module):
     def params(self) -> dict[str, Array]:
         return {name: getattr(self, name)[...] for name in self.names}
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits, of a tied embedding."""
+        return self.method.unembed(self.params(), self.base, x_BTD)
+
+    @property
+    def table_dtype(self) -> jnp.dtype:
+        """dtype of an embedding's table."""
+        return self.base.table_dtype
+
+    def __call__(self, x: Array) -> Float[Array, "..."]:
+        x = jnp.asarray(x)
         if self.key is None:
             return self.method.forward(self.params(), self.base, x)
         dropped = drop(x, self.method.dropout, self.key[...])
@@ -130,18 +154,24 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     """
     if is_adapted(model):
         raise ValueError("the model has adapters already; inject into lp.peft.strip(model)")
-    layers = linear_layers(model)
-    chosen = {path: layers[path] for path in select(method.targets, layers)}
+    layers, of_model = linear_layers(model), bases(model)
+    tables = [path for path in layers if is_table(of_model[path])]
+    refuse_head(model, method.targets)
+    linear = {path: layers[path] for path in layers if path not in tables}
+    offered = linear if method.targets == "all-linear" else layers
+    chosen = {path: layers[path] for path in select(method.targets, offered)}
     for label in ("rank_pattern", "alpha_pattern"):
         check_keys(label, getattr(method, label, ()), chosen)
     whole = choose(model, getattr(method, "modules_to_save", ()))
     if chosen.keys() & set(whole):
         both = min(chosen.keys() & set(whole))
         raise ValueError(f"{both} is a target and in modules_to_save; leave it in one of them")
+    refuse_embedding(method, {path: of_model[path] for path in chosen})
     methods = {path: _resolve(method, path, names) for path, names in chosen.items()}
     rngs = nnx.Rngs(seed)
-    keys = {path: rngs.params() for path in sorted(layers)}  # so another target changes no other
-    found = {path: base for path, base in bases(model).items() if path in methods}
+    # so another target changes no other
+    keys = {path: rngs.params() for path in (*sorted(linear), *sorted(tables))}
+    found = {path: base for path, base in of_model.items() if path in methods}
     # one program: op by op this takes seconds
     params = _init(tuple(methods.items()), found, {path: keys[path] for path in methods})
     which, dtype = getattr(method, "bias", "none"), getattr(method, "dtype", "float32")
@@ -151,6 +181,16 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
         raise ValueError(f'bias is {which!r}, but no layer that it means has one; leave it "none"')
     model = tune(wrap(model, methods, params), whole, dtype)
     return biases.free(model, trained, dtype)
+
+
+def refuse_embedding(method: Method, layers: Mapping[str, Einsum]) -> None:
+    """Refuses embeddings as targets of a method that is of linear layers."""
+    for path, base in layers.items():
+        if isinstance(base, Embed) and not getattr(method, "adapts_embeddings", False):
+            raise ValueError(
+                f"{type(method).__name__} does not adapt {path}, an embedding; use LoRA, or train"
+                " it whole (modules_to_save)"
+            )
 
 
 def _resolve(method: Method, path: str, layers: Sequence[Names]) -> Method:

@@ -7,6 +7,7 @@ the bias is not scaled.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ _ROUNDING = 1e-6
 @dataclasses.dataclass(frozen=True)
 class DoRA(LoRA):
     """Settings of DoRA; those of LoRA."""
+
+    adapts_embeddings: ClassVar[bool] = False  # a table's columns, a head's rows: other lengths
 
     def tensors(self, layout: Layout) -> dict[str, tuple[str, str]]:
         pattern = f"{layout.their_outs} -> {layout.outs}"

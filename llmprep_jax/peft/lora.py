@@ -13,11 +13,12 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from llmprep_jax.nn.linear import Einsum, contract
+from llmprep_jax.nn.linear import Einsum, Embed, Head, contract, contract_logits, look_up
 from llmprep_jax.peft import biases
 from llmprep_jax.peft.adapter import Layout, axes_of, dims, shape_of
 from llmprep_jax.peft.low_rank import LowRank, check_rank, draw, outer
@@ -42,6 +43,7 @@ class LoRA(LowRank):
     bias: str = "none"
 
     scaled: ClassVar[str] = "lora_b"
+    adapts_embeddings: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,15 +58,22 @@ class LoRA(LowRank):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def tensors(self, layout: Layout) -> dict[str, tuple[str, str]]:
+        a, b = "lora_A.weight", "lora_B.weight"
+        if layout.is_embedding:
+            a, b = "lora_embedding_A", "lora_embedding_B"
         return {
-            "lora_a": ("lora_A.weight", f"r {layout.their_ins} -> {layout.ins} r"),
-            "lora_b": ("lora_B.weight", f"{layout.their_outs} r -> r {layout.outs}"),
+            "lora_a": (a, f"r {layout.their_ins} -> {layout.ins} r"),
+            "lora_b": (b, f"{layout.their_outs} r -> r {layout.outs}"),
         }
 
     def init(self, base: Einsum, rngs: nnx.Rngs) -> dict[str, Array]:
         (ins, outs), (in_axes, out_axes) = shape_of(base), axes_of(base)
         check_rank(self, base)
-        b_shape = (self.rank, *outs)
+        a_shape, b_shape = (*ins, self.rank), (self.rank, *outs)
+        if isinstance(base, Embed):  # the other way round: a table's gradient is in its rows
+            b = jax.random.normal(rngs.params(), b_shape, self.dtype)
+            a_axes = spec(*in_axes, None, shape=a_shape)
+            return {"lora_a": jnp.zeros(a_shape, self.dtype, out_sharding=a_axes), "lora_b": b}
         a = draw(rngs, (*ins, self.rank), (*in_axes, None), math.prod(ins), self.dtype)
         b = jnp.zeros(b_shape, self.dtype, out_sharding=spec(None, *out_axes, shape=b_shape))
         return {"lora_a": a, "lora_b": b}
@@ -75,15 +84,28 @@ class LoRA(LowRank):
         return base(x) + self.added(params, base, x if dropped is None else dropped)
 
     def added(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
-        """s B A x."""
+        """s B A x; of an embedding's tokens, x, s B of rows of A."""
         x_dims, ins, outs, y_dims = dims(base)
         rows = "".join(dim for dim in y_dims if dim not in outs)
         low_axes = (*base.out_axes[: len(rows)], None)
         eqn = f"{x_dims},{ins}r->{rows}r"
-        x_low = contract(eqn, x, params["lora_a"], base.dtype, low_axes)
+        if isinstance(base, Embed):
+            x_low = look_up(params["lora_a"], x, low_axes).astype(base.compute.dtype)
+        else:
+            # a head computes in float32 whatever its inputs are
+            x = x.astype(jnp.float32) if isinstance(base, Head) else x
+            x_low = contract(eqn, x, params["lora_a"], base.dtype, low_axes)
         # scaled in float32, as PEFT does for adapters of any dtype
         b = params["lora_b"].astype(jnp.float32) * self.scale
         return contract(f"{rows}r,r{outs}->{y_dims}", x_low, b, base.dtype, base.out_axes)
+
+    def unembed(self, params: Mapping[str, Array], base: Embed, x_BTD: Array) -> Array:
+        """Logits against a tied table with the adapter in it."""
+        axes = ("batch", "seq", None)
+        b = params["lora_b"].astype(jnp.float32) * self.scale
+        low_BTR = contract("BTD,RD->BTR", x_BTD.astype(jnp.float32), b, base.dtype, axes)
+        added_BTV = contract_logits("BTR,VR->BTV", low_BTR, params["lora_a"], base.dtype)
+        return base.unembed(x_BTD) + added_BTV
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         delta = outer(params["lora_a"], params["lora_b"], base)

@@ -28,7 +28,8 @@ from llmprep_jax.peft.targets import (
     matches,
     modules,
 )
-from llmprep_jax.peft.tuned import EMBED, is_tied, saved_names, tuned
+from llmprep_jax.peft.tied import EMBED, is_tied
+from llmprep_jax.peft.tuned import saved_names, tuned
 from llmprep_jax.weights.safetensors import quoted
 
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -244,7 +245,7 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
 
 def _tying(model: nnx.Module, by_name: Mapping[str, Method]) -> dict[str, Any]:
     """What has PEFT train the head with the embedding that it is."""
-    if not is_tied(model) or EMBED not in tuned(model):
+    if not is_tied(model) or EMBED not in {*tuned(model), *methods(model)}:
         return {}
     if isinstance(next(iter(by_name.values())), LoRA):
         return {"ensure_weight_tying": True}

@@ -18,11 +18,11 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
-from llmprep_jax.peft import adapter, biases, tuned
+from llmprep_jax.peft import adapter, biases, tied, tuned
 from llmprep_jax.peft.adapter import Layout, Method
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
-from llmprep_jax.peft.targets import Place, bases, modules, plain, stacked
+from llmprep_jax.peft.targets import Place, bases, is_table, modules, plain, stacked
 from llmprep_jax.sharding import spec
 from llmprep_jax.weights.checkpoint import read_json
 from llmprep_jax.weights.receipt import probe_difference, save_folder
@@ -39,11 +39,11 @@ def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str,
 
     "(n h) d -> d n h" of the weight gives "r d -> d r" of LoRA's A and "(n h) r -> r n h" of its B.
     """
-    table = {}
+    table, of = {}, bases(model)
     for path, method in methods.items():
         name, pattern = model.weights[f"{plain(path)}.w"]
-        module = _PREFIX + name.removesuffix(".weight")
-        for param, (suffix, theirs) in method.tensors(Layout.of(pattern)).items():
+        module, layout = _PREFIX + name.removesuffix(".weight"), Layout.of_layer(of[path], pattern)
+        for param, (suffix, theirs) in method.tensors(layout).items():
             table[f"{plain(path)}.{param}"] = (f"{module}.{suffix}", theirs)
     return table
 
@@ -91,8 +91,8 @@ def save(
 
 def _tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
     """Everything that a model's file holds."""
-    yield from export(nnx.state(model, AdapterParam), trained_table(model))
-    yield from tuned.tied_head(model, _PREFIX).items()
+    tensors = export(nnx.state(model, AdapterParam), trained_table(model))
+    yield from tied.head_tensors(model, tensors, _PREFIX)
 
 
 def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
@@ -114,7 +114,7 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
         base = bases(model)[path]
         methods[path] = _one_method(path, layers, base)
         params[path] = _read(base, methods[path], layers, file)
-    tuned.check_tied(model, whole, file, _PREFIX)
+    tied.check(model, file, _PREFIX)
     adapted = tuned.read(adapter.wrap(model, methods, params), whole, file)
     return biases.read(adapted, of_biases, file, _PREFIX)
 
@@ -173,10 +173,14 @@ def _layers(
     found: dict[str, dict[Place, Layer]] = {}
     of_model = bases(model)
     for path, modules_of_path in modules(model).items():
-        layout = Layout.of(model.weights[f"{plain(path)}.w"][1])
+        layout = Layout.of_layer(of_model[path], model.weights[f"{plain(path)}.w"][1])
         for place, module in modules_of_path.items():
             if config.targets is not None and not config.adapts(module):
                 continue
+            if config.targets == "all-linear" and is_table(of_model[path]):
+                continue
+            if config.targets is not None:
+                adapter.refuse_embedding(config.method, {path: of_model[path]})
             method = config.method.resolve((module,))
             layer = Layer(module, method, _rows(module, method, of_model[path], layout))
             # without target_modules, what the file holds is what is adapted
@@ -185,7 +189,7 @@ def _layers(
     wanted = [layer for layers in found.values() for layer in layers.values()]
     expected = {row.name: row.their_shape() for layer in wanted for row in layer.rows.values()}
     of_biases = biases.names_of(model, getattr(config.method, "bias", "none"), found, whole)
-    expected |= tuned.shapes(model, whole, file, _PREFIX)
+    expected |= tuned.shapes(whole) | tied.shapes(model, file, _PREFIX)
     expected |= biases.shapes(model, of_biases, _PREFIX)
     problems = _differences(wanted, expected, file)
     if problems or not wanted:

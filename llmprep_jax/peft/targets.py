@@ -14,7 +14,7 @@ from typing import Any
 
 from flax import nnx
 
-from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.weights.table import Entry
 
 Targets = str | tuple[str, ...] | list[str]
@@ -66,6 +66,11 @@ def linear_layers(model: nnx.Module) -> dict[str, list[Names]]:
         path: [(*own, name) for name in theirs[path].values()] if path in theirs else [own]
         for path, own in ours.items()
     }
+
+
+def is_table(base: Einsum) -> bool:
+    """Whether a layer is an embedding or an output head, which "all-linear" leaves alone."""
+    return isinstance(base, (Embed, Head))
 
 
 def matches(targets: Targets, names: Sequence[str]) -> bool:

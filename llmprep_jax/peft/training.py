@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmprep_jax.nn.attention import Attention
+from llmprep_jax.nn.linear import Embed
 from llmprep_jax.nn.param import Buffer
 from llmprep_jax.peft.adapter import Adapted, methods
 from llmprep_jax.peft.longlora import LongLoRA, ShiftedAttention
@@ -38,11 +39,18 @@ def train_mode(model: nnx.Module, key: jax.Array | None = None) -> nnx.Module:
     def visit(path: tuple, node: Any) -> Any:
         if groups and isinstance(node, Attention):
             node.within = ShiftedAttention(*groups)
-        if drops and isinstance(node, Adapted) and getattr(node.method, "dropout", 0):
+        if drops and _drops(node):
             node.key = nnx.data(Buffer(_keys(".".join(map(str, path)), stacked(node.base), key)))
         return node
 
     return nnx.recursive_map(visit, model)
+
+
+def _drops(node: Any) -> bool:
+    """Whether a node is an adapter with dropout; as in PEFT, none around an embedding has it."""
+    if not isinstance(node, Adapted) or isinstance(node.base, Embed):
+        return False
+    return bool(getattr(node.method, "dropout", 0))
 
 
 def _keys(path: str, num_layers: int | None, key: jax.Array) -> jax.Array:

@@ -2,12 +2,10 @@
 
 A `Tuned` keeps the module as it was and a copy of it, whose variables are adapter parameters; the
 copy alone computes. The one thing a reader would get wrong: where the output head is the embedding,
-training the embedding trains the head with it (PEFT's ensure_weight_tying; without that, PEFT
-trains the lookup alone, which here takes an `untie`d model).
+training the embedding trains the head with it (see `tied`).
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -15,15 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.nn.linear import Head
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.peft.targets import Names, Place, Targets, plain, select
-from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.peft.tied import refuse_head
+from llmprep_jax.sharding import has_mesh
 from llmprep_jax.types import Array, Float
 from llmprep_jax.weights.safetensors import SafetensorsFile
 from llmprep_jax.weights.table import Entry
-
-EMBED, HEAD = "embed", "head"  # paths of the two that a model may tie
 
 
 class Tuned(nnx.Module):
@@ -103,13 +99,7 @@ def choose(model: nnx.Module, names: Targets) -> list[str]:
         path: [(path, plain(path), name) for name in theirs(rows).values()]
         for path, rows in modules.items()
     }
-    if is_tied(model) and not isinstance(names, str):
-        head = {HEAD, model.weights["head.w"][0].removesuffix(".weight")}.intersection(names)
-        if head:
-            raise ValueError(
-                f"the model's head is its embedding, so {head.pop()!r} cannot be trained apart;"
-                " name the embedding, which trains both, or lp.peft.untie(model) first"
-            )
+    refuse_head(model, names)
     found = select(names, known, label="module to save", kind="module with weights")
     for path in found:
         if "w" not in modules[path] and "scale" not in modules[path]:
@@ -149,30 +139,6 @@ def tuned(model: nnx.Module) -> dict[str, Tuned]:
     return found
 
 
-def is_tied(model: nnx.Module) -> bool:
-    """Whether a model's output head is its embedding."""
-    return hasattr(model, EMBED) and getattr(model, HEAD, False) is None
-
-
-def untie(model: nnx.Module) -> nnx.Module:
-    """The same model with an output head of its own, a copy of its embedding.
-
-    PEFT's adapters of a tied model's embedding or head alone load onto it.
-    """
-    if not is_tied(model):
-        return model
-    table, compute = model.embed.w[...], model.embed.compute
-    make = functools.partial(Head, *table.shape[::-1], compute=compute)
-    graph, state = nnx.split(jax.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-    w = table.T
-    w = jax.reshard(w, spec("embed", "vocab", shape=w.shape)) if has_mesh() else w
-    state["w"] = state["w"].replace(w)
-    changed = nnx.merge(*nnx.split(model))
-    changed.cfg = dataclasses.replace(model.cfg, tie_embeddings=False)
-    changed.head = nnx.data(nnx.merge(graph, state))
-    return changed
-
-
 def saved_names(model: nnx.Module) -> list[str]:
     """What `modules_to_save` is in PEFT's config, which goes by the ends of names."""
     modules = modules_of(model)
@@ -194,13 +160,6 @@ def table(model: nnx.Module, prefix: str) -> dict[str, tuple[str, str]]:
         for path in tuned(model)
         for name, row in modules[path].items()
     }
-
-
-def tied_head(model: nnx.Module, prefix: str) -> dict[str, np.ndarray]:
-    """The head that is a trained embedding, which PEFT's file holds once more."""
-    if not is_tied(model) or EMBED not in tuned(model):
-        return {}
-    return {prefix + model.weights["head.w"][0]: np.asarray(jax.device_get(model.embed.w[...]))}
 
 
 def rows_of(
@@ -228,44 +187,10 @@ def rows_of(
     return chosen
 
 
-def shapes(
-    model: nnx.Module,
-    rows: Mapping[str, Mapping[str, Entry]],
-    file: SafetensorsFile,
-    prefix: str,
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that these rows expect, and of a tied head where there is one."""
+def shapes(rows: Mapping[str, Mapping[str, Entry]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that these rows expect."""
     each = [row for of_path in rows.values() for row in of_path.values()]
-    found = {name: row.their_shape() for row in each for name in row.names().values()}
-    head = prefix + model.weights["head.w"][0]
-    if is_tied(model) and head in file:
-        found[head] = tuple(model.embed.w.shape)
-    return found
-
-
-def check_tied(
-    model: nnx.Module,
-    rows: Mapping[str, Mapping[str, Entry]],
-    file: SafetensorsFile,
-    prefix: str,
-) -> None:
-    """Refuses what trains a tied model's embedding, or its head, apart from the other.
-
-    Raises:
-      ValueError: it does.
-    """
-    if not is_tied(model):
-        return
-    head = prefix + model.weights["head.w"][0]
-    trained = head in file, EMBED in rows
-    if trained == (False, False):
-        return
-    if all(trained) and np.array_equal(file.read(head), file.read(rows[EMBED]["w"].name)):
-        return
-    raise ValueError(
-        f"{file.path} trains the embedding or the head of a model whose head is its embedding, one"
-        " apart from the other; load it onto lp.peft.untie(model)"
-    )
+    return {name: row.their_shape() for row in each for name in row.names().values()}
 
 
 def read(

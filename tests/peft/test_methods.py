@@ -1,5 +1,6 @@
 """The laws of every adapter method: identity at first, own leaves move, a merge says the same."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import llmprep_jax as lp
 from llmprep_jax.models import registry
@@ -28,13 +30,15 @@ METHODS = {
     "ia3": IA3(),
     "ia3-outputs": IA3(targets="all-linear", feedforward=()),
     "whole": LoRA(4, 8, targets=("q_proj",), modules_to_save=("embed", "attn_norm", "v", "head")),
+    "tables": LoRA(4, 8, targets=("embed_tokens", "lm_head", "q_proj")),
+    "dora-head": DoRA(4, 8, targets=("lm_head",)),
     "biases": LoRA(4, 8, targets=("q_proj", "o_proj"), bias="lora_only"),
     "dora-biases": DoRA(4, 8, targets=("k_proj", "up_proj"), modules_to_save=("v",), bias="all"),
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 # where variants would compile for seconds and show no more
-KINDS = ("dora", "loha", "lokr", "ia3", "whole")
+KINDS = ("dora", "loha", "lokr", "ia3", "whole", "tables")
 each_kind = pytest.mark.parametrize("method", [METHODS[name] for name in KINDS], ids=KINDS)
 
 
@@ -168,6 +172,26 @@ def test_a_mesh_changes_nothing(method):
 )  # fmt: skip
 def test_dimensions_are_cut_as_near_to_the_square_root_as_allowed(size, limit, expected):
     assert factors(size, limit) == expected
+
+
+@pytest.mark.parametrize("method", [DoRA, LoHa, LoKr, IA3])
+def test_embeddings_are_adapted_by_lora_alone(method):
+    with pytest.raises(ValueError, match=r"(DoRA|LoHa|LoKr|IA3) does not adapt embed, .*use LoRA"):
+        lp.peft.inject(base(), method(targets=("embed_tokens",)))
+
+
+def test_an_embedding_of_another_base_is_refused(tmp_path):
+    model = scattered(lp.peft.inject(base(), METHODS["tables"]))
+    folder = lp.peft.save(model, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    for table, message in (
+        (base().embed.w[...], None),
+        (2 * base().embed.w[...], "not the base's"),
+    ):
+        save_file(tensors | {name: np.asarray(table)}, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            lp.peft.load(base(), folder)
 
 
 def test_biases_are_refused_where_there_are_none_to_train():
