@@ -113,7 +113,8 @@ class Adapted(nnx.Module):
         self.base, self.method, self.names = base, method, tuple(params)
         self.key: Buffer | None = None  # `train_mode` gives one to a layer that drops inputs
         for name, value in params.items():
-            setattr(self, name, AdapterParam(value))
+            is_frozen = name in getattr(method, "frozen", ())
+            setattr(self, name, Buffer(value) if is_frozen else AdapterParam(value))
 
     def params(self) -> dict[str, Array]:
         return {name: getattr(self, name)[...] for name in self.names}
@@ -300,7 +301,25 @@ def merge(model: nnx.Module) -> nnx.Module:
     return _map_adapted(model, merged, Tuned.merged, trained=True)
 
 
-def _each_layer(of: Callable[[Params, Einsum], Array], params: Params, base: Einsum) -> Array:
+def widen(model: nnx.Module) -> nnx.Module:
+    """The model with adapters on whole weights in place of those that take a part out of them."""
+
+    def changed(adapted: Adapted) -> Adapted:
+        method, params = adapted.method, adapted.params()
+        if not getattr(method, "frozen", ()):
+            return adapted
+        return Adapted(
+            adapted.base,
+            method.wide,
+            _each_layer(lambda params, _: method.widen(params), params, adapted.base),
+        )
+
+    return nnx.recursive_map(
+        lambda _, node: changed(node) if isinstance(node, Adapted) else node, model
+    )
+
+
+def _each_layer(of: Callable[[Params, Einsum], Any], params: Params, base: Einsum) -> Any:
     """`of` one layer, or of each layer of a stack."""
     return of(params, base) if stacked(base) is None else jax.vmap(of)(params, base)
 

@@ -42,7 +42,7 @@ class DoRA(LoRA):
         y, ratio = super().forward(params, base, x, dropped), self._ratio(params, base)
         bias = 0.0 if base.b is None else base.b[...].astype(y.dtype)
         # what is scaled sees the dropped inputs, the base's weight too
-        whole = y if dropped is None else base(dropped) + self.added(params, base, dropped)
+        whole = y if dropped is None else super().forward(params, base, dropped)
         return y + ((ratio - 1.0) * (whole - bias)).astype(y.dtype)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:

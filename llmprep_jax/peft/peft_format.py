@@ -77,11 +77,11 @@ def save(
     """
     if not adapter.is_adapted(model):
         raise ValueError("the model has no adapters; save_model writes whole models")
-    base = adapter.strip(model)
+    base, wide = adapter.strip(model), adapter.widen(model)
     return save_folder(
         folder,
-        make_config(model, base_model),
-        _tensors(model),
+        make_config(wide, base_model),
+        _tensors(wide),
         config_name=CONFIG,
         weights_name=WEIGHTS_FILE,
         verify=lambda written: probe_difference(model, load(base, written)),

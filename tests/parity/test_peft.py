@@ -209,6 +209,31 @@ def test_other_methods_agree_in_logits_gradients_and_folders_both_ways(
     assert_same(logits_of(again), expected)
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_parts_of_the_weight_are_those_of_peft_and_load_there_on_the_base(base, tmp_path, init):
+    theirs, ours = base
+    settings = dict(r=4, lora_alpha=2, target_modules=["q_proj", "down_proj"])
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings, init_lora_weights=init)
+    adapted = peft.get_peft_model(copy.deepcopy(theirs), config).eval()
+    method = lp.peft.LoRA(4, 2, targets=("q_proj", "down_proj"), init_weights=init)
+    model = lp.peft.inject(ours, method)
+    down = model.layers.mlp.down
+    for layer, block in enumerate(adapted.base_model.model.model.layers):
+        product = down.lora_a[...][layer] @ down.lora_b[...][layer]
+        expected = block.mlp.down_proj.get_delta_weight("default").detach().numpy().T
+        np.testing.assert_allclose(0.5 * product, expected, atol=1e-5)
+    graph, trained, rest = nnx.split(model, AdapterParam, ...)
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype("float32"), trained)
+    model = nnx.merge(graph, moved, rest)
+    found = forward(model, TOKENS)
+    assert np.abs(found - logits_of(theirs)).max() > 0.02
+    lp.peft.save(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    assert_same(logits_of(again), found)
+
+
 class Drop(torch.nn.Module):
     """Drops the same inputs whatever the key is."""
 

@@ -185,11 +185,9 @@ def test_an_embedding_of_another_base_is_refused(tmp_path):
     folder = lp.peft.save(model, tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     name = "base_model.model.model.embed_tokens.base_layer.weight"
-    for table, message in (
-        (base().embed.w[...], None),
-        (2 * base().embed.w[...], "not the base's"),
-    ):
-        save_file(tensors | {name: np.asarray(table)}, folder / "adapter_model.safetensors")
+    for times, message in ((1, None), (2, "not the base's")):
+        table = times * np.asarray(base().embed.w[...])
+        save_file(tensors | {name: table}, folder / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
             lp.peft.load(base(), folder)
 
