@@ -87,7 +87,7 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
         cfg,
         out=cfg.out,
         loss_fn=lambda model, batch, key: next_token_loss(
-            model, batch, chunk=cfg.loss_chunk, z_loss=cfg.z_loss
+            lp.peft.train_mode(model, key), batch, chunk=cfg.loss_chunk, z_loss=cfg.z_loss
         ),
         evaluate=evaluate,
         meta=make_meta(cfg, registry.family_of(model).to_hf(model.cfg)),

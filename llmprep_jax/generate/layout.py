@@ -43,6 +43,8 @@ def row_wise(model: nnx.Module) -> nnx.Module:
         return Rows(node) if type(node) is Einsum else node
 
     layers = nnx.recursive_map(lay, unstack(model.layers))
+    if not hasattr(model.embed if model.head is None else model.head, "w"):
+        return _with(model, layers=layers)  # adapted, and no one matrix
     if model.head is not None:
         return _with(model, layers=layers, head=RowsHead(model.head.w[...].T, model.head.dtype))
     table, dtype = model.embed.w[...], model.embed.compute.operand_dtype

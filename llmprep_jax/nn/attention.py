@@ -216,6 +216,7 @@ class Attention(nnx.Module):
         # not matmul_dtype: XLA's CPU compiler has no batched bf16 product, and would keep the
         # probabilities for the backward pass in bf16 and in float32 (5 % of a step)
         self.soft_cap, self.dtype = soft_cap, jnp.dtype(compute.dtype)
+        self.within = attend_in_order  # how a block attends to itself; LongLoRA trains with another
 
         def project(heads: int, axis: str) -> Einsum:
             return Einsum(
@@ -274,7 +275,7 @@ class Attention(nnx.Module):
         k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
         options = dict(scale=self.scale, soft_cap=self.soft_cap, dtype=self.dtype)
         if cache is None:
-            return self.o(attend_in_order(q_BTNH, k_BKTH, v_BKTH, tokens, window, **options)), None
+            return self.o(self.within(q_BTNH, k_BKTH, v_BKTH, tokens, window, **options)), None
         cache, k_BKSH, v_BKSH, slots = cache.update(layer, k_BKTH, v_BKTH)
         seen_BTS = visible(tokens, Tokens(*slots), window)
         return self.o(attend(q_BTNH, k_BKSH, v_BKSH, seen_BTS, **options)), cache

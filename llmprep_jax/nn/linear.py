@@ -21,6 +21,7 @@ from llmprep_jax.sharding import has_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float, Int
 
 fan_in_normal = jax.nn.initializers.lecun_normal
+_HIDDEN = ("batch", "seq", "embed")
 PRODUCT = "product"  # name of a `contract`'s result, for what the backward pass keeps
 
 
@@ -162,27 +163,42 @@ class Einsum(nnx.Module):
         return y if self.b is None else y + self.b[...].astype(y.dtype)
 
 
-class Embed(nnx.Module):
-    """A table of token embeddings, [V, D], and the output head of models that tie it."""
+class Embed(Einsum):
+    """A table of token embeddings, [V, D], and the output head of models that tie it.
+
+    As an einsum it is that of tokens as one-hot vectors.
+    """
 
     def __init__(self, vocab_size: int, dim: int, *, compute: Compute, rngs: nnx.Rngs):
+        self.eqn, self.axes, self.out_axes = "BTV,VD->BTD", ("vocab", "embed"), _HIDDEN
+        self.dtype, self.layer_shape, self.b = compute.operand_dtype, (vocab_size, dim), None
         self.compute = compute
         init = jax.nn.initializers.normal(0.02)
-        self.w = param(rngs, (vocab_size, dim), ("vocab", "embed"), init, compute.param_dtype)
+        self.w = param(rngs, self.layer_shape, self.axes, init, compute.param_dtype)
+
+    @property
+    def table_dtype(self) -> jnp.dtype:
+        """dtype of the table."""
+        return self.w.dtype
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up; ids outside the vocabulary give the nearest row (XLA clamps)."""
-        shape = (*tokens_BT.shape, self.w.shape[-1])
-        table = self.w[...]
-        if has_mesh():
-            # whole rows: else the partitioner falls back to replicating what it looked up
-            table = jax.reshard(table, spec("vocab", None, shape=table.shape))
-        x_BTD = table.at[tokens_BT].get(out_sharding=spec("batch", "seq", "embed", shape=shape))
-        return x_BTD.astype(self.compute.dtype)
+        return look_up(self.w[...], tokens_BT, _HIDDEN).astype(self.compute.dtype)
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits against the same table, float32."""
         return contract_logits("BTD,VD->BTV", x_BTD, self.w[...], self.compute.operand_dtype)
+
+
+def look_up(
+    table: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], axes: tuple[str | None, ...]
+) -> Float[Array, "B T D"]:
+    """Rows of a table; `axes` are the logical axes of the result."""
+    shape = (*tokens_BT.shape, table.shape[-1])
+    if has_mesh():
+        # whole rows: else the partitioner falls back to replicating what it looked up
+        table = jax.reshard(table, spec("vocab", None, shape=table.shape))
+    return table.at[tokens_BT].get(out_sharding=spec(*axes, shape=shape))
 
 
 def contract_logits(
@@ -192,13 +208,12 @@ def contract_logits(
     return contract(eqn, x_BTD.astype(jnp.float32), w, dtype, ("batch", "seq", "vocab"))
 
 
-class Head(nnx.Module):
+class Head(Einsum):
     """An output head of its own, [D, V], for models whose embeddings are not tied."""
 
     def __init__(self, dim: int, vocab_size: int, *, compute: Compute, rngs: nnx.Rngs):
-        self.dtype = compute.operand_dtype
-        init = fan_in_normal()
-        self.w = param(rngs, (dim, vocab_size), ("embed", "vocab"), init, compute.param_dtype)
+        shape, axes, kind = (dim, vocab_size), ("embed", "vocab"), dict(compute=compute, rngs=rngs)
+        super().__init__("BTD,DV->BTV", shape, axes, ("batch", "seq", "vocab"), **kind)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return contract_logits("BTD,DV->BTV", x_BTD, self.w[...], self.dtype)
+        return contract_logits(self.eqn, x_BTD, self.w[...], self.dtype)

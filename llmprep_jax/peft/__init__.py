@@ -8,12 +8,16 @@ from llmprep_jax.peft.dora import DoRA
 from llmprep_jax.peft.ia3 import IA3
 from llmprep_jax.peft.loha import LoHa
 from llmprep_jax.peft.lokr import LoKr
+from llmprep_jax.peft.longlora import LongLoRA
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.merging import blend, unmerge
 from llmprep_jax.peft.peft_format import load, save
+from llmprep_jax.peft.tied import untie
+from llmprep_jax.peft.training import train_mode
 from llmprep_jax.peft.vera import VeRA
 
-AnyMethod = LoRA | DoRA | LoHa | LoKr | IA3 | VeRA | AdaLoRA  # what a run may name
+# what a run may name
+AnyMethod = LoRA | DoRA | LongLoRA | LoHa | LoKr | IA3 | VeRA | AdaLoRA
 
 __all__ = [
     "IA3",
@@ -23,6 +27,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LongLoRA",
     "VeRA",
     "blend",
     "combine",
@@ -36,5 +41,7 @@ __all__ = [
     "select",
     "split",
     "strip",
+    "train_mode",
     "unmerge",
+    "untie",
 ]

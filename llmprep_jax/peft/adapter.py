@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 
-from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.nn.param import AdapterParam, Shared
+from llmprep_jax.nn.linear import Einsum, Embed
+from llmprep_jax.nn.param import AdapterParam, Buffer, Shared
+from llmprep_jax.peft import biases
 from llmprep_jax.peft.experts import each_expert, experts, letters, num_experts
 from llmprep_jax.peft.targets import (
     Names,
@@ -29,12 +29,17 @@ from llmprep_jax.peft.targets import (
     Targets,
     bases,
     check_keys,
+    is_table,
     linear_layers,
+    modules,
     select,
     stacked,
 )
+from llmprep_jax.peft.tied import refuse_head
+from llmprep_jax.peft.tuned import Tuned, choose, tune
 from llmprep_jax.quant.linear import QuantEinsum
-from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.sharding import has_mesh, sharding_of, spec
+from llmprep_jax.types import Array, Float
 
 Params = Mapping[str, Array]
 
@@ -46,12 +51,24 @@ class Layout:
     Attributes:
       their_ins, their_outs: the columns and rows of Hugging Face's matrix.
       ins, outs: our dimensions.
+      is_embedding: whether PEFT's names are those of an embedding.
     """
 
     their_ins: str
     their_outs: str
     ins: str
     outs: str
+
+    is_embedding: bool = False
+
+    @classmethod
+    def of_layer(cls, base: Einsum, pattern: str) -> "Layout | None":
+        """That of a layer; an embedding, [V, D] with us and with them, takes V and gives D."""
+        layout = cls.of(pattern)
+        if not isinstance(base, Embed):
+            return layout
+        theirs, ours = (layout.their_outs, layout.their_ins), (layout.outs, layout.ins)
+        return cls(*theirs, *ours, is_embedding=True)
 
     @classmethod
     def of(cls, pattern: str) -> "Layout | None":
@@ -86,7 +103,9 @@ class Method(Protocol):
         """Parameters by name, such that `forward` equals the base."""
         ...
 
-    def forward(self, params: Params, base: Einsum, x: Array) -> Array: ...
+    def forward(self, params: Params, base: Einsum, x: Array) -> Array:
+        """The layer's result; a method with `dropout` takes the inputs after it as well."""
+        ...
 
     def merge(self, params: Params, base: Einsum) -> Array:
         """The base's weight with the adapter in it, in float32."""
@@ -102,8 +121,10 @@ class Adapted(nnx.Module):
     def __init__(self, base: Einsum, method: Method, params: Params, shared: Params | None = None):
         shared = shared or {}
         self.base, self.method, self.names = base, method, (*params, *shared)
+        self.key: Buffer | None = None  # `train_mode` gives one to a layer that drops inputs
         for name, value in params.items():
-            setattr(self, name, AdapterParam(value))
+            is_frozen = name in getattr(method, "frozen", ())
+            setattr(self, name, Buffer(value) if is_frozen else AdapterParam(value))
         for name, value in shared.items():
             setattr(self, name, Shared(value))
 
@@ -115,11 +136,25 @@ class Adapted(nnx.Module):
         of = {name: getattr(self, name) for name in self.names}
         return {name: x[...] for name, x in of.items() if not isinstance(x, Shared)}
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        everything = self.params()
-        forward = lambda base, own, x: self.method.forward(everything | own, base, x)  # noqa: E731
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits, of a tied embedding."""
+        return self.method.unembed(self.params(), self.base, x_BTD)
+
+    @property
+    def table_dtype(self) -> jnp.dtype:
+        """dtype of an embedding's table."""
+        return self.base.table_dtype
+
+    def __call__(self, x: Array) -> Float[Array, "..."]:
+        everything, x = self.params(), jnp.asarray(x)
+        dropped = [] if self.key is None else [drop(x, self.method.dropout, self.key[...])]
+
+        def forward(base: Einsum, own: Params, *inputs: Array) -> Array:
+            return self.method.forward(everything | own, base, *inputs)
+
         x_dims, _, y_dims = letters(self.base)
-        return each_expert(forward, self.base, self.own(), x, dims=("", x_dims), result=y_dims)
+        dims = ("", x_dims, *[x_dims] * len(dropped))
+        return each_expert(forward, self.base, self.own(), x, *dropped, dims=dims, result=y_dims)
 
     def merged(self, weights: Mapping[str, Number] | None = None) -> tuple[Array, Array | None]:
         """(weight in float32, bias) with the adapter in them; `weights` are for several adapters.
@@ -139,18 +174,24 @@ class Adapted(nnx.Module):
             bias = self.map(self.method.merge_bias, b_dims)
         return self.map(self.method.merge, w_dims), bias
 
-    def map(self, of: Callable[[Params, Einsum], Array], result: str = "") -> Array:
+    def map(self, of: Callable[[Params, Einsum], Any], result: str = "") -> Any:
         """`of` the layer, or of each layer of a stack and each expert; `result`: its dimensions."""
         everything = self.params()
 
-        def one(base: Einsum, own: Params) -> Array:
+        def one(base: Einsum, own: Params) -> Any:
             return of(everything | own, base)
 
-        def layer(own: Params, base: Einsum) -> Array:
+        def layer(own: Params, base: Einsum) -> Any:
             return each_expert(one, base, own, dims=("",), result=result)
 
         each = layer if stacked(self.base) is None else jax.vmap(layer)
         return each(self.own(), self.base)
+
+
+def drop(x: Float[Array, "..."], rate: float, key: jax.Array) -> Float[Array, "..."]:
+    """Dropout: a share `rate` of the values is 0, the others are divided by 1 - rate."""
+    kept = jax.random.uniform(key, x.shape, out_sharding=sharding_of(x)) >= rate
+    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 def with_weights(base: Einsum, weight: Array, bias: Array | None) -> Einsum:
@@ -176,20 +217,36 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     """
     if is_adapted(model):
         raise ValueError("the model has adapters already; inject into lp.peft.strip(model)")
-    layers = linear_layers(model)
-    chosen = {path: layers[path] for path in select(method.targets, layers)}
+    layers, of_model = linear_layers(model), bases(model)
+    tables = [path for path in layers if is_table(of_model[path])]
+    refuse_head(model, method.targets)
+    linear = {path: layers[path] for path in layers if path not in tables}
+    offered = linear if method.targets == "all-linear" else layers
+    chosen = {path: layers[path] for path in select(method.targets, offered)}
     for label in ("rank_pattern", "alpha_pattern"):
         check_keys(label, getattr(method, label, ()), chosen)
+    whole = choose(model, getattr(method, "modules_to_save", ()))
+    if chosen.keys() & set(whole):
+        both = min(chosen.keys() & set(whole))
+        raise ValueError(f"{both} is a target and in modules_to_save; leave it in one of them")
+    refuse_embedding(method, {path: of_model[path] for path in chosen})
     methods = {path: _resolve(method, path, names) for path, names in chosen.items()}
     rngs = nnx.Rngs(seed)
-    keys = {path: rngs.params() for path in sorted(layers)}  # so another target changes no other
-    found = {path: base for path, base in bases(model).items() if path in methods}
+    # so another target changes no other
+    keys = {path: rngs.params() for path in (*sorted(linear), *sorted(tables))}
+    found = {path: base for path, base in of_model.items() if path in methods}
     # one program: op by op this takes seconds
     params = _init(tuple(methods.items()), found, {path: keys[path] for path in methods})
     shared = {}
     if hasattr(method, "draw_shared"):
         shared = place_shared(method.draw_shared(found.values()))
-    return wrap(model, methods, params, shared)
+    which, dtype = getattr(method, "bias", "none"), getattr(method, "dtype", "float32")
+    adapted = {path: theirs.keys() for path, theirs in modules(model).items() if path in methods}
+    trained = biases.names_of(model, which, adapted, whole)
+    if which != "none" and not trained:
+        raise ValueError(f'bias is {which!r}, but no layer that it means has one; leave it "none"')
+    model = tune(wrap(model, methods, params, shared), whole, dtype)
+    return biases.free(model, trained, dtype)
 
 
 def place_shared(arrays: Mapping[str, np.ndarray]) -> Params:
@@ -199,6 +256,16 @@ def place_shared(arrays: Mapping[str, np.ndarray]) -> Params:
         name: jnp.asarray(x) if place is None else jax.device_put(x, place)
         for name, x in arrays.items()
     }
+
+
+def refuse_embedding(method: Method, layers: Mapping[str, Einsum]) -> None:
+    """Refuses embeddings as targets of a method that is of linear layers."""
+    for path, base in layers.items():
+        if isinstance(base, Embed) and not getattr(method, "adapts_embeddings", False):
+            raise ValueError(
+                f"{type(method).__name__} does not adapt {path}, an embedding; use LoRA, or train"
+                " it whole (modules_to_save)"
+            )
 
 
 def _resolve(method: Method, path: str, layers: Sequence[Names]) -> Method:
@@ -289,7 +356,7 @@ def split(model: nnx.Module) -> tuple[nnx.State, nnx.State]:
 
 def strip(model: nnx.Module) -> nnx.Module:
     """The base model, without its adapters."""
-    return map_adapted(model, lambda adapted: adapted.base)
+    return map_adapted(model, lambda each: each.base, lambda each: each.base, trained=False)
 
 
 def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx.Module:
@@ -315,14 +382,47 @@ def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx
             " adapters apart (lp.peft.save) to keep the weights packed",
             stacklevel=2,
         )
-    return map_adapted(model, lambda each: with_weights(each.base, *each.merged(weights)))
+
+    def merged(adapted: Adapted) -> Einsum:
+        return with_weights(adapted.base, *adapted.merged(weights))
+
+    return map_adapted(model, merged, Tuned.merged, trained=True)
 
 
-def map_adapted(model: nnx.Module, change: Callable[[Adapted], Any]) -> nnx.Module:
-    """The model with its adapted layers changed."""
-    return nnx.recursive_map(
-        lambda _, node: change(node) if isinstance(node, Adapted) else node, model
-    )
+def widen(model: nnx.Module) -> nnx.Module:
+    """The model with adapters on whole weights in place of those that take a part out of them."""
+
+    def changed(adapted: Adapted) -> Adapted:
+        method = adapted.method
+        if not getattr(method, "frozen", ()):
+            return adapted
+        return Adapted(adapted.base, method.wide, adapted.map(lambda own, _: method.widen(own)))
+
+    return map_adapted(model, changed)
+
+
+def map_adapted(
+    model: nnx.Module,
+    change: Callable[[Adapted], Any],
+    change_whole: Callable[[Tuned], Any] | None = None,
+    *,
+    trained: bool | None = None,
+) -> nnx.Module:
+    """The model with its adapters changed.
+
+    Args:
+      change_whole: what becomes of modules that are trained whole; None: they stay.
+      trained: whether biases become what they were trained to be, or what they were; None: neither.
+    """
+
+    def visit(_: tuple, node: Any) -> Any:
+        if isinstance(node, Einsum) and trained is not None:  # before the adapter around it
+            return biases.settle(node, trained=trained)
+        if isinstance(node, Tuned) and change_whole is not None:
+            return change_whole(node)
+        return change(node) if isinstance(node, Adapted) else node
+
+    return nnx.recursive_map(visit, model)
 
 
 def dims(base: Einsum) -> tuple[str, str, str, str]:

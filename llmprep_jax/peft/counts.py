@@ -18,6 +18,7 @@ from flax import nnx
 from llmprep_jax.nn.param import Buffer, Shared
 from llmprep_jax.peft.adapter import adapters, split
 from llmprep_jax.peft.targets import plain
+from llmprep_jax.peft.tuned import tuned
 from llmprep_jax.quant.linear import packed_layers
 
 
@@ -48,7 +49,7 @@ def count(model: nnx.Module) -> Count:
 def count_targets(model: nnx.Module) -> dict[str, Count]:
     """Counts of each target; layers of a list are one target."""
     each: dict[str, list[nnx.Module]] = {}
-    for path, adapted in adapters(model).items():
+    for path, adapted in (adapters(model) | tuned(model)).items():
         each.setdefault(plain(path), []).append(adapted)
     return {name: count(nnx.List(layers)) for name, layers in sorted(each.items())}
 

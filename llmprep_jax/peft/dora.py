@@ -7,6 +7,7 @@ the bias is not scaled.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ _ROUNDING = 1e-6
 class DoRA(LoRA):
     """Settings of DoRA; those of LoRA."""
 
+    adapts_embeddings: ClassVar[bool] = False  # a table's columns, a head's rows: other lengths
+
     def tensors(self, layout: Layout) -> dict[str, tuple[str, str]]:
         pattern = f"{layout.their_outs} -> {layout.outs}"
         return super().tensors(layout) | {"magnitude": ("lora_magnitude_vector", pattern)}
@@ -33,10 +36,14 @@ class DoRA(LoRA):
         params = super().init(base, rngs)
         return params | {"magnitude": self._norm(params, base).astype(self.dtype)}
 
-    def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
-        y, ratio = super().forward(params, base, x), self._ratio(params, base)
+    def forward(
+        self, params: Mapping[str, Array], base: Einsum, x: Array, dropped: Array | None = None
+    ) -> Array:
+        y, ratio = super().forward(params, base, x, dropped), self._ratio(params, base)
         bias = 0.0 if base.b is None else base.b[...].astype(y.dtype)
-        return y + ((ratio - 1.0) * (y - bias)).astype(y.dtype)
+        # what is scaled sees the dropped inputs, the base's weight too
+        whole = y if dropped is None else super().forward(params, base, dropped)
+        return y + ((ratio - 1.0) * (whole - bias)).astype(y.dtype)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         return super().merge(params, base) * self._ratio(params, base)

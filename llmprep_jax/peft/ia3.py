@@ -26,20 +26,23 @@ class IA3:
       targets: which layers, see `adapter.inject`.
       feedforward: of these, those whose inputs are rescaled; names or a regex, like targets.
       dtype: of the vectors.
+      modules_to_save: modules that are trained whole, see `tuned`.
     """
 
     targets: Targets = ("k_proj", "v_proj", "down_proj")
     feedforward: Targets = ("down_proj",)
     dtype: str = "float32"
+    modules_to_save: Targets = ()
 
     def __post_init__(self):
-        for name in ("targets", "feedforward"):
+        for name in ("targets", "feedforward", "modules_to_save"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def resolve(self, names: Sequence[str]) -> "IA3":
         inputs = bool(self.feedforward) and matches(self.feedforward, names)
-        return dataclasses.replace(self, targets=(), feedforward="all-linear" if inputs else ())
+        feedforward = "all-linear" if inputs else ()
+        return dataclasses.replace(self, targets=(), feedforward=feedforward, modules_to_save=())
 
     def tensors(self, layout: Layout) -> dict[str, tuple[str, str]]:
         of_ins = f"1 {layout.their_ins} -> {layout.ins}"

@@ -30,6 +30,8 @@ class LowRank:
       rank_pattern, alpha_pattern: (name or regex of a path's end, value) for layers that differ;
         the first that matches holds.
       dtype: of the adapter's parameters.
+      modules_to_save: modules that are trained whole beside the adapters (embeddings, norms, the
+        head), matched as targets are; see `tuned`.
     """
 
     rank: int = 8
@@ -38,13 +40,15 @@ class LowRank:
     rank_pattern: Pattern = ()
     alpha_pattern: Pattern = ()
     dtype: str = "float32"
+    modules_to_save: Targets = ()
 
     def __post_init__(self):
         name = type(self).__name__
         check_number(f"{name}'s rank", self.rank, whole=True)
         check_number(f"{name}'s alpha", self.alpha, whole=False)
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        for name in ("targets", "modules_to_save"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = as_pattern(name, getattr(self, name), whole=name == "rank_pattern")
             object.__setattr__(self, name, pattern)
@@ -63,6 +67,7 @@ class LowRank:
             targets=(),
             rank_pattern=(),
             alpha_pattern=(),
+            modules_to_save=(),
         )
 
 

@@ -30,10 +30,13 @@ from llmprep_jax.peft.targets import (
     matches,
     modules,
 )
+from llmprep_jax.peft.tied import EMBED, is_tied
+from llmprep_jax.peft.tuned import saved_names, tuned
 from llmprep_jax.peft.vera import VeRA
 from llmprep_jax.weights.safetensors import quoted
 
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+SELECTION = (*SELECTION, "modules_to_save")
 RANKS = ("r", "rank_pattern", "alpha_pattern")
 ADALORA = {  # our settings by their names
     "init_r": "rank",
@@ -50,12 +53,8 @@ ADALORA = {  # our settings by their names
 READ = {
     "LORA": (
         *RANKS,
-        "lora_alpha",
-        "use_rslora",
-        "use_dora",
-        "init_lora_weights",
-        "bias",
-        "target_parameters",
+        *("lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias"),
+        *("ensure_weight_tying", "lora_dropout", "target_parameters"),
     ),
     "LOHA": (*RANKS, "alpha"),
     "LOKR": (*RANKS, "alpha", "decompose_both", "decompose_factor"),
@@ -79,7 +78,6 @@ WITHOUT_EFFECT = (
     "base_model_name_or_path",
     "revision",
     "inference_mode",
-    "lora_dropout",
     "vera_dropout",
     "runtime_config",
     "megatron_core",
@@ -88,7 +86,6 @@ WITHOUT_EFFECT = (
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "ensure_weight_tying",
     "rank_dropout",
     "rank_dropout_scale",
     "module_dropout",
@@ -101,7 +98,6 @@ REFUSED = (
     "use_bdlora",
     "fan_in_fan_out",
     "lora_bias",
-    "modules_to_save",
     "trainable_token_indices",
     "layer_replication",
     "alora_invocation_tokens",
@@ -128,6 +124,8 @@ class AdapterConfig:
       draws: whether what all layers share is drawn anew where the file does not hold it.
       empty: modules of which nothing is left after AdaLoRA's pruning.
       parameters: names of parameters that hold experts (target_parameters).
+      saved: ends of names of the modules that are trained whole.
+      tied: whether what trains the embedding trains the head that is tied to it.
     """
 
     method: Method
@@ -138,6 +136,12 @@ class AdapterConfig:
     draws: bool = False
     empty: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    tied: bool = False
+
+    def trains(self, module: str) -> bool:
+        """Whether PEFT trains a module of this name whole; it looks at the end of the name."""
+        return module.endswith(self.saved)
 
     def adapts(self, module: str, *, parameter: bool = False) -> bool:
         """Whether PEFT adapts a module of this name, or a parameter; or, untold, could."""
@@ -173,7 +177,6 @@ def read_config(path: Path, config: Mapping[str, Any]) -> AdapterConfig:
         raise ValueError(f"{path} is of peft_type {quoted(kind)}; supported: {', '.join(READ)}")
     known = {"peft_type", *SELECTION, *READ[kind], *WITHOUT_EFFECT}
     asked = [name for name, value in config.items() if name not in known and value]
-    asked += ["bias"] if config.get("bias", "none") != "none" else []
     asked += ["init_lora_weights"] if config.get("init_lora_weights") not in _INITS else []
     if asked:
         lacks = ", ".join(f"{name}={quoted(config[name])}" for name in sorted(asked))
@@ -204,12 +207,17 @@ def _read(config: Mapping[str, Any]) -> AdapterConfig:
         raise ValueError(f"target_parameters is {quoted(parameters)}; it must be a list of names")
     draws = config.get("save_projection") is False
     selection = *targets, tuple(layers) or None, containers
+    saved = _names(config, "modules_to_save") or ()
+    whole = {
+        "saved": (saved,) if isinstance(saved, str) else saved,
+        "tied": _flag(config, "ensure_weight_tying"),
+    }
     if config["peft_type"] != "ADALORA":
-        return AdapterConfig(_method(config), *selection, draws, parameters=parameters)
+        return AdapterConfig(_method(config), *selection, draws, parameters=parameters, **whole)
     left = _kept(config)
     ranks = {re.escape(module): rank for module, rank in left.items() if rank}
     empty = tuple(module for module, rank in left.items() if not rank)
-    return AdapterConfig(_adalora(config, ranks), *selection, empty=empty)
+    return AdapterConfig(_adalora(config, ranks), *selection, empty=empty, **whole)
 
 
 def _adalora(config: Mapping[str, Any], rank_pattern: Mapping[str, int]) -> AdaLoRA:
@@ -264,7 +272,11 @@ def _method(config: Mapping[str, Any]) -> Method:
     )
     if kind == "LORA":
         method = DoRA if _flag(config, "use_dora") else LoRA
-        return method(**common, rslora=_flag(config, "use_rslora"))
+        dropout = config.get("lora_dropout") or 0.0
+        if not isinstance(dropout, (int, float)):
+            raise ValueError(f"lora_dropout is {quoted(dropout)}; it must be a number")
+        more = {"rslora": _flag(config, "use_rslora"), "bias": config.get("bias") or "none"}
+        return method(**common, **more, dropout=float(dropout))
     if kind == "LOHA":
         return LoHa(**common)
     factor = config.get("decompose_factor", -1)
@@ -308,9 +320,20 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
         "inference_mode": True,
         "target_modules": targets,
         **({"target_parameters": of_parameters} if of_parameters else {}),
-        "modules_to_save": None,
+        "modules_to_save": saved_names(model) or None,
         **_settings(by_name),
+        **_tying(model, by_name),
     }
+
+
+def _tying(model: nnx.Module, by_name: Mapping[str, Method]) -> dict[str, Any]:
+    """What has PEFT train the head with the embedding that it is."""
+    if not is_tied(model) or EMBED not in {*tuned(model), *methods(model)}:
+        return {}
+    if isinstance(next(iter(by_name.values())), LoRA):
+        return {"ensure_weight_tying": True}
+    head = model.weights["head.w"][0].removesuffix(".weight")
+    return {"modules_to_save": sorted([*saved_names(model), head])}
 
 
 def _settings(by_name: Mapping[str, Method]) -> dict[str, Any]:
@@ -344,11 +367,11 @@ def _settings(by_name: Mapping[str, Method]) -> dict[str, Any]:
     if isinstance(first, LoRA):
         own = {
             "lora_alpha": _whole(first.alpha),
-            "lora_dropout": 0.0,
+            "lora_dropout": first.dropout,
             "use_rslora": first.rslora,
             "use_dora": isinstance(first, DoRA),
             "fan_in_fan_out": False,
-            "bias": "none",
+            "bias": first.bias,
             "init_lora_weights": True,
         }
         return {"peft_type": "LORA", **common, **own}

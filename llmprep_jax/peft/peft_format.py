@@ -19,14 +19,14 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
-from llmprep_jax.peft import adapter
+from llmprep_jax.peft import adapter, biases, tied, tuned
 from llmprep_jax.peft.adalora import AdaLoRA
 from llmprep_jax.peft.adapter import Layout, Method
 from llmprep_jax.peft.expert_format import expert_layers, expert_module, expert_tensors
 from llmprep_jax.peft.experts import experts, letters
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
-from llmprep_jax.peft.targets import Place, bases, matches, modules, plain, stacked
+from llmprep_jax.peft.targets import Place, bases, is_table, matches, modules, plain, stacked
 from llmprep_jax.sharding import spec
 from llmprep_jax.weights.checkpoint import read_json
 from llmprep_jax.weights.receipt import probe_difference, save_folder
@@ -46,7 +46,7 @@ def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str,
     table, of_model = {}, bases(model)
     for path, method in methods.items():
         name, pattern = model.weights[f"{plain(path)}.w"]
-        module, tensors = name.removesuffix(".weight"), _tensors(path, method, of_model, pattern)
+        module, tensors = name.removesuffix(".weight"), _names_of(path, method, of_model, pattern)
         if experts(of_model[path]):
             beside = [other for other in methods if _number(other) == _number(path)]
             names = [model.weights[f"{plain(x)}.w"][0] for x in expert_layers(model, beside)]
@@ -66,13 +66,19 @@ def _number(path: str) -> list[str]:
     return [part for part in path.split(".") if part.isdigit()]
 
 
-def _tensors(
+def _names_of(
     path: str, method: Method, of_model: Mapping[str, Einsum], pattern: str
 ) -> Mapping[str, tuple[str, str]]:
     """As `Method.tensors`, for an ordinary layer or one of many experts."""
     if experts(of_model[path]):
         return expert_tensors(method, path, of_model[path], pattern)
-    return method.tensors(Layout.of(pattern))
+    return method.tensors(Layout.of_layer(of_model[path], pattern))
+
+
+def trained_table(model: nnx.Module) -> dict[str, tuple[str, str]]:
+    """A weight table for all that is trained of a model with adapters."""
+    beside = tuned.table(model, _PREFIX) | biases.table(model, _PREFIX)
+    return adapter_table(model, adapter.methods(model)) | beside
 
 
 def save(
@@ -98,13 +104,11 @@ def save(
     """
     if not adapter.is_adapted(model):
         raise ValueError("the model has no adapters; save_model writes whole models")
-    base = adapter.strip(model)
-    adapters = nnx.state(model, AdapterParam)
-    tensors = export(adapters, adapter_table(model, adapter.methods(model)))
+    base, wide = adapter.strip(model), adapter.widen(model)
     return save_folder(
         folder,
-        make_config(model, base_model),
-        itertools.chain(tensors, _shared_tensors(model)),
+        make_config(wide, base_model),
+        itertools.chain(_tensors(wide), _shared_tensors(model)),
         config_name=CONFIG,
         weights_name=WEIGHTS_FILE,
         verify=lambda written: probe_difference(model, load(base, written)),
@@ -117,6 +121,12 @@ def _shared_tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
     adapted = next(iter(adapter.adapters(model).values()))
     for name, theirs in getattr(adapted.method, "shared", {}).items():
         yield theirs, np.asarray(jax.device_get(getattr(adapted, name)[...]))
+
+
+def _tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """Everything that a model's file holds."""
+    tensors = export(nnx.state(model, AdapterParam), trained_table(model))
+    yield from tied.head_tensors(model, tensors, _PREFIX)
 
 
 def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
@@ -132,12 +142,16 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     config = read_config(folder / CONFIG, _read_json(folder))
     file = _open(folder)
     methods, params = {}, {}
-    for path, layers in _layers(model, config, file).items():
+    whole = tuned.rows_of(model, config.trains, file, _PREFIX)
+    found, of_biases = _layers(model, config, file, whole)
+    for path, layers in found.items():
         base = bases(model)[path]
         methods[path] = _one_method(path, layers, base)
         params[path] = _read(base, methods[path], layers, file)
     shared = _read_shared(config, [bases(model)[path] for path in methods], file)
-    return adapter.wrap(model, methods, params, shared)
+    tied.check(model, file, _PREFIX)
+    adapted = tuned.read(adapter.wrap(model, methods, params, shared), whole, file)
+    return biases.read(adapted, of_biases, file, _PREFIX)
 
 
 def _read_json(folder: Path) -> dict:
@@ -177,9 +191,15 @@ class Layer:
 
 
 def _layers(
-    model: nnx.Module, config: AdapterConfig, file: SafetensorsFile
-) -> dict[str, dict[Place, Layer]]:
-    """The layers that a folder adapts, by our path and place in a stack.
+    model: nnx.Module,
+    config: AdapterConfig,
+    file: SafetensorsFile,
+    whole: Mapping[str, Mapping[str, Entry]],
+) -> tuple[dict[str, dict[Place, Layer]], biases.Names]:
+    """The layers that a folder adapts, by our path and place in a stack, and biases it trains.
+
+    Args:
+      whole: rows of what is trained whole, whose tensors the file holds too.
 
     Raises:
       ValueError: the file is not what the config and this model lead to expect; all differences are
@@ -199,8 +219,12 @@ def _layers(
         for place, module in modules_of_path.items():
             if not config.adapts(module, parameter=path in of_experts):
                 continue
+            if config.targets == "all-linear" and is_table(of_model[path]):
+                continue
+            if config.targets is not None:
+                adapter.refuse_embedding(config.method, {path: of_model[path]})
             method = config.method.resolve((module,))
-            tensors = _tensors(path, method, of_model, pattern)
+            tensors = _names_of(path, method, of_model, pattern)
             keys = expert_module(module, parameters) if path in of_experts else module
             layer = Layer(module, method, _rows(keys, method, of_model[path], tensors))
             # without target_modules, what the file holds is what is adapted
@@ -208,7 +232,11 @@ def _layers(
             if told or any(name in file for name in layer.names):
                 found.setdefault(path, {})[place] = layer
     wanted = [layer for layers in found.values() for layer in layers.values()]
-    problems = _differences(wanted, file)
+    expected = {row.name: row.their_shape() for layer in wanted for row in layer.rows.values()}
+    of_biases = biases.names_of(model, getattr(config.method, "bias", "none"), found, whole)
+    expected |= tuned.shapes(whole) | tied.shapes(model, file, _PREFIX)
+    expected |= biases.shapes(model, of_biases, _PREFIX)
+    problems = _differences(wanted, expected, file)
     unknown = [
         name for name in config.parameters if not any(matches((name,), [x]) for x in parameters)
     ]
@@ -220,7 +248,7 @@ def _layers(
             f"{file.path} does not fit this base model: {reason}; load it on the base that"
             f" {CONFIG} names"
         )
-    return found
+    return found, of_biases
 
 
 def _rows(
@@ -243,11 +271,12 @@ def _shapes(method: Method, base: Einsum) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in jax.eval_shape(init, base).items()}
 
 
-def _differences(wanted: Sequence[Layer], file: SafetensorsFile) -> list[str]:
+def _differences(
+    wanted: Sequence[Layer], expected: Mapping[str, tuple[int, ...]], file: SafetensorsFile
+) -> list[str]:
     """How a file differs from what it must hold, one phrase a kind."""
     # AdaLoRA's of layers that are pruned whole are empty
     shape = {name: file.shape(name) for name in file.names if 0 not in file.shape(name)}
-    expected = {row.name: row.their_shape() for layer in wanted for row in layer.rows.values()}
     unlike = {
         f"{a} is {_dims(shape[a])} and {b} is {_dims(shape[b])}": (a, b)
         for a, b in (layer.names[:2] for layer in wanted if isinstance(layer.method, LoRA))

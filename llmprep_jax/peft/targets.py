@@ -14,7 +14,7 @@ from typing import Any
 
 from flax import nnx
 
-from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.weights.table import Entry
 
 Targets = str | tuple[str, ...] | list[str]
@@ -29,7 +29,7 @@ def bases(model: nnx.Module) -> dict[str, Einsum]:
     found: dict[str, Einsum] = {}
 
     def visit(path: tuple, node: Any) -> Any:
-        if isinstance(node, Einsum):
+        if isinstance(node, Einsum) and path[-1:] != ("trained",):
             found[".".join(map(str, path)).removesuffix(".base")] = node
         return node
 
@@ -68,6 +68,11 @@ def linear_layers(model: nnx.Module) -> dict[str, list[Names]]:
     }
 
 
+def is_table(base: Einsum) -> bool:
+    """Whether a layer is an embedding or an output head, which "all-linear" leaves alone."""
+    return isinstance(base, (Embed, Head))
+
+
 def matches(targets: Targets, names: Sequence[str]) -> bool:
     """Whether a layer that goes by `names` is targeted."""
     if targets == "all-linear":
@@ -77,8 +82,13 @@ def matches(targets: Targets, names: Sequence[str]) -> bool:
     return any(name == t or name.endswith(f".{t}") for name in names for t in targets)
 
 
-def select(targets: Targets, layers: Mapping[str, Sequence[Names]]) -> list[str]:
-    """The paths that are targeted, sorted.
+def select(
+    targets: Targets,
+    layers: Mapping[str, Sequence[Names]],
+    label: str = "target",
+    kind: str = "linear layer",
+) -> list[str]:
+    """The paths that are targeted, sorted; `label` and `kind` are words of the errors.
 
     Raises:
       ValueError: a target is no regex, matches no layer, or matches some layers of a stack alone.
@@ -86,16 +96,17 @@ def select(targets: Targets, layers: Mapping[str, Sequence[Names]]) -> list[str]
     if not targets:
         raise ValueError('no targets given; "all-linear" takes every linear layer')
     if isinstance(targets, str):
-        check_regex("target", targets)
+        check_regex(label, targets)
     for target in [targets] if isinstance(targets, str) else [(each,) for each in targets]:
         if not any(matches(target, names) for each in layers.values() for names in each):
-            refuse_unmatched("target", target if isinstance(target, str) else target[0], layers)
+            name = target if isinstance(target, str) else target[0]
+            refuse_unmatched(label, name, layers, kind)
     chosen = []
     for path in sorted(layers):
         found = {matches(targets, names) for names in layers[path]}
         if len(found) > 1:
             raise ValueError(
-                f"targets {targets!r} take some layers of the stack {path} and leave others; take"
+                f"{label}s {targets!r} take some layers of the stack {path} and leave others; take"
                 " all of them, or unstack(model.layers) first"
             )
         chosen += [path] if found == {True} else []
@@ -149,10 +160,12 @@ def check_keys(label: str, pattern: Pattern, layers: Mapping[str, Sequence[Names
             refuse_unmatched(f"{label} key", key, layers)
 
 
-def refuse_unmatched(label: str, text: str, layers: Mapping[str, Sequence[Names]]) -> None:
+def refuse_unmatched(
+    label: str, text: str, layers: Mapping[str, Sequence[Names]], kind: str = "linear layer"
+) -> None:
     """Raises the error of a name or regex without a layer."""
     known = {name.rsplit(".", 1)[-1] for each in layers.values() for name in each[0]}
     # a regex is near a name by its last word: ".*\.wq" is nearer to "q" than to "o_proj"
     word = (re.findall(r"\w+", text) or [text])[-1]
     near = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.3) or sorted(known)
-    raise ValueError(f"{label} {text!r} matches no linear layer; near names: {', '.join(near)}")
+    raise ValueError(f"{label} {text!r} matches no {kind}; near names: {', '.join(near)}")

@@ -75,11 +75,20 @@ def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops:
       seq_len: T.
     """
 
-    def in_products(tree):
+    def sizes(tree):
         flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-        names = [path_name(path).split(".") for path, _ in flat]
-        used = [cfg.tie_embeddings or "embed" not in name for name in names]
-        return sum(leaf.size for (_, leaf), use in zip(flat, used, strict=True) if use)
+        return {tuple(path_name(path).split(".")): leaf.size for path, leaf in flat}
+
+    trained = sizes(params)
+
+    def in_products(tree):
+        # a module that is trained whole computes in place of its base, which lies beside it
+        return sum(
+            size
+            for name, size in sizes(tree).items()
+            if (cfg.tie_embeddings or "embed" not in name)
+            and not (name[-2:-1] == ("base",) and (*name[:-2], "trained", name[-1]) in trained)
+        )
 
     attention = cfg.num_layers * cfg.num_heads * cfg.head_dim
     return Flops(in_products(frozen), in_products(params), attention, seq_len / 2)

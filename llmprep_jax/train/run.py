@@ -42,7 +42,7 @@ class RunConfig(FitConfig):
       tokenizer: where the tokenizer comes from; None: from where `model` does.
       chat_template: a Jinja file, for the tokenizer of a base model, which has none; it is saved
         with the run.
-      adapter: trained in place of the model; None: all of it is.
+      adapter: a LoRA or LongLoRA that is trained in place of the model; None: all of it is.
       data: what it is trained on; data.batch_size rows of data.seq_len tokens a step.
       eval_data: what it is evaluated on, all splits of it; None: what data.holdout keeps back, if
         anything.

@@ -343,7 +343,7 @@ def test_rslora_divides_by_the_root_of_the_rank():
     [
         ({"targets": ("q_prj",)}, "target 'q_prj' matches no linear layer; near names: .*q_proj"),
         ({"targets": r".*\.v_prj"}, r"matches no linear layer; near names: v_proj"),
-        ({"targets": ("q_proj", "lm_head")}, "target 'lm_head' matches no"),
+        ({"targets": ("q_proj", "lm_head")}, "head is its embedding, so 'lm_head' cannot be"),
         ({"targets": ()}, "no targets given"),
         ({"targets": "layers.(q"}, r"layers.\(q.*is no regex"),
         ({"targets": r".*layers\.[01]\..*"}, "some layers of the stack layers.attn.k and leave"),

@@ -1,5 +1,6 @@
 """The laws of every adapter method: identity at first, own leaves move, a merge says the same."""
 
+import contextlib
 import functools
 import json
 
@@ -16,7 +17,7 @@ from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Compute, Shared
 from llmprep_jax.nn.stack import unstack
-from llmprep_jax.peft import IA3, AdaLoRA, DoRA, LoHa, LoKr, VeRA
+from llmprep_jax.peft import IA3, AdaLoRA, DoRA, LoHa, LoKr, LoRA, VeRA
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.peft.lokr import factors
 from llmprep_jax.sharding import make_mesh, use_mesh
@@ -33,11 +34,16 @@ METHODS = {
     "vera": VeRA(rank=48),
     "adalora": AdaLoRA(rank=4, alpha=8, total_steps=10),
     "ia3-outputs": IA3(targets="all-linear", feedforward=()),
+    "whole": LoRA(4, 8, targets=("q_proj",), modules_to_save=("embed", "attn_norm", "v", "head")),
+    "tables": LoRA(4, 8, targets=("embed_tokens", "lm_head", "q_proj")),
+    "dora-head": DoRA(4, 8, targets=("lm_head",)),
+    "biases": LoRA(4, 8, targets=("q_proj", "o_proj"), bias="lora_only"),
+    "dora-biases": DoRA(4, 8, targets=("k_proj", "up_proj"), modules_to_save=("v",), bias="all"),
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 # where variants would compile for seconds and show no more
-KINDS = ("dora", "loha", "lokr", "ia3", "vera", "adalora")
+KINDS = ("dora", "loha", "lokr", "ia3", "vera", "adalora", "whole", "tables")
 each_kind = pytest.mark.parametrize("method", [METHODS[name] for name in KINDS], ids=KINDS)
 
 
@@ -244,7 +250,7 @@ def test_settings_of_adalora_that_make_no_sense_are_refused(settings, message):
         ("rank_pattern", {"q_proj": [True]}, "for each of init_r triplets"),
         ("total_step", None, "total_step is None; it must be a whole number"),
         ("tinit", "1", "tinit is '1'; it must be a number"),
-        ("modules_to_save", ["lm_head"], "sets modules_to_save=.*not supported"),
+        ("trainable_token_indices", [1], "sets trainable_token_indices=.*not supported"),
     ],
 )
 def test_a_folder_of_adalora_that_makes_no_sense_is_refused(tmp_path, field, value, message):
@@ -303,6 +309,31 @@ def test_a_folder_opens_on_a_mesh(method, tmp_path):
 )  # fmt: skip
 def test_dimensions_are_cut_as_near_to_the_square_root_as_allowed(size, limit, expected):
     assert factors(size, limit) == expected
+
+
+@pytest.mark.parametrize("method", [DoRA, LoHa, LoKr, IA3])
+def test_embeddings_are_adapted_by_lora_alone(method):
+    with pytest.raises(ValueError, match=r"(DoRA|LoHa|LoKr|IA3) does not adapt embed, .*use LoRA"):
+        lp.peft.inject(base(), method(targets=("embed_tokens",)))
+
+
+def test_an_embedding_of_another_base_is_refused(tmp_path):
+    model = scattered(lp.peft.inject(base(), METHODS["tables"]))
+    folder = lp.peft.save(model, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    for times, message in ((1, None), (2, "not the base's")):
+        table = times * np.asarray(base().embed.w[...])
+        save_file(tensors | {name: table}, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            lp.peft.load(base(), folder)
+
+
+def test_biases_are_refused_where_there_are_none_to_train():
+    for which, targets in (("lora_only", ("o_proj",)), ("some", ("q_proj",))):
+        with pytest.raises(ValueError, match=r"^bias is '(lora_only|some)'") as caught:
+            lp.peft.inject(base(), LoRA(4, targets=targets, bias=which))
+        assert "\n" not in str(caught.value)
 
 
 def test_dora_merges_its_magnitude_exactly():

@@ -190,7 +190,7 @@ class Model(nnx.Module):
 
     def _embed(self, tokens_BT):
         x_BTD = self.embed(tokens_BT)
-        scale = jnp.asarray(self.cfg.dim**0.5, self.embed.w.dtype)
+        scale = jnp.asarray(self.cfg.dim**0.5, self.embed.table_dtype)
         return x_BTD * scale.astype(x_BTD.dtype)
 
     def _kinds(self, place: Tokens) -> tuple[Kind, Kind]:

@@ -1,0 +1,138 @@
+"""Models whose output head is their embedding, and what adapters make of the two.
+
+What adapts or trains the table of such a model does so for both its uses, which is PEFT's
+ensure_weight_tying: its files then hold the head's tensors too, made of the embedding's. The one
+thing a reader would get wrong: without that setting PEFT changes one use alone (the lookup, where
+the embedding is named), which here takes an `untie`d model.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llmprep_jax.nn.linear import Head
+from llmprep_jax.peft.targets import Targets
+from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.weights.safetensors import SafetensorsFile
+
+EMBED, HEAD = "embed", "head"  # paths of the two that a model may tie
+_ADAPTED = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+
+
+def is_tied(model: nnx.Module) -> bool:
+    """Whether a model's output head is its embedding."""
+    return hasattr(model, EMBED) and getattr(model, HEAD, False) is None
+
+
+def untie(model: nnx.Module) -> nnx.Module:
+    """The same model with an output head of its own, a copy of its embedding.
+
+    PEFT's adapters of a tied model's embedding or head alone load onto it.
+    """
+    if not is_tied(model):
+        return model
+    table, compute = model.embed.w[...], model.embed.compute
+    make = functools.partial(Head, *table.shape[::-1], compute=compute)
+    graph, state = nnx.split(jax.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    w = table.T
+    w = jax.reshard(w, spec("embed", "vocab", shape=w.shape)) if has_mesh() else w
+    state["w"] = state["w"].replace(w)
+    changed = nnx.merge(*nnx.split(model))
+    changed.cfg = dataclasses.replace(model.cfg, tie_embeddings=False)
+    changed.head = nnx.data(nnx.merge(graph, state))
+    return changed
+
+
+def refuse_head(model: nnx.Module, names: Targets) -> None:
+    """Refuses names of what is to be adapted or trained that have the head of a tied model.
+
+    Raises:
+      ValueError: they do.
+    """
+    if not is_tied(model) or isinstance(names, str):
+        return
+    head = {HEAD, model.weights["head.w"][0].removesuffix(".weight")}.intersection(names)
+    if head:
+        raise ValueError(
+            f"the model's head is its embedding, so {head.pop()!r} cannot be trained apart; name"
+            " the embedding, which trains both, or lp.peft.untie(model) first"
+        )
+
+
+def _pairs(model: nnx.Module, prefix: str) -> dict[str, str]:
+    """Names of the head's tensors in PEFT's files, and of the embedding's that they are made of."""
+    if not {f"{EMBED}.w", f"{HEAD}.w"} <= model.weights.keys():
+        return {}
+    table, head = (prefix + model.weights[f"{path}.w"][0] for path in (EMBED, HEAD))
+    ends = {
+        head.removesuffix("weight") + of_head: table.removesuffix("weight") + of_table
+        for of_head, of_table in _ADAPTED.items()
+    }
+    return {head: table, **ends}
+
+
+def head_tensors(
+    model: nnx.Module, tensors: Iterable[tuple[str, np.ndarray]], prefix: str
+) -> Iterable[tuple[str, np.ndarray]]:
+    """A file's tensors, and after them those of a head that goes with its embedding."""
+    theirs = {of_table: of_head for of_head, of_table in _pairs(model, prefix).items()}
+    made = []
+    for name, array in tensors:
+        yield name, array
+        if is_tied(model) and name in theirs:
+            made.append((theirs[name], array if name.endswith("weight") else array.T))
+    yield from made
+
+
+def shapes(model: nnx.Module, file: SafetensorsFile, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the file has of a tied head, and of tables that PEFT saves as they were."""
+    found = {name: tuple(model.embed.w.shape) for name in _base_tables(model, file, prefix)}
+    if is_tied(model):
+        for head, table in _pairs(model, prefix).items():
+            if head in file:  # alone, it is refused by `check`
+                shape = tuple(file.shape(table if table in file else head))
+                turned = table in file and not table.endswith("weight")
+                found[head] = shape[::-1] if turned else shape
+    return found
+
+
+def _base_tables(model: nnx.Module, file: SafetensorsFile, prefix: str) -> list[str]:
+    whole = list(_pairs(model, prefix).items())[:1]
+    names = [f"{name.removesuffix('weight')}base_layer.weight" for pair in whole for name in pair]
+    return [name for name in names if name in file]
+
+
+def check(model: nnx.Module, file: SafetensorsFile, prefix: str) -> None:
+    """Refuses what changes a tied table in one of its uses alone, and another base's table.
+
+    Raises:
+      ValueError: it does.
+    """
+    for name in _base_tables(model, file, prefix):
+        is_head = name.startswith(prefix + model.weights[f"{HEAD}.w"][0].removesuffix("weight"))
+        table = model.embed if is_tied(model) or not is_head else model.head
+        ours, theirs = np.asarray(jax.device_get(table.w[...])), file.read(name)
+        ours = ours.T if table is not model.embed else ours
+        if ours.shape != theirs.shape or np.any(ours != theirs.astype(ours.dtype)):
+            raise ValueError(
+                f"{file.path}: {name} is not the base's; merge the adapter into its own base with"
+                " peft (merge_and_unload) and load that model"
+            )
+    if not is_tied(model):
+        return
+    for head, table in _pairs(model, prefix).items():
+        if head not in file and table not in file:
+            continue
+        if head in file and table in file:
+            of_table = file.read(table)
+            of_table = of_table if table.endswith("weight") else of_table.T
+            if np.array_equal(file.read(head), of_table):
+                continue
+        raise ValueError(
+            f"{file.path} trains the embedding or the head of a model whose head is its embedding,"
+            " one apart from the other; load it onto lp.peft.untie(model)"
+        )

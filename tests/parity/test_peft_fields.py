@@ -1,0 +1,39 @@
+"""Every field of PEFT's configs is one that we read, one without effect, or one that we refuse."""
+
+import dataclasses
+
+import peft
+import pytest
+
+from llmprep_jax.peft.peft_config import READ, REFUSED, SELECTION, WITHOUT_EFFECT
+
+pytestmark = pytest.mark.parity
+
+CONFIGS = {
+    "LORA": peft.LoraConfig,
+    "LOHA": peft.LoHaConfig,
+    "LOKR": peft.LoKrConfig,
+    "IA3": peft.IA3Config,
+    "VERA": peft.VeraConfig,
+    "ADALORA": peft.AdaLoraConfig,
+}
+
+
+def test_every_field_of_peft_is_known():
+    assert CONFIGS.keys() == READ.keys()
+    fields = {
+        kind: {field.name for field in dataclasses.fields(config)}
+        for kind, config in CONFIGS.items()
+    }
+    known = {"peft_type", *SELECTION, *WITHOUT_EFFECT, *REFUSED}
+    for kind, names in fields.items():
+        assert names <= {*known, *READ[kind]}, kind
+        assert set(READ[kind]) <= names
+    assert known <= set().union(*fields.values())
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_no_refused_field_is_set_by_default(field):
+    for config in CONFIGS.values():
+        needed = {"total_step": 1} if config is peft.AdaLoraConfig else {}
+        assert not getattr(config(**needed), field, None)
