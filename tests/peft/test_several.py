@@ -109,14 +109,20 @@ def moved(model: nnx.Module, base: nnx.Module) -> nnx.Module:
 
 
 def test_rows_on_a_packed_base_compute_what_they_do_on_the_same_base_dense():
-    packed = quantize_model(base(), "nf4")
-    on_packed, on_dense = [
-        lp.peft.combine({name: moved(adapted(name), each) for name in METHODS})
+    packed, rows = quantize_model(base(), "nf4"), ["law", None, "dora"]
+    found, expected = [
+        logits_of(
+            lp.peft.select(
+                lp.peft.combine({name: moved(adapted(name), each) for name in ("law", "dora")}),
+                rows,
+            ),
+            *padded(3),
+        )
         for each in (packed, dequantize_model(packed))
     ]
-    found, expected = [logits_of(lp.peft.select(x, ROWS), *padded()) for x in (on_packed, on_dense)]
     assert_near(found[1:], expected[1:])
-    assert np.abs(expected - by_row()).max() > 0.01
+    np.testing.assert_array_equal(padded(3)[0][1], padded()[0][1])
+    assert np.abs(expected[1] - by_row()[1]).max() > 0.01  # what packing rounded off
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
