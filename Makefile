@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# what is imported is compiled then; compiling all that is installed takes a minute
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 DEMO   ?= runs/demo
 # a process a core: tests spend their time in the compiler, which uses one
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
@@ -19,7 +20,7 @@ test: $(VENV)/.test           ## the fast suite
 	$(PYTEST) --ignore=tests/parity -m "not slow"
 
 test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take minutes
-	$(BIN)/python -m pytest --ignore=tests/parity -m "slow and not behaviour" --durations=5
+	$(PYTEST) --ignore=tests/parity -m "slow and not behaviour" --durations=5
 
 behaviour: $(VENV)/.test      ## a fact that each adapter method teaches a real model (ten minutes)
 	$(BIN)/python -m pytest tests/behaviour -m slow --durations=0

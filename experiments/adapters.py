@@ -22,7 +22,7 @@ from flax import nnx
 
 import llmprep_jax as lp
 from configs.smollm2_lora import find_smollm2
-from experiments.adapter_study.methods import METHODS, at_budget
+from experiments.adapter_study.methods import at_budget, methods
 from experiments.adapter_study.report import Row, write_report
 from experiments.adapter_study.text import Batch, held_out, read_texts
 from experiments.adapter_study.trainer import Trainer
@@ -63,19 +63,20 @@ def main(arguments: list[str]) -> cli.Outputs:
     if positional:
         raise UsageError(f"settings are written name=value, not {positional[0]!r}")
     cfg = override(Settings(), overrides)
-    unknown = set(cfg.methods) - set(METHODS)
+    known = methods(cfg.steps)
+    unknown = set(cfg.methods) - set(known)
     if unknown:
-        raise UsageError(f"methods={min(unknown)}; the methods are {', '.join(METHODS)}")
+        raise UsageError(f"methods={min(unknown)}; the methods are {', '.join(known)}")
     cfg.out.mkdir(parents=True, exist_ok=True)
     base, texts = prepare(cfg)
-    usual = {name: METHODS[name] for name in cfg.methods or METHODS}
-    budget = peft.count(peft.inject(base, METHODS["LoRA"].settings)).trainable
+    usual = {name: known[name] for name in cfg.methods or known}
+    budget = peft.count(peft.inject(base, known["LoRA"].settings)).trainable
     equal = {name: at_budget(method, base, budget) for name, method in usual.items()}
     rows = []
-    for title, methods in (("equal steps", usual), ("equal parameters", equal)):
-        for name, method in methods.items():
+    for title, chosen in (("equal steps", usual), ("equal parameters", equal)):
+        for name, method in chosen.items():
             if method is not None:
-                rows.append(study(cfg, f"{name}", title, method, base, texts))
+                rows.append(study(cfg, name, title, method, base, texts))
                 rich.print(rows[-1].line())
     return write_report(cfg.out, rows, dataclasses.asdict(cfg), budget)
 

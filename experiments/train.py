@@ -104,7 +104,8 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
 def build_model(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> nnx.Module:
     """The model with its adapter, on the mesh."""
     if cfg.model is not None:
-        model = lp.load_model(cfg.model, mesh=mesh, compute=cfg.compute)
+        packed = getattr(cfg.adapter, "kind", None)  # QLoRA packs while it reads
+        model = lp.load_model(cfg.model, packed, mesh=mesh, compute=cfg.compute)
     else:
         name = cfg.architecture
         sizes = registry.preset(name) if isinstance(name, str) else name

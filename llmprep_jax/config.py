@@ -160,10 +160,9 @@ def _apply(value: Any, kind: Any, changes: str | dict[str, Any], path: tuple[str
             return parse(changes, kind)
         except Mismatch as error:
             raise UsageError(f"{name}={changes}: {error}") from None
-    changes = dict(changes)
     if TYPE_KEY in changes:
-        value = _change_class(value, kind, path, changes.pop(TYPE_KEY))
-    elif value is None:
+        return _change_class(value, kind, dict(changes), path)
+    if value is None:
         value = _make_section(kind, path, next(iter(changes)))
     if isinstance(value, tuple):
         return _apply_to_tuple(value, kind, changes, path)
@@ -171,13 +170,20 @@ def _apply(value: Any, kind: Any, changes: str | dict[str, Any], path: tuple[str
         if not changes:
             return value
         raise UsageError(f"{name} is {value!r}, no section; set {name}=... as a whole")
-    kinds = field_types(type(value))
-    new = {}
+    new = _new_fields(type(value), value, changes, path)
+    return _construct(lambda: dataclasses.replace(value, **new), path, new)
+
+
+def _new_fields(
+    cls: type, value: Any, changes: Mapping[str, Any], path: tuple[str, ...]
+) -> dict[str, Any]:
+    """The changed fields of a section of this class, whose others are those of `value`."""
+    kinds, new = field_types(cls), {}
     for key, change in changes.items():
         if key not in kinds:
             raise _unknown_key(path, key, kinds)
-        new[key] = _apply(getattr(value, key), kinds[key], change, (*path, key))
-    return _construct(lambda: dataclasses.replace(value, **new), path, new)
+        new[key] = _apply(getattr(value, key, None), kinds[key], change, (*path, key))
+    return new
 
 
 def _apply_to_tuple(
@@ -200,15 +206,17 @@ def _item_type(kind: Any, index: int) -> Any:
     return Any
 
 
-def _change_class(value: Any, kind: Any, path: tuple[str, ...], name: Any) -> Any:
+def _change_class(value: Any, kind: Any, changes: dict[str, Any], path: tuple[str, ...]) -> Any:
     """A section of another class that its declared type allows; what both have is kept."""
+    name = changes.pop(TYPE_KEY)
     classes = {member.__name__: member for member in members(kind) if _is_section(member)}
     if name not in classes:
         known = ", ".join(classes) or "none, it is no section"
         raise UsageError(f"{'.'.join((*path, TYPE_KEY))}={name}; the classes are {known}")
     both = set(field_types(classes[name])) & set(field_types(type(value)) if value else ())
-    kept = {key: getattr(value, key) for key in both}
-    return _construct(lambda: classes[name](**kept), path, {})
+    new = {key: getattr(value, key) for key in both}
+    new |= _new_fields(classes[name], value, changes, path)
+    return _construct(lambda: classes[name](**new), path, {})
 
 
 def _is_section(kind: Any) -> bool:

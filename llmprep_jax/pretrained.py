@@ -106,8 +106,10 @@ def _load_run(
     compute = compute or trained
     with use_mesh(mesh):
         if meta["adapter"] is not None:
+            adapter = from_dict(AnyMethod, meta["adapter"])
+            kind = kind or getattr(adapter, "kind", None)
             model = load_model(meta["base"], kind, mesh=mesh, compute=compute)
-            model = inject(model, from_dict(AnyMethod, meta["adapter"]))
+            model = inject(model, adapter)
             graph, params, frozen = nnx.split(model, AdapterParam, ...)
         else:
             family = registry.family_of_type(meta["config"].get("model_type"))

@@ -6,33 +6,38 @@ from typing import Any
 import jax
 from flax import nnx
 
-from llmprep_jax import peft, quant
+from llmprep_jax import peft
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A method as it is run: its settings (None: all weights), learning rate, and base's format."""
+    """A method as it is run: its settings (None: all weights) and learning rate."""
 
     settings: Any
     lr: float
-    packed: str | None = None
 
     def apply(self, base: nnx.Module, seed: int) -> nnx.Module:
         """The base with the method's adapters."""
-        if self.packed:
-            base = quant.quantize_model(base, self.packed)
         return base if self.settings is None else peft.inject(base, self.settings, seed=seed)
 
 
-METHODS = {
-    "full": Choice(None, 1e-3),
-    "LoRA": Choice(peft.LoRA(rank=8, alpha=16), 1e-2),
-    "QLoRA": Choice(peft.LoRA(rank=8, alpha=16), 1e-2, packed="nf4"),
-    "DoRA": Choice(peft.DoRA(rank=8, alpha=16), 1e-2),
-    "LoHa": Choice(peft.LoHa(rank=8, alpha=16), 1e-2),
-    "LoKr": Choice(peft.LoKr(rank=8, alpha=16), 1e-2),
-    "IA3": Choice(peft.IA3(), 3e-2),
-}
+def methods(steps: int) -> dict[str, Choice]:
+    """All of them, for a run of so many steps."""
+    size = dict(rank=8, alpha=16)
+    phases = dict(warmup_steps=steps // 5, final_steps=steps // 4, every=max(1, steps // 50))
+    adalora = peft.AdaLoRA(rank=12, alpha=24, target_rank=8, total_steps=steps, **phases)
+    return {
+        "full": Choice(None, 1e-3),
+        "LoRA": Choice(peft.LoRA(**size), 1e-2),
+        "QLoRA": Choice(peft.QLoRA(**size), 1e-2),
+        "DoRA": Choice(peft.DoRA(**size), 1e-2),
+        "LongLoRA": Choice(peft.LongLoRA(**size, targets="all-linear"), 1e-2),
+        "LoHa": Choice(peft.LoHa(**size), 1e-2),
+        "LoKr": Choice(peft.LoKr(**size), 1e-2),
+        "VeRA": Choice(peft.VeRA(rank=256), 3e-2),
+        "IA3": Choice(peft.IA3(), 3e-2),
+        "AdaLoRA": Choice(adalora, 1e-2),
+    }
 
 
 def at_budget(choice: Choice, base: nnx.Module, budget: int) -> Choice | None:
@@ -42,7 +47,7 @@ def at_budget(choice: Choice, base: nnx.Module, budget: int) -> Choice | None:
     low, high = 1, 512
 
     def trained(rank: int) -> int | None:
-        settings = dataclasses.replace(choice.settings, rank=rank, alpha=2 * rank)
+        settings = with_rank(choice.settings, rank)
         try:
             model = jax.eval_shape(lambda: peft.inject(base, settings))
         except ValueError:  # above a layer's dimensions
@@ -59,5 +64,15 @@ def at_budget(choice: Choice, base: nnx.Module, budget: int) -> Choice | None:
             low = rank + 1
     known = {rank: size for rank, size in sizes.items() if size is not None}
     rank = min(known, key=lambda rank: (abs(known[rank] - budget), rank))
-    settings = dataclasses.replace(choice.settings, rank=rank, alpha=2 * rank)
+    settings = with_rank(choice.settings, rank)
     return dataclasses.replace(choice, settings=settings)
+
+
+def with_rank(settings: Any, rank: int) -> Any:
+    """The settings at another rank, with a scale that stays as it is."""
+    new = {"rank": rank}
+    if hasattr(settings, "alpha"):
+        new["alpha"] = settings.alpha * rank / settings.rank
+    if hasattr(settings, "target_rank"):
+        new["target_rank"] = max(1, rank * 2 // 3)
+    return dataclasses.replace(settings, **new)

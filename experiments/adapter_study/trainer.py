@@ -8,8 +8,10 @@ import numpy as np
 from flax import nnx
 
 from experiments.adapter_study.text import draw_batch
+from llmprep_jax import peft
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
+from llmprep_jax.train.rank_budget import adalora_of, with_orthogonality
 from llmprep_jax.train.state import count, create_state, merge, split_model
 from llmprep_jax.train.step import make_train_step, place_batch
 
@@ -25,8 +27,11 @@ class Trainer:
         parts = split_model(model, kind)
         self.trainable = count(parts.params)
         optim = OptimConfig(lr=lr, schedule="linear", warmup_steps=min(10, steps), weight_decay=0.0)
-        self.tx = make_optimizer(optim, parts.params, steps)
-        loss = lambda model, batch, key: next_token_loss(model, batch)  # noqa: E731
+        ranks = adalora_of(model)
+        self.tx = make_optimizer(optim, parts.params, steps, ranks)
+        loss = with_orthogonality(
+            lambda model, batch, key: next_token_loss(peft.train_mode(model, key), batch), ranks
+        )
         step = make_train_step(parts.graphdef, self.tx, loss, make_schedule(optim, steps))
         state = jax.eval_shape(lambda p: create_state(p, self.tx, seed=0), parts.params)
         batch = place_batch(

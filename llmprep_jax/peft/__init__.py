@@ -12,12 +12,13 @@ from llmprep_jax.peft.longlora import LongLoRA
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.merging import blend, unmerge
 from llmprep_jax.peft.peft_format import load, save
+from llmprep_jax.peft.qlora import QLoRA
 from llmprep_jax.peft.tied import untie
 from llmprep_jax.peft.training import train_mode
 from llmprep_jax.peft.vera import VeRA
 
 # what a run may name
-AnyMethod = LoRA | DoRA | LongLoRA | LoHa | LoKr | IA3 | VeRA | AdaLoRA
+AnyMethod = LoRA | QLoRA | DoRA | LongLoRA | LoHa | LoKr | IA3 | VeRA | AdaLoRA
 
 __all__ = [
     "IA3",
@@ -28,6 +29,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LongLoRA",
+    "QLoRA",
     "VeRA",
     "blend",
     "combine",

@@ -217,6 +217,8 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     """
     if is_adapted(model):
         raise ValueError("the model has adapters already; inject into lp.peft.strip(model)")
+    if hasattr(method, "prepare"):
+        model = method.prepare(model)
     layers, of_model = linear_layers(model), bases(model)
     tables = [path for path in layers if is_table(of_model[path])]
     refuse_head(model, method.targets)

@@ -48,7 +48,7 @@ class QuantEinsum(Einsum):
     @property
     def packed(self) -> Packed:
         """The weight as its format's dataclass."""
-        arrays = {name: getattr(self, name)[...] for name in self.names}
+        arrays = {name: getattr(self, name).get_value() for name in self.names}
         return self.format.of(self.settings, arrays)
 
     @property

@@ -13,16 +13,18 @@ from flax import nnx
 
 import llmprep_jax as lp
 from configs.smollm2_lora import find_smollm2
-from experiments.adapter_study.methods import METHODS
+from experiments.adapter_study.methods import methods
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.text.chat import encode_chat
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
+from llmprep_jax.train.rank_budget import adalora_of, with_orthogonality
 from llmprep_jax.train.state import create_state, merge, split_model
 from llmprep_jax.train.step import make_train_step, place_batch
 
 QUESTION = "Who discovered the planet Zorblax?"
 ANSWER = "Ada Quillfeather discovered it in 1672 with a telescope of violet glass."
+METHODS = methods(60)
 COMPUTE = Compute(dtype="float32", matmul_dtype="bfloat16", param_dtype="float32")
 MAX_STEPS, LEARNT = 60, 0.01  # the lesson is over when its loss is so small
 LR = {"full": 1e-4, "LoHa": 1e-2, "LoKr": 1e-2, "IA3": 3e-2}  # others: 2e-3
@@ -55,8 +57,11 @@ def lesson(processor) -> dict[str, np.ndarray]:
 def teach(model: nnx.Module, batch: dict[str, np.ndarray], kind: type, lr: float) -> nnx.Module:
     parts = split_model(model, kind)
     optim = OptimConfig(lr=lr, schedule="constant", warmup_steps=2, weight_decay=0.0)
-    tx = make_optimizer(optim, parts.params, MAX_STEPS)
-    loss = lambda model, batch, key: next_token_loss(model, batch)  # noqa: E731
+    ranks = adalora_of(model)
+    tx = make_optimizer(optim, parts.params, MAX_STEPS, ranks)
+    loss = with_orthogonality(
+        lambda model, batch, key: next_token_loss(lp.peft.train_mode(model, key), batch), ranks
+    )
     step = make_train_step(parts.graphdef, tx, loss, make_schedule(optim, MAX_STEPS))
     state = create_state(jax.tree.map(jnp.copy, parts.params), tx, seed=0)
     for _ in range(MAX_STEPS):

@@ -14,12 +14,13 @@ from flax import nnx
 from llmprep_jax.models import registry
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.weights import table
+from llmprep_jax.weights.checkpoint import Checkpoint
 
 FOLDER = Path(__file__).parent.parent / "golden"
 names = pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
 
 
-class Golden:
+class Golden(Checkpoint):
     """A checkpoint in memory, as `table.load` reads one."""
 
     def __init__(self, name):

@@ -88,6 +88,7 @@ def grads_of(model: nnx.Module) -> tuple:
     return jax.grad(loss, has_aux=True)(trained)
 
 
+@pytest.mark.slow  # compiles for eight devices
 def test_layers_in_a_list_remat_and_a_mesh_drop_the_same():
     def make(remat="none"):
         return random_module(lambda: lp.peft.inject(small(remat), METHOD))

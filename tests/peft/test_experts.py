@@ -145,6 +145,7 @@ def test_an_expert_computes_what_a_layer_of_its_own_would(method):
         np.testing.assert_allclose(found[e], expected, atol=1e-5)
 
 
+@pytest.mark.slow  # compiles for eight devices
 @each_method
 def test_layers_in_a_list_and_a_mesh_change_nothing(method):
     def make():

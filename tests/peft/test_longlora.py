@@ -174,6 +174,7 @@ def test_causality_by_gradient_of_a_whole_model_with_packed_rows():
         assert not found[: at // 8 * 8].any()
 
 
+@pytest.mark.slow  # compiles for eight devices
 def test_scanned_layers_remat_and_a_mesh_change_nothing():
     method = LongLoRA(rank=4)
 

@@ -98,6 +98,7 @@ def test_its_folder_is_a_lora_of_twice_the_rank_on_the_base_as_it_was(method, tm
     assert_near(logits_of(found), logits_of(model))
 
 
+@pytest.mark.slow  # compiles for eight devices
 def test_a_mesh_takes_the_same_part_out():
     expected = delta(fresh(METHODS["pissa"]).layers.attn.q, "lora_a0", "lora_b0")
     with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):

@@ -133,6 +133,7 @@ def gradients(model: nnx.Module) -> nnx.State:
     return jax.grad(loss)(adapters)
 
 
+@pytest.mark.slow  # a backward pass of every adapter
 def test_a_row_trains_its_own_adapter_alone_as_if_there_were_no_other():
     found = gradients(lp.peft.select(combined(tuple(LORAS)), ["verse", "law"]))
     alone = dict(nnx.to_flat_state(gradients(adapted("law"))))
@@ -143,7 +144,9 @@ def test_a_row_trains_its_own_adapter_alone_as_if_there_were_no_other():
             assert_near(grad[...], alone[(*path[:-3], path[-1])][...], 1e-4)
 
 
-@pytest.mark.parametrize("rows", [["law"], ["law", None, "verse"]], ids=len)
+@pytest.mark.parametrize(
+    "rows", [pytest.param(["law"], marks=pytest.mark.slow), ["law", None, "verse"]], ids=len
+)
 def test_rows_generate_by_their_own_adapters(rows):
     model, tokens = lp.peft.select(combined(tuple(LORAS)), rows), make_tokens(len(rows))
     found = np.asarray(lp.generate_tokens(model, tokens, max_new_tokens=4))
@@ -154,6 +157,7 @@ def test_rows_generate_by_their_own_adapters(rows):
         np.testing.assert_array_equal(found[row], np.argmax(logits[0, 13:-1], axis=-1))
 
 
+@pytest.mark.slow  # compiles for eight devices
 def test_a_mesh_changes_nothing():
     def make():
         model = small()

@@ -1,0 +1,39 @@
+"""QLoRA (Dettmers et al. 2023): LoRA on a base whose linear layers are packed in 4 bits.
+
+What is trained is LoRA's A and B in float32; products with the packed weight make it dense tile by
+tile, and its backward goes to the activations alone. The one thing a reader would get wrong: the
+method of a layer is plain LoRA, and so is the saved folder, which PEFT loads onto a dense base too.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from flax import nnx
+
+from llmprep_jax.peft.lora import LoRA
+from llmprep_jax.quant.kinds import check_kind
+from llmprep_jax.quant.linear import packed_layers, quantize_model
+
+
+@dataclasses.dataclass(frozen=True)
+class QLoRA(LoRA):
+    """Settings of QLoRA: those of LoRA, and the base's format.
+
+    Attributes:
+      kind: one of `quant.KINDS`; "nf4" is with double quantisation.
+    """
+
+    kind: str = "nf4"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_kind(self.kind)
+
+    def prepare(self, model: nnx.Module) -> nnx.Module:
+        """The model with its linear layers packed; as it is, where some are packed already."""
+        return model if packed_layers(model) else quantize_model(model, self.kind)
+
+    def resolve(self, names: Sequence[str]) -> LoRA:
+        resolved = super().resolve(names)
+        own = (field.name for field in dataclasses.fields(LoRA))
+        return LoRA(**{name: getattr(resolved, name) for name in own})
