@@ -48,12 +48,13 @@ class QuantEinsum(Einsum):
     @property
     def packed(self) -> Packed:
         """The weight as its format's dataclass."""
-        arrays = {name: getattr(self, name).get_value() for name in self.names}
+        arrays = {name: getattr(self, name)[...] for name in self.names}
         return self.format.of(self.settings, arrays)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.packed.stacked, *self.layer_shape)
+        codes = self.codes.shape  # not `packed`: an abstract weight has a shape too
+        return (*codes[: len(codes) - self.format.CODES_NDIM], *self.layer_shape)
 
     def weight(self) -> Float[Array, "..."]:
         """The weight, dequantised, in float32."""

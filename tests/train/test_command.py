@@ -130,19 +130,20 @@ def test_pre_training_writes_all_its_outputs(files, run_folder, tmp_path):
     assert nll == pytest.approx(evaluations[1]["eval_loss"], rel=1e-6)
 
 
-def dora(files) -> list[str]:
+def with_adapter(files, method: str = "DoRA") -> list[str]:
     keys = ["architecture=none", f"model={files / 'model'}", "tokenizer=none"]
-    keys += ["adapter._type=DoRA", "adapter.rank=2"]
+    keys += [f"adapter._type={method}", "adapter.rank=2"]
     return [*keys, "optim.lora_plus=4", "optim.lr=0.02", "data.holdout=0", "checkpoint.every=none"]
 
 
-def test_an_adapter_is_trained_and_saved_for_peft(files, tmp_path):
-    outputs = train.main(command(files, tmp_path, *dora(files), "steps=4"))
+@pytest.mark.parametrize("method", ["DoRA", pytest.param("QLoRA", marks=pytest.mark.slow)])
+def test_an_adapter_is_trained_and_saved_for_peft(files, tmp_path, method):
+    outputs = train.main(command(files, tmp_path, *with_adapter(files, method), "steps=4"))
     found = losses(tmp_path)
     assert found[4] < found[1]
     meta = read_meta(tmp_path)
     assert meta["base"] == str(files / "model")
-    assert (meta["adapter"]["_type"], meta["adapter"]["rank"]) == ("DoRA", 2)
+    assert (meta["adapter"]["_type"], meta["adapter"]["rank"]) == (method, 2)
     adapted = lp.peft.load(lp.load_model(files / "model"), outputs["adapter"])
     saved, of_run = (nnx.state(m, AdapterParam) for m in (adapted, lp.load_model(tmp_path)))
     jax.tree.map(np.testing.assert_array_equal, saved, of_run)
@@ -151,8 +152,8 @@ def test_an_adapter_is_trained_and_saved_for_peft(files, tmp_path):
 
 @pytest.mark.slow  # compiles for eight devices, and Orbax slices arrays on them op by op
 def test_an_adapter_trains_alike_on_a_mesh(files, tmp_path):
-    train.main(command(files, tmp_path / "alone", *dora(files)))
-    train.main(command(files, tmp_path / "mesh", *dora(files), "mesh=cpu_4x2"))
+    train.main(command(files, tmp_path / "alone", *with_adapter(files)))
+    train.main(command(files, tmp_path / "mesh", *with_adapter(files), "mesh=cpu_4x2"))
     alone, mesh = losses(tmp_path / "alone"), losses(tmp_path / "mesh")
     np.testing.assert_allclose(list(mesh.values()), list(alone.values()), rtol=1e-3)
 
