@@ -373,10 +373,14 @@ def _axes(method: Method, base: Einsum) -> dict[str, tuple[str | None, ...]]:
     by_letter = dict(zip(ins + outs, (*in_axes, *out_axes), strict=True))
     layout = Layout(" ".join(ins), " ".join(outs), " ".join(ins), " ".join(outs))
     of_experts = tuple(base.axes[letters(base)[1].index(dim)] for dim in experts(base))
-    return {
-        name: (*of_experts, *(by_letter.get(dim) for dim in pattern.split("->")[1].split()))
-        for name, (_, pattern) in method.tensors(layout).items()
-    }
+    axes = {}
+    for name, (_, pattern) in method.tensors(layout).items():
+        parts = pattern.split("->")[1].split()
+        # vectors without a rank are whole on every device, as `init` makes them: they scale
+        # activations, whose rows may be on the mesh axis that the weight's outputs are on
+        by = {} if all(dim in by_letter for dim in parts) else by_letter
+        axes[name] = (*of_experts, *map(by.get, parts))
+    return axes
 
 
 def _on_devices(array: np.ndarray, *axes: str | None) -> jax.Array:

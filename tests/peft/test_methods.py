@@ -299,7 +299,9 @@ def test_a_folder_of_vera_without_fitting_projections_is_refused(tmp_path, chang
 
 @pytest.mark.slow  # compiles for eight devices
 @pytest.mark.parametrize(
-    "method", [VeRA(rank=4), AdaLoRA(rank=4, total_steps=4)], ids=["vera", "adalora"]
+    "method",
+    [VeRA(rank=4), AdaLoRA(rank=4, total_steps=4), METHODS["dora"], METHODS["ia3-outputs"]],
+    ids=["vera", "adalora", "dora", "ia3-outputs"],
 )
 def test_a_folder_opens_on_a_mesh(method, tmp_path):
     model = scattered(lp.peft.inject(base(), method))
