@@ -60,13 +60,8 @@ READ = {
     "LOKR": (*RANKS, "alpha", "decompose_both", "decompose_factor"),
     "IA3": ("feedforward_modules",),
     "ADALORA": (
-        *ADALORA,
-        *RANKS,
-        "lora_alpha",
-        "use_rslora",
-        "use_dora",
-        "init_lora_weights",
-        "bias",
+        *(*ADALORA, *RANKS, "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "bias"),
+        *("ensure_weight_tying", "lora_dropout"),
     ),
     "VERA": ("r", "d_initial", "projection_prng_key", "save_projection", "bias"),
 }
@@ -99,6 +94,7 @@ REFUSED = (
     "fan_in_fan_out",
     "lora_bias",
     "trainable_token_indices",
+    "target_parameters",  # of methods other than LoRA
     "layer_replication",
     "alora_invocation_tokens",
     "arrow_config",
