@@ -99,7 +99,7 @@ class AdaLoRA(LowRank):
         }
 
     def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
-        return bypass(*self._factors(params), base, x)
+        return base(x) + bypass(*self._factors(params), base, x)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         return base.weight().astype(jnp.float32) + outer(*self._factors(params), base)

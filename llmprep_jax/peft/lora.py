@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from llmprep_jax.nn.linear import Einsum, Embed, Head, contract, contract_logits, look_up
+from llmprep_jax.nn.linear import Einsum, Embed, contract, contract_logits
 from llmprep_jax.peft import biases, principal
-from llmprep_jax.peft.adapter import Layout, axes_of, dims, shape_of
-from llmprep_jax.peft.low_rank import LowRank, check_rank, draw, outer
+from llmprep_jax.peft.adapter import Layout, axes_of, shape_of
+from llmprep_jax.peft.low_rank import LowRank, bypass, check_rank, draw, outer
 from llmprep_jax.peft.targets import Number
 from llmprep_jax.sharding import spec
 
@@ -56,7 +56,6 @@ class LoRA(LowRank):
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.bias not in biases.KINDS:
             raise ValueError(f"bias is {self.bias!r}; it must be one of {', '.join(biases.KINDS)}")
-
         if self.init_weights not in ("default", "gaussian", *PRINCIPAL):
             kinds = ", ".join(("default", "gaussian", *PRINCIPAL))
             raise ValueError(f"init_weights is {self.init_weights!r}; it must be one of {kinds}")
@@ -85,38 +84,46 @@ class LoRA(LowRank):
     def init(self, base: Einsum, rngs: nnx.Rngs) -> dict[str, Array]:
         (ins, outs), (in_axes, out_axes) = shape_of(base), axes_of(base)
         check_rank(self, base)
-        a_shape, b_shape = (*ins, self.rank), (self.rank, *outs)
+        if self.frozen:
+            return self._begin_in_the_weight(base)
+        a = (*ins, self.rank), (*in_axes, None)
+        b = (self.rank, *outs), (None, *out_axes)
         if isinstance(base, Embed):  # the other way round: a table's gradient is in its rows
             if self.init_weights != "default":
                 raise ValueError(f"an embedding begins as default, not {self.init_weights}")
-            b_axes = spec(None, *out_axes, shape=b_shape)
-            b = jax.random.normal(rngs.params(), b_shape, self.dtype, out_sharding=b_axes)
-            a_axes = spec(*in_axes, None, shape=a_shape)
-            return {"lora_a": jnp.zeros(a_shape, self.dtype, out_sharding=a_axes), "lora_b": b}
-        if self.frozen:
-            if 2 * self.rank > min(math.prod(ins), math.prod(outs)):
-                sizes = f"{math.prod(ins)} x {math.prod(outs)}"
-                raise ValueError(
-                    f"rank {self.rank} and its frozen half exceed the dimensions {sizes} of the"
-                    " layer; lower rank, or give the layer its own in rank_pattern"
-                )
-            a, b = principal.begin(self.init_weights, base, self.rank, self.scale)
-            a, b = a.astype(self.dtype), b.astype(self.dtype)
-            return {"lora_a": a, "lora_b": b, "lora_a0": a, "lora_b0": b}
-        a = draw(rngs, (*ins, self.rank), (*in_axes, None), math.prod(ins), self.dtype)
+            return {"lora_a": self._zeros(*a), "lora_b": self._normal(rngs, *b)}
         if self.init_weights == "gaussian":
-            a_axes = spec(*in_axes, None, shape=a_shape)
-            a = jax.random.normal(rngs.params(), a_shape, self.dtype, out_sharding=a_axes)
-            a /= self.rank
-        b = jnp.zeros(b_shape, self.dtype, out_sharding=spec(None, *out_axes, shape=b_shape))
-        return {"lora_a": a, "lora_b": b}
+            return {"lora_a": self._normal(rngs, *a) / self.rank, "lora_b": self._zeros(*b)}
+        drawn = draw(rngs, *a, math.prod(ins), self.dtype)
+        return {"lora_a": drawn, "lora_b": self._zeros(*b)}
+
+    def _zeros(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array:
+        return jnp.zeros(shape, self.dtype, out_sharding=spec(*axes, shape=shape))
+
+    def _normal(
+        self, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]
+    ) -> Array:
+        place = spec(*axes, shape=shape)
+        return jax.random.normal(rngs.params(), shape, self.dtype, out_sharding=place)
+
+    def _begin_in_the_weight(self, base: Einsum) -> dict[str, Array]:
+        if isinstance(base, Embed):
+            raise ValueError(f"an embedding begins as default, not {self.init_weights}")
+        ins, outs = map(math.prod, shape_of(base))
+        if 2 * self.rank > min(ins, outs):
+            raise ValueError(
+                f"rank {self.rank} and its frozen half exceed the dimensions {ins} x {outs} of the"
+                " layer; lower rank, or give the layer its own in rank_pattern"
+            )
+        begun = principal.begin(self.init_weights, base, self.rank, self.scale)
+        a, b = (x.astype(self.dtype) for x in begun)
+        return {"lora_a": a, "lora_b": b, "lora_a0": a, "lora_b0": b}
 
     def forward(
         self, params: Mapping[str, Array], base: Einsum, x: Array, dropped: Array | None = None
     ) -> Array:
-        return self.rest(params, base, x) + self.added(
-            params, base, x if dropped is None else dropped
-        )
+        inputs = x if dropped is None else dropped
+        return self.rest(params, base, x) + self.added(params, base, inputs)
 
     def rest(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
         """The base's result, without the part of it that is trained."""
@@ -124,25 +131,17 @@ class LoRA(LowRank):
 
     def added(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
         """s B A x; of an embedding's tokens, x, s B of rows of A."""
-        x_dims, ins, outs, y_dims = dims(base)
-        rows = "".join(dim for dim in y_dims if dim not in outs)
-        low_axes = (*base.out_axes[: len(rows)], None)
-        eqn = f"{x_dims},{ins}r->{rows}r"
-        if isinstance(base, Embed):
-            x_low = look_up(params["lora_a"], x, low_axes).astype(base.compute.dtype)
-        else:
-            # a head computes in float32 whatever its inputs are
-            x = x.astype(jnp.float32) if isinstance(base, Head) else x
-            x_low = contract(eqn, x, params["lora_a"], base.dtype, low_axes)
-        # scaled in float32, as PEFT does for adapters of any dtype
-        b = params["lora_b"].astype(jnp.float32) * self.scale
-        return contract(f"{rows}r,r{outs}->{y_dims}", x_low, b, base.dtype, base.out_axes)
+        return bypass(params["lora_a"], self._scaled(params), base, x)
+
+    def _scaled(self, params: Mapping[str, Array]) -> Array:
+        """s B, in float32, as PEFT scales adapters of any dtype."""
+        return params["lora_b"].astype(jnp.float32) * self.scale
 
     def unembed(self, params: Mapping[str, Array], base: Embed, x_BTD: Array) -> Array:
         """Logits against a tied table with the adapter in it."""
         axes = ("batch", "seq", None)
-        b = params["lora_b"].astype(jnp.float32) * self.scale
-        low_BTR = contract("BTD,RD->BTR", x_BTD.astype(jnp.float32), b, base.dtype, axes)
+        b_RD = self._scaled(params)
+        low_BTR = contract("BTD,RD->BTR", x_BTD.astype(jnp.float32), b_RD, base.dtype, axes)
         added_BTV = contract_logits("BTR,VR->BTV", low_BTR, params["lora_a"], base.dtype)
         return base.unembed(x_BTD) + added_BTV
 

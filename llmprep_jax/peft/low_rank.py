@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from llmprep_jax.nn.linear import Einsum, contract
+from llmprep_jax.nn.linear import Einsum, Embed, Head, contract, look_up
 from llmprep_jax.peft.adapter import dims, shape_of
 from llmprep_jax.peft.targets import Number, Pattern, Targets, as_pattern, check_number, first
 from llmprep_jax.sharding import spec
@@ -109,16 +109,22 @@ def draw(
 
 
 def bypass(a: Array, b: Array, base: Einsum, x: Array) -> Array:
-    """The base's result and x a b, by way of the rank: no matrix of the layer's size is formed.
+    """x a b by way of the rank: no matrix of the layer's size is formed.
 
     Args:
       a: [inputs..., r]. b: [r, outputs...].
+      x: the layer's inputs; of an embedding tokens, whose rows of a are looked up.
     """
     x_dims, ins, outs, y_dims = dims(base)
     rows = "".join(dim for dim in y_dims if dim not in outs)
     low_axes = (*base.out_axes[: len(rows)], None)
-    x_low = contract(f"{x_dims},{ins}r->{rows}r", x, a, base.dtype, low_axes)
-    return base(x) + contract(f"{rows}r,r{outs}->{y_dims}", x_low, b, base.dtype, base.out_axes)
+    if isinstance(base, Embed):
+        x_low = look_up(a, x, low_axes).astype(base.compute.dtype)
+    else:
+        # a head computes in float32 whatever its inputs are
+        x = x.astype(jnp.float32) if isinstance(base, Head) else x
+        x_low = contract(f"{x_dims},{ins}r->{rows}r", x, a, base.dtype, low_axes)
+    return contract(f"{rows}r,r{outs}->{y_dims}", x_low, b, base.dtype, base.out_axes)
 
 
 def outer(a: Array, b: Array, base: Einsum) -> Array:

@@ -15,6 +15,7 @@ from typing import Any
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum, Embed, Head
+from llmprep_jax.quant.linear import find_layers
 from llmprep_jax.weights.table import Entry
 
 Targets = str | tuple[str, ...] | list[str]
@@ -26,15 +27,9 @@ Names = tuple[str, ...]  # what one layer goes by
 
 def bases(model: nnx.Module) -> dict[str, Einsum]:
     """A model's linear layers by path; an adapted one by the path that its adapter took."""
-    found: dict[str, Einsum] = {}
-
-    def visit(path: tuple, node: Any) -> Any:
-        if isinstance(node, Einsum) and path[-1:] != ("trained",):
-            found[".".join(map(str, path)).removesuffix(".base")] = node
-        return node
-
-    nnx.recursive_map(visit, model)
-    return found
+    found = find_layers(model, lambda node: isinstance(node, Einsum))
+    # the copy of a layer that is trained whole is no layer beside it
+    return {path: base for path, base in found.items() if not path.endswith(".trained")}
 
 
 def stacked(base: Einsum) -> int | None:

@@ -16,6 +16,7 @@ from flax import nnx
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.peft.targets import Names, Place, Targets, plain, select
 from llmprep_jax.peft.tied import refuse_head
+from llmprep_jax.quant.linear import find_layers
 from llmprep_jax.sharding import has_mesh
 from llmprep_jax.types import Array, Float
 from llmprep_jax.weights.safetensors import SafetensorsFile
@@ -128,15 +129,7 @@ def _copy(module: nnx.Module, dtype: str) -> nnx.Module:
 
 def tuned(model: nnx.Module) -> dict[str, Tuned]:
     """The modules that are trained whole, by path."""
-    found: dict[str, Tuned] = {}
-
-    def visit(path: tuple, node: object) -> object:
-        if isinstance(node, Tuned):
-            found[".".join(map(str, path))] = node
-        return node
-
-    nnx.recursive_map(visit, model)
-    return found
+    return find_layers(model, lambda node: isinstance(node, Tuned))
 
 
 def saved_names(model: nnx.Module) -> list[str]:

@@ -90,7 +90,7 @@ class VeRA:
         return drawn
 
     def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
-        return bypass(*self._factors(params, base), base, x)
+        return base(x) + bypass(*self._factors(params, base), base, x)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         delta = outer(*self._factors(params, base), base)

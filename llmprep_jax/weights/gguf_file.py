@@ -125,7 +125,7 @@ class _Reader:
         pairs: dict[str, Any] = {}
         for _ in _counted(count):
             name = self.string()
-            pairs[name] = self.value(self.number("<I"))
+            pairs[name] = self.typed(self.number("<I"))
         return pairs
 
     def tensor(self) -> GgufTensor:
@@ -161,7 +161,7 @@ class _Reader:
         self.at = at
         return found
 
-    def value(self, kind: int) -> Any:
+    def typed(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
