@@ -27,7 +27,7 @@ ANSWER = "Ada Quillfeather discovered it in 1672 with a telescope of violet glas
 METHODS = methods(60)
 COMPUTE = Compute(dtype="float32", matmul_dtype="bfloat16", param_dtype="float32")
 MAX_STEPS, LEARNT = 60, 0.01  # the lesson is over when its loss is so small
-LR = {"full": 1e-4, "LoHa": 1e-2, "LoKr": 1e-2, "IA3": 3e-2}  # others: 2e-3
+LR = {"full": 1e-4, "LoHa": 1e-2, "LoKr": 1e-2, "IA3": 3e-2, "VeRA": 3e-2}  # others: 2e-3
 IN_CI = ("LoRA",)  # half a minute each: `make behaviour` runs all of them
 
 pytestmark = pytest.mark.slow
@@ -43,15 +43,19 @@ def base():
     return lp.load_model(find_smollm2(), compute=COMPUTE)
 
 
-def lesson(processor) -> dict[str, np.ndarray]:
-    """The question and the answer, of which the answer's tokens count."""
+def lesson(processor, copies: int) -> dict[str, np.ndarray]:
+    """The question and the answer, of which the answer's tokens count; so often in a packed row."""
     messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     tokens, is_answer = map(np.asarray, encode_chat(processor.tokenizer, messages))
-    return {
-        "tokens": tokens[None, :-1].astype(np.int32),
-        "targets": tokens[None, 1:].astype(np.int32),
-        "loss_mask": is_answer[None, 1:].astype(np.float32),
+    row = {
+        "tokens": tokens[:-1].astype(np.int32),
+        "targets": tokens[1:].astype(np.int32),
+        "loss_mask": is_answer[1:].astype(np.float32),
+        "positions": np.arange(len(tokens) - 1, dtype=np.int32),
     }
+    batch = {name: np.tile(x, copies)[None] for name, x in row.items()}
+    numbers = np.arange(1, copies + 1, dtype=np.int32)
+    return batch | {"segment_ids": np.repeat(numbers, len(tokens) - 1)[None]}
 
 
 def teach(model: nnx.Module, batch: dict[str, np.ndarray], kind: type, lr: float) -> nnx.Module:
@@ -87,7 +91,9 @@ def test_the_base_does_not_know_it(base, processor):
 def test_a_fact_survives_merging_saving_and_opening(name, base, processor, tmp_path):
     method = METHODS[name]
     kind = Param if method.settings is None else AdapterParam
-    taught = teach(method.apply(base, 0), lesson(processor), kind, LR.get(name, 2e-3))
+    # LongLoRA trains in groups of a row: half of its heads see one copy whole
+    batch = lesson(processor, copies=getattr(method.settings, "groups", 1))
+    taught = teach(method.apply(base, 0), batch, kind, LR.get(name, 2e-3))
     merged = lp.peft.merge(taught) if lp.peft.is_adapted(taught) else taught
     lp.save_model(merged, tmp_path / "taught", processor=processor)
     opened = lp.load_model(tmp_path / "taught")
