@@ -37,7 +37,7 @@ from llmprep_jax.peft.targets import (
 )
 from llmprep_jax.peft.tied import refuse_head
 from llmprep_jax.peft.tuned import Tuned, choose, tune
-from llmprep_jax.quant.linear import QuantEinsum
+from llmprep_jax.quant.linear import QuantEinsum, find_layers
 from llmprep_jax.sharding import has_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float
 
@@ -187,6 +187,13 @@ class Adapted(nnx.Module):
         each = layer if stacked(self.base) is None else jax.vmap(layer)
         return each(self.own(), self.base)
 
+    def widened(self) -> "Adapted":
+        """The adapter on the whole weight; itself, if it takes no part out of it."""
+        method = self.method
+        if not getattr(method, "frozen", ()):
+            return self
+        return Adapted(self.base, method.wide, self.map(lambda own, _: method.widen(own)))
+
 
 def drop(x: Float[Array, "..."], rate: float, key: jax.Array) -> Float[Array, "..."]:
     """Dropout: a share `rate` of the values is 0, the others are divided by 1 - rate."""
@@ -335,15 +342,7 @@ def methods(model: nnx.Module) -> dict[str, Method]:
 
 def adapters(model: nnx.Module) -> dict[str, Adapted]:
     """The adapted layers by path."""
-    found: dict[str, Adapted] = {}
-
-    def visit(path: tuple, node: Any) -> Any:
-        if isinstance(node, Adapted):
-            found[".".join(map(str, path))] = node
-        return node
-
-    nnx.recursive_map(visit, model)
-    return found
+    return find_layers(model, lambda node: isinstance(node, Adapted))
 
 
 def is_adapted(model: nnx.Module) -> bool:
@@ -394,13 +393,7 @@ def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx
 def widen(model: nnx.Module) -> nnx.Module:
     """The model with adapters on whole weights in place of those that take a part out of them."""
 
-    def changed(adapted: Adapted) -> Adapted:
-        method = adapted.method
-        if not getattr(method, "frozen", ()):
-            return adapted
-        return Adapted(adapted.base, method.wide, adapted.map(lambda own, _: method.widen(own)))
-
-    return map_adapted(model, changed)
+    return map_adapted(model, Adapted.widened)
 
 
 def map_adapted(

@@ -27,6 +27,7 @@ from llmprep_jax.peft.adapter import (
 from llmprep_jax.peft.experts import experts
 from llmprep_jax.peft.peft_format import load
 from llmprep_jax.peft.several import Several, check_names
+from llmprep_jax.peft.targets import is_table
 from llmprep_jax.sharding import has_mesh, spec
 
 
@@ -66,8 +67,9 @@ def _check(name: str, model: nnx.Module, base: nnx.Module) -> None:
     if not is_adapted(model):
         raise ValueError(f"the model {name!r} has no adapter; give it one by lp.peft.inject")
     methods(model)  # refuses several
-    own = [nnx.state(layer, AdapterParam) for layer in adapters(model).values()]
-    if len(jax.tree.leaves(own)) != len(jax.tree.leaves(split(model)[0])):
+    own = [getattr(layer, each) for layer in adapters(model).values() for each in layer.names]
+    trained = sum(isinstance(variable, AdapterParam) for variable in own)
+    if trained != len(jax.tree.leaves(split(model)[0])):
         raise ValueError(
             f"the model {name!r} trains more than adapters of linear layers and cannot be"
             " combined; use it alone, or merge it"
@@ -97,8 +99,8 @@ def select(model: nnx.Module, which: str | Sequence[str | None] | None) -> nnx.M
         compile nothing anew as long as there are as many.
 
     Raises:
-      ValueError: an unknown name, no rows, a model without adapters by name, or rows for a layer
-        that routes tokens to experts.
+      ValueError: an unknown name, no rows, a model without adapters by name, or rows for an
+        embedding, a head or a layer that routes tokens to experts.
     """
     order = names(model)
     if which is None or isinstance(which, str):
@@ -108,6 +110,11 @@ def select(model: nnx.Module, which: str | Sequence[str | None] | None) -> nnx.M
     if not which:
         raise ValueError("no rows are given; give a name, or None, for each row of the batch")
     for path, layer in adapters(model).items():
+        if is_table(layer.base):
+            raise ValueError(
+                f"{path} is adapted, and an embedding or a head takes no adapter by row; select"
+                " one adapter for the whole batch"
+            )
         x_dims, y_dims = layer.base.eqn.split(",")[0], layer.base.eqn.split("->")[1]
         if experts(layer.base) or x_dims[0] != y_dims[0]:
             raise ValueError(

@@ -42,7 +42,7 @@ def blend(model: nnx.Module, weights: Mapping[str, Number]) -> nnx.Module:
 
 
 def _blended(layer: Several, weights: Mapping[str, Number]) -> nnx.Module:
-    parts = {name: one for name, one in layer.each().items() if name in weights}
+    parts = {name: one.widened() for name, one in layer.each().items() if name in weights}
     if not parts:
         return layer.base
     a = [one.lora_a[...].astype(jnp.float32) for one in parts.values()]

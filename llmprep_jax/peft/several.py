@@ -97,7 +97,7 @@ class Several(Adapted):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         rows, each = self._rows(x), self.each()
-        loras = {name: one for name, one in each.items() if type(one.method) is LoRA}
+        loras = {name: one for name, one in each.items() if _is_plain(one.method)}
         y = self.base(x)
         if loras:
             y = y + self._added(loras, rows, x)
@@ -135,6 +135,11 @@ class Several(Adapted):
         eqns = f"{x_dims},{row}{ins}r->{kept}r", f"{kept}r,{row}r{outs}->{y_dims}"
         low = contract(eqns[0], x, _take(a, at_B), dtype, (*axes[: len(kept)], None))
         return contract(eqns[1], low, _take(b, at_B), dtype, axes)
+
+
+def _is_plain(method: Method) -> bool:
+    """Whether a method is LoRA, and adds s B A and nothing else."""
+    return type(method) is LoRA and not method.frozen
 
 
 def _variables(part: Adapted) -> dict[str, nnx.Variable]:

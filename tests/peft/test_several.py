@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.nn.stack import unstack
-from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr, LoRA
+from llmprep_jax.peft import IA3, AdaLoRA, DoRA, LoHa, LoKr, LoRA, VeRA
 from llmprep_jax.peft.adapter import adapters, methods, wrap
 from llmprep_jax.quant.linear import dequantize_model, quantize_model
 from llmprep_jax.sharding import make_mesh, use_mesh
@@ -29,8 +29,12 @@ METHODS = LORAS | {
     "ia3": IA3(),
     "loha": LoHa(rank=2, alpha=4, targets=("v_proj",)),
     "lokr": LoKr(rank=2, alpha=4, targets=("gate_proj",)),
+    "vera": VeRA(rank=8, targets=("q_proj", "up_proj")),
+    "adalora": AdaLoRA(rank=2, alpha=40, targets=("v_proj",), total_steps=4),
+    "pissa": LoRA(rank=2, alpha=4, targets=("q_proj",), init_weights="pissa"),
 }
 ROWS = ["loha", None, "verse", "dora", "law", "ia3", "lokr", "verse"]
+ROWS += ["pissa", "vera", "adalora", "law"]
 
 
 @functools.cache
@@ -77,7 +81,8 @@ def test_other_names_for_as_many_rows_compile_nothing_anew():
     before = logits_of._cache_size()
     found = logits_of(lp.peft.select(combined(), ROWS[::-1]), *padded())
     assert logits_of._cache_size() == before
-    assert_near(found[5], logits_of(lp.peft.select(combined(), "verse"), *padded())[5])
+    row = ROWS[::-1].index("verse")
+    assert_near(found[row], logits_of(lp.peft.select(combined(), "verse"), *padded())[row])
 
 
 def test_an_adapter_of_nan_reaches_no_row_but_its_own():
@@ -105,7 +110,11 @@ def test_layers_in_a_list_say_the_same():
 def moved(model: nnx.Module, base: nnx.Module) -> nnx.Module:
     """The adapter of a model on another base."""
     layers = adapters(model)
-    return wrap(base, methods(model), {path: one.params() for path, one in layers.items()})
+    own = {path: one.own() for path, one in layers.items()}
+    shared = {
+        key: x for one in layers.values() for key, x in one.params().items() if key not in one.own()
+    }
+    return wrap(base, methods(model), own, shared)
 
 
 def test_rows_on_a_packed_base_compute_what_they_do_on_the_same_base_dense():
@@ -206,7 +215,8 @@ def test_a_combined_model_counts_all_adapters_and_strips_to_the_base():
     assert lp.peft.is_adapted(model)
     each = [lp.peft.count(adapted(name)) for name in METHODS]
     assert lp.peft.count(model).trainable == sum(one.trainable for one in each)
-    assert lp.peft.count(model).frozen == each[0].frozen
+    vera = each[list(METHODS).index("vera")]  # whose random matrices are frozen too
+    assert lp.peft.count(model).frozen == vera.frozen > each[0].frozen
     trainable, _ = lp.peft.split(model)
     assert len(jax.tree.leaves(trainable)) == sum(
         len(jax.tree.leaves(lp.peft.split(adapted(name))[0])) for name in METHODS
@@ -271,6 +281,19 @@ def with_rows(*rows: str | None) -> nnx.Module:
 REFUSED = {
     "no adapters": (lambda: lp.peft.combine({"x": base()}), "'x' has no adapter; give it one by"),
     "no models": (lambda: lp.peft.combine({"x": "folder"}), "no model to combine; give base=model"),
+    "biases": (
+        lambda: lp.peft.combine(
+            {"x": lp.peft.inject(base(), LoRA(2, targets=("q_proj",), bias="lora_only"))}
+        ),
+        "'x' trains more than adapters of linear layers",
+    ),
+    "rows of an embedding": (
+        lambda: lp.peft.select(
+            lp.peft.combine({"x": lp.peft.inject(base(), LoRA(2, targets=("embed_tokens",)))}),
+            ["x"],
+        ),
+        "embed is adapted, and an embedding or a head takes no adapter by row; select one",
+    ),
     "of several": (
         lambda: lp.peft.combine({"x": combined()}),
         "several adapters: law, verse, dora",
