@@ -6,6 +6,7 @@ outputs, I inputs, G groups. The one thing a reader would get wrong: which layer
 from their tensors and not from the config's lists, so a layer that was left alone needs no entry.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ _STATE = "weight.quant_state.bitsandbytes__"
 REMEDY = "load the original weights"
 
 
-class Layout:
+class Layout(abc.ABC):
     """One way to store packed linear layers.
 
     Attributes:
@@ -38,14 +39,15 @@ class Layout:
     parts: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
+    @abc.abstractmethod
     def is_packed(self, dtypes: Mapping[str, str]) -> bool:
         """Whether a layer with such tensors is packed, whole or not."""
-        raise TypeError(f"{type(self).__name__} is no layout")
 
+    @abc.abstractmethod
     def kind(self, names: tuple[str, ...]) -> str:
         """The format of a layer with tensors of these names, one of `kinds.KINDS`."""
-        raise TypeError(f"{type(self).__name__} is no layout")
 
+    @abc.abstractmethod
     def expected(self, parts: Parts, shape: tuple[int, int]) -> Expected:
         """What a layer [O, I] is stored as; a tensor of `parts` may describe it.
 
@@ -54,19 +56,18 @@ class Layout:
         Raises:
           ValueError: it describes another one, or nothing.
         """
-        raise TypeError(f"{type(self).__name__} is no layout")
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
         """(O, I) of a layer, from its tensors."""
         return tuple(parts["weight"].shape)
 
+    @abc.abstractmethod
     def read(self, parts: Parts) -> Packed:
         """The weight.
 
         Raises:
           ValueError: the tensors' values make no sense.
         """
-        raise TypeError(f"{type(self).__name__} is no layout")
 
 
 class BitsAndBytes4(Layout):
@@ -143,8 +144,37 @@ class BitsAndBytes8(Layout):
         return int8.Int8(np.asarray(parts["weight"]), scale, tuple(parts["weight"].shape))
 
 
+class Words(Layout):
+    """Four bits in words of 32: scales of groups, zeros beside them."""
+
+    group: int
+
+    def is_packed(self, dtypes: Mapping[str, str]) -> bool:
+        return bool(dtypes)
+
+    def kind(self, names: tuple[str, ...]) -> str:
+        return "int4"
+
+    def group_of(self, inputs: int) -> int:
+        """How many inputs a group has."""
+        return inputs if self.group == -1 else self.group
+
+    def expected(self, parts: Parts, shape: tuple[int, int]) -> Expected:
+        outs, inputs = shape
+        groups = -(-inputs // self.group_of(inputs))
+        return {
+            "qweight": (_WORDS, self.words(outs, inputs)),
+            "qzeros": (_WORDS, (groups, -(-outs // 8))),
+            "scales": (FLOATS, (groups, outs)),
+        }
+
+    @abc.abstractmethod
+    def words(self, outs: int, inputs: int) -> tuple[int, int]:
+        """Shape of "qweight", of [O, I]."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Gptq(Layout):
+class Gptq(Words):
     """Four bits of GPTQ. `group`: inputs a group, -1 for all; `v2`: zeros as they are."""
 
     group: int
@@ -156,28 +186,18 @@ class Gptq(Layout):
     def optional(self) -> tuple[str, ...]:
         return () if self.desc_act else ("g_idx",)
 
-    def is_packed(self, dtypes: Mapping[str, str]) -> bool:
-        return bool(dtypes)
-
-    def kind(self, names: tuple[str, ...]) -> str:
-        return "int4"
+    def words(self, outs: int, inputs: int) -> tuple[int, int]:
+        return -(-inputs // 8), outs
 
     def expected(self, parts: Parts, shape: tuple[int, int]) -> Expected:
-        outs, inputs = shape
-        groups = _groups(inputs, self.group)
-        return {
-            "qweight": (_WORDS, (-(-inputs // 8), outs)),
-            "qzeros": (_WORDS, (groups, -(-outs // 8))),
-            "scales": (FLOATS, (groups, outs)),
-            "g_idx": (_INDICES, (inputs,)),
-        }
+        return super().expected(parts, shape) | {"g_idx": (_INDICES, (shape[1],))}
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
         return parts["qweight"].shape[-1], 8 * parts["qweight"].shape[0]
 
     def read(self, parts: Parts) -> Packed:
         inputs = self.shape(parts)[1]
-        group = inputs if self.group == -1 else self.group
+        group = self.group_of(inputs)
         tensors = [parts[name] for name in ("qweight", "qzeros", "scales")]
         packed = int4_formats.from_gptq(*tensors, parts.get("g_idx"), v2=self.v2, group=group)
         if self.desc_act and packed.group_of is None:  # the other layers of a stack may have it
@@ -187,32 +207,20 @@ class Gptq(Layout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Awq(Layout):
+class Awq(Words):
     """Four bits of AWQ, in the order of its version "gemm"."""
 
     group: int
     parts = ("qweight", "qzeros", "scales")
 
-    def is_packed(self, dtypes: Mapping[str, str]) -> bool:
-        return bool(dtypes)
-
-    def kind(self, names: tuple[str, ...]) -> str:
-        return "int4"
-
-    def expected(self, parts: Parts, shape: tuple[int, int]) -> Expected:
-        outs, inputs = shape
-        groups = _groups(inputs, self.group)
-        return {
-            "qweight": (_WORDS, (inputs, -(-outs // 8))),
-            "qzeros": (_WORDS, (groups, -(-outs // 8))),
-            "scales": (FLOATS, (groups, outs)),
-        }
+    def words(self, outs: int, inputs: int) -> tuple[int, int]:
+        return inputs, -(-outs // 8)
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
         return 8 * parts["qweight"].shape[-1], parts["qweight"].shape[0]
 
     def read(self, parts: Parts) -> Int4:
-        group = self.shape(parts)[1] if self.group == -1 else self.group
+        group = self.group_of(self.shape(parts)[1])
         return int4_formats.from_awq(*(parts[name] for name in self.parts), group=group)
 
 
@@ -238,10 +246,6 @@ class BlockFp8(Layout):
 
     def read(self, parts: Parts) -> Packed:
         return fp8.from_tensors(parts["weight"], parts["weight_scale_inv"], self.block)
-
-
-def _groups(inputs: int, group: int) -> int:
-    return 1 if group == -1 else -(-inputs // group)
 
 
 def layout_of(config: Mapping[str, Any], path: Path) -> Layout | None:

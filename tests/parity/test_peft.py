@@ -64,6 +64,12 @@ def base(request, tmp_path_factory):
     return theirs, lp.load_model(folder)
 
 
+def in_peft(theirs, model: nnx.Module, folder, **settings) -> peft.PeftModel:
+    """Their base with our adapter, by way of the folder that we save."""
+    lp.peft.save(model, folder, **settings)
+    return peft.PeftModel.from_pretrained(copy.deepcopy(theirs), folder).eval()
+
+
 def adapt(
     model: transformers.PreTrainedModel, settings: dict, kind: type = peft.LoraConfig
 ) -> peft.PeftModel:
@@ -215,8 +221,7 @@ def test_other_methods_agree_in_logits_gradients_and_folders_both_ways(
     model = lp.peft.load(ours, tmp_path / "theirs")
     assert_same(forward(model, TOKENS), expected)
     assert_same(forward(lp.peft.merge(model), TOKENS), expected)
-    lp.peft.save(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    again = in_peft(theirs, model, tmp_path / "ours")
     assert_same(logits_of(again), expected)
 
 
@@ -294,8 +299,7 @@ def check_pruned_folder(theirs, ours, adapted, tmp_path):
     model = lp.peft.load(ours, tmp_path / "pruned")
     assert_same(forward(model, TOKENS), expected)
     assert_same(forward(lp.peft.merge(model), TOKENS), expected)
-    lp.peft.save(model, tmp_path / "again")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "again").eval()
+    again = in_peft(theirs, model, tmp_path / "again")
     assert_same(logits_of(again), expected)
 
 
@@ -336,8 +340,7 @@ def test_parts_of_the_weight_are_those_of_peft_and_load_there_on_the_base(base, 
     model = nnx.merge(graph, moved, rest)
     found = forward(model, TOKENS)
     assert np.abs(found - logits_of(theirs)).max() > 0.02
-    lp.peft.save(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    again = in_peft(theirs, model, tmp_path / "ours")
     assert_same(logits_of(again), found)
 
 
@@ -380,8 +383,7 @@ def test_a_folder_that_we_save_gives_the_same_logits_in_peft(base, tmp_path, nam
     theirs, ours = base
     adapt(theirs, SETTINGS[name]).save_pretrained(tmp_path / "theirs")
     model = lp.peft.load(ours, tmp_path / "theirs")
-    lp.peft.save(model, tmp_path / "ours", base_model="org/base")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    again = in_peft(theirs, model, tmp_path / "ours", base_model="org/base")
     assert_same(forward(model, TOKENS), logits_of(again))
     config = again.peft_config["default"]
     assert config.use_rslora == SETTINGS[name].get("use_rslora", False)
@@ -398,8 +400,7 @@ def test_adapters_on_some_layers_of_a_list_load_in_peft(base, tmp_path):
     model = lp.peft.inject(listed, method)
     graph, adapters, rest = nnx.split(model, AdapterParam, ...)
     model = nnx.merge(graph, jax.tree.map(lambda x: x + 0.1, adapters), rest)  # B is zero else
-    lp.peft.save(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    again = in_peft(theirs, model, tmp_path / "ours")
     assert_same(forward(model, TOKENS), logits_of(again))
     ranks = {key: x.shape[0] for key, x in again.named_parameters() if "lora_A" in key}
     assert sorted(ranks.values()) == [3, 4]
@@ -419,8 +420,7 @@ def test_tables_that_peft_unties_load_onto_an_untied_model(base, tmp_path, kind,
         lp.peft.load(ours, tmp_path / "theirs")
     model = lp.peft.load(lp.peft.untie(ours), tmp_path / "theirs")
     assert_same(forward(model, TOKENS), logits_of(adapted))
-    lp.peft.save(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    again = in_peft(theirs, model, tmp_path / "ours")
     assert_same(logits_of(again), logits_of(adapted))
 
 
@@ -430,8 +430,7 @@ def test_a_tied_table_trained_beside_ia3_loads_in_peft(base, tmp_path):
     method = lp.peft.IA3(targets=("k_proj",), feedforward=(), modules_to_save=("embed_tokens",))
     graph, trained, rest = nnx.split(lp.peft.inject(ours, method), AdapterParam, ...)
     model = nnx.merge(graph, jax.tree.map(lambda x: 1.1 * x, trained), rest)
-    lp.peft.save(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    again = in_peft(theirs, model, tmp_path / "ours")
     assert_same(logits_of(again), forward(model, TOKENS))
 
 
@@ -464,8 +463,7 @@ def test_a_weighted_merge_is_pefts_weighted_adapter(base, tmp_path):
     expected = logits_of(adapted.eval())
     both = lp.peft.combine({name: tmp_path / name for name in settings}, ours)
     assert_same(forward(lp.peft.merge(both, weights), TOKENS), expected)
-    lp.peft.save(lp.peft.blend(both, weights), tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    again = in_peft(theirs, lp.peft.blend(both, weights), tmp_path / "ours")
     assert_same(logits_of(again), expected)
     # "linear" mixes A with the other's B unless there is one adapter, where all three agree
     adapted.add_weighted_adapter(["law"], [0.7], "one", "linear")
