@@ -168,8 +168,18 @@ def test_long_attention_has_at_most_eight_blocks():
 
 
 def make_attention(num_kv_heads=2, **options):
-    sizes = (32, 4, num_kv_heads, 8)
-    return random_module(lambda: Attention(*sizes, compute=Compute(), rngs=nnx.Rngs(0), **options))
+    sizes, options = (32, 4, num_kv_heads, 8), dict(compute=Compute()) | options
+    return random_module(lambda: Attention(*sizes, rngs=nnx.Rngs(0), **options))
+
+
+def test_products_within_attention_have_the_dtype_of_activations():
+    compute = Compute(dtype="float32", matmul_dtype="bfloat16")
+    attention = make_attention(compute=compute)
+    jaxpr = jax.make_jaxpr(lambda x: run(attention, x))(draw(2, 5, 32))
+    products = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    of_batches = [eqn for eqn in products if eqn.params["dimension_numbers"][1] != ((), ())]
+    assert {str(x.aval.dtype) for eqn in of_batches for x in eqn.invars} == {"float32"}
+    assert len(of_batches) == 2
 
 
 def run(attention, x, positions=None):

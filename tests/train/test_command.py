@@ -145,9 +145,21 @@ def test_an_adapter_is_trained_and_saved_for_peft(files, tmp_path, method):
     assert meta["base"] == str(files / "model")
     assert (meta["adapter"]["_type"], meta["adapter"]["rank"]) == (method, 2)
     adapted = lp.peft.load(lp.load_model(files / "model"), outputs["adapter"])
-    saved, of_run = (nnx.state(m, AdapterParam) for m in (adapted, lp.load_model(tmp_path)))
+    again = lp.load_model(tmp_path)
+    assert bool(lp.quant.packed_layers(again)) == (method == "QLoRA")
+    saved, of_run = (nnx.state(m, AdapterParam) for m in (adapted, again))
     jax.tree.map(np.testing.assert_array_equal, saved, of_run)
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(saved))  # lora_b began as zero
+
+
+@pytest.mark.slow  # two runs
+def test_a_run_drops_what_its_adapter_asks_for(files, tmp_path):
+    for name, rate in {"whole": 0.0, "dropped": 0.5}.items():
+        keys = [*with_adapter(files, "LoRA"), "steps=4", f"adapter.dropout={rate}"]
+        train.main(command(files, tmp_path / name, *keys))
+    whole, dropped = losses(tmp_path / "whole"), losses(tmp_path / "dropped")
+    assert dropped[1] == pytest.approx(whole[1], abs=1e-6)  # lora_b is zero
+    assert abs(dropped[4] - whole[4]) > 1e-4
 
 
 @pytest.mark.slow  # compiles for eight devices, and Orbax slices arrays on them op by op
