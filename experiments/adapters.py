@@ -5,8 +5,8 @@
 A is Python's reference manual, which comes with Python, B Ambrose Bierce's "The Devil's Dictionary"
 (1911). base=tiny first trains a byte-level model of 4 layers on A; base=smollm2 adapts
 SmolLM2-135M as it is. Two rounds: all methods with usual settings, then those with a rank at LoRA's
-number of trained parameters. Every method has its own learning rate, the best of a sweep. Ends with
-a table (adapters.md), a figure (adapters.png) and all numbers (adapters.json).
+number of trained parameters. Every method has its own learning rate, the best of a sweep by `lr=`
+on seed 0. Ends with a table (adapters.md), a figure (adapters.png) and all numbers (adapters.json).
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class Settings:
     Attributes:
       steps: of each adaptation. base_steps: of training the tiny base on A.
       rows, length: of a batch. methods: names of those that are run; (): all.
-      lr: in place of every method's own, for a sweep.
+      lr: in place of every method's own, for a sweep, which has the first round alone.
     """
 
     base: Literal["tiny", "smollm2"] = "tiny"
@@ -71,7 +71,8 @@ def main(arguments: list[str]) -> cli.Outputs:
     base, texts = prepare(cfg)
     usual = {name: known[name] for name in cfg.methods or known}
     budget = peft.count(peft.inject(base, known["LoRA"].settings)).trainable
-    equal = {name: at_budget(method, base, budget) for name, method in usual.items()}
+    swept = {} if cfg.lr else usual
+    equal = {name: at_budget(method, base, budget) for name, method in swept.items()}
     rows = []
     for title, chosen in (("equal steps", usual), ("equal parameters", equal)):
         for name, method in chosen.items():

@@ -34,13 +34,17 @@ def main(arguments: list[str]) -> cli.Outputs:
     settings = override(Settings(), overrides)
     console = rich.console.Console()
     with console.status(f"loading {source}"):
-        model = lp.load_model(source, dtype=settings.dtype)
+        # an adapter is merged before its base is packed, so that it is rounded once
+        packs = settings.adapter is not None and settings.dtype in lp.quant.KINDS
+        model = lp.load_model(source, dtype="bfloat16" if packs else settings.dtype)
         processor = lp.load_processor(source)
         if settings.adapter is not None:
             model = lp.peft.load(model, settings.adapter)
     with console.status(f"writing {folder}"):
         if lp.peft.is_adapted(model):
             model = lp.peft.merge(model)
+        if packs:
+            model = lp.quant.quantize_model(model, settings.dtype)
         written = lp.save_model(model, folder, processor=processor)
     return {"Hugging Face folder": pathlib.Path(written)}
 

@@ -115,12 +115,12 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def show(title: str, tokens: int, scores: Mapping[str, Score]) -> None:
-    """Prints the scores of calls of so many tokens, each beside every peer: those not "ours"."""
+def show(title: str, amount: float, scores: Mapping[str, Score], unit: str = "tokens") -> None:
+    """Prints the scores of calls that do so much, each beside every peer: those not "ours"."""
     peers = [name for name in scores if not name.startswith("ours")]
     table = rich.table.Table(title=title)
     table.add_column("")
-    for column in ("a call", "tokens/s", "first call", "peak memory"):
+    for column in ("a call", f"{unit}/s", "first call", "peak memory"):
         table.add_column(column, justify="right")
     for name in peers:
         table.add_column(f"x {name}", justify="right")
@@ -128,7 +128,7 @@ def show(title: str, tokens: int, scores: Mapping[str, Score]) -> None:
         table.add_row(
             name,
             f"{score.median:.2f} s",
-            f"{tokens / score.median:.0f}",
+            f"{amount / score.median:.0f}",
             f"{score.first:.1f} s",
             f"{score.peak_bytes / 1e9:.1f} GB",
             *(f"{scores[peer].median / score.median:.2f}" for peer in peers),
@@ -136,8 +136,10 @@ def show(title: str, tokens: int, scores: Mapping[str, Score]) -> None:
     rich.console.Console(width=132).print(table)
 
 
-def save(path: pathlib.Path, title: str, tokens: int, scores: Mapping[str, Score]) -> None:
+def save(
+    path: pathlib.Path, title: str, amount: float, scores: Mapping[str, Score], unit: str = "tokens"
+) -> None:
     """Writes every time of every contender to a JSON file."""
     rows = {name: dataclasses.asdict(score) for name, score in scores.items()}
-    content = {"title": title, "tokens_per_call": tokens, "seconds": rows}
+    content = {"title": title, f"{unit}_per_call": amount, "seconds": rows}
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,49 @@
+"""The command that converts, on packed weights and adapters."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import llmprep_jax as lp
+from experiments import convert
+from llmprep_jax.models.llama.config import Config
+from llmprep_jax.models.llama.model import Model
+from llmprep_jax.nn.param import AdapterParam
+from tests.random_modules import random_module
+from tests.text.samples import train_byte_level
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with a tokenizer, and an adapter of it."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "tokenizer").mkdir()
+    train_byte_level().save(str(folder / "tokenizer" / "tokenizer.json"))
+    cfg = Config(416, 64, 128, 1, 4, 2, 16, max_seq_len=64, tie_embeddings=True)
+    model = random_module(lambda: Model(cfg, rngs=nnx.Rngs(0)))
+    lp.save_model(model, folder / "model", processor=lp.load_processor(folder / "tokenizer"))
+    graph, trained, rest = nnx.split(lp.peft.inject(model, lp.peft.LoRA(2, 4)), AdapterParam, ...)
+    trained = nnx.map_state(lambda _, x: x.replace(x[...] + 0.1), trained)
+    lp.peft.save(nnx.merge(graph, trained, rest), folder / "adapter")
+    return folder
+
+
+def test_a_model_is_packed_and_unpacked(folder, tmp_path):
+    convert.main([str(folder / "model"), str(tmp_path / "packed"), "dtype=nf4"])
+    packed = lp.load_model(tmp_path / "packed")
+    assert {layer.packed.kind for layer in lp.quant.packed_layers(packed).values()} == {"nf4"}
+    convert.main([str(tmp_path / "packed"), str(tmp_path / "dense"), "dtype=float32"])
+    dense = lp.load_model(tmp_path / "dense")
+    np.testing.assert_array_equal(dense.layers.mlp.up.w[...], packed.layers.mlp.up.weight())
+
+
+def test_an_adapter_is_merged_before_its_base_is_packed(folder, tmp_path):
+    adapter = f"adapter={folder / 'adapter'}"
+    convert.main([str(folder / "model"), str(tmp_path / "packed"), "dtype=int8", adapter])
+    found = lp.load_model(tmp_path / "packed")
+    base = lp.load_model(folder / "model", dtype="bfloat16")
+    merged = lp.peft.merge(lp.peft.load(base, folder / "adapter"))
+    expected = lp.quant.quantize_model(merged, "int8")
+    for name, layer in lp.quant.packed_layers(found).items():
+        codes = lp.quant.packed_layers(expected)[name].codes[...]
+        np.testing.assert_array_equal(layer.codes[...], codes)
