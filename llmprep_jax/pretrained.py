@@ -80,10 +80,10 @@ def load_model(
         model = table.load(
             abstract,
             checkpoint,
-            family.weights,
+            abstract.weights,
             dtype=dtype,
             renames=family.renames,
-            ignore=family.ignored,
+            ignore=family.ignored(cfg),
             pack=pack.get,
         )
     return adopt(model, compute.param_dtype)
@@ -126,7 +126,7 @@ def _read_config(checkpoint: Any) -> tuple[registry.Family, Any]:
     """The family and its Config; a stored head that differs from the embedding unties them."""
     try:
         family = registry.family_of_type(checkpoint.config.get("model_type"))
-        cfg = family.from_hf(checkpoint.config)
+        cfg = family.settle(family.from_hf(checkpoint.config), checkpoint.names)
         check_fields(cfg)
         check_numbers(cfg)
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
@@ -182,11 +182,11 @@ def save_model(
     export.check_can_save(model)
     family = registry.family_of(model)
     config = family.to_hf(model.cfg) | {"dtype": str(model.embed.w.dtype)}
-    config |= export.config_fields(model, family.weights)
+    config |= export.config_fields(model, model.weights)
     return receipt.save_folder(
         Path(folder),
         config,
-        export.tensors(model, family.weights),
+        export.tensors(model, model.weights),
         extra_files=functools.partial(_write_extras, config, processor),
         verify=lambda written: receipt.probe_difference(
             model, load_model(written, compute=model.cfg.compute)

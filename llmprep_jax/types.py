@@ -10,6 +10,7 @@ would get wrong: T counts query tokens and S key tokens; they differ as soon as 
     D  model width               H  head width
     F  hidden width of an MLP    V  vocabulary
     L  layers                    R  rank of an adapter
+    U  width of values, where heads have another
 """
 
 import jax

@@ -112,7 +112,7 @@ class Engine:
         state = _prefill(
             reader, tokens_BT, mask_BT, jax.random.key(seed), sampling, max_new_tokens, pad_id
         )
-        if isinstance(stepper.layers, nnx.List) and not isinstance(reader.layers, nnx.List):
+        if layout.is_listed(stepper) and not layout.is_listed(reader):
             state = dataclasses.replace(state, cache=_unstack_cache(state.cache))
         return state
 

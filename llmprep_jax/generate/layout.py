@@ -9,6 +9,7 @@ with its inputs first, bf16 runs at a tenth.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ def listed(model: nnx.Module) -> nnx.Module:
         state["w"] = state["w"].replace(node.w[...].astype(node.dtype))
         return nnx.merge(graph, state)
 
-    return _with(model, layers=nnx.recursive_map(cast, unstack(model.layers)))
+    return _with(model, **_unstacked(model, cast))
 
 
 def row_wise(model: nnx.Module) -> nnx.Module:
@@ -42,15 +43,31 @@ def row_wise(model: nnx.Module) -> nnx.Module:
     def lay(_: tuple, node: Any) -> Any:
         return Rows(node) if type(node) is Einsum else node
 
-    layers = nnx.recursive_map(lay, unstack(model.layers))
+    stacks = _unstacked(model, lay)
     if not hasattr(model.embed if model.head is None else model.head, "w"):
-        return _with(model, layers=layers)  # adapted, and no one matrix
+        return _with(model, **stacks)  # adapted, and no one matrix
     if model.head is not None:
-        return _with(model, layers=layers, head=RowsHead(model.head.w[...].T, model.head.dtype))
+        return _with(model, **stacks, head=RowsHead(model.head.w[...].T, model.head.dtype))
     table, dtype = model.embed.w[...], model.embed.compute.operand_dtype
     if table.dtype == dtype and table.shape[1] <= MAX_INPUTS:
-        return _with(model, layers=layers)  # the table is row-wise as it is
-    return _with(model, layers=layers, head=RowsHead(table, dtype))
+        return _with(model, **stacks)  # the table is row-wise as it is
+    return _with(model, **stacks, head=RowsHead(table, dtype))
+
+
+def is_listed(model: nnx.Module) -> bool:
+    """Whether the model's layers are lists."""
+    return all(isinstance(layers, nnx.List) for layers in _stacks(model).values())
+
+
+def _stacks(model: nnx.Module) -> dict[str, nnx.Module]:
+    found = {name: getattr(model, name) for name in model.stacks}
+    return {name: layers for name, layers in found.items() if layers is not None}
+
+
+def _unstacked(model: nnx.Module, of: Callable[[tuple, Any], Any]) -> dict[str, nnx.List]:
+    """Each stack as a list of layers, whose nodes are what `of` makes of them."""
+    stacks = _stacks(model).items()
+    return {name: nnx.recursive_map(of, unstack(layers)) for name, layers in stacks}
 
 
 def _with(model: nnx.Module, **parts: nnx.Module) -> nnx.Module:

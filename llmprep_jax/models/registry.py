@@ -8,16 +8,19 @@ from it.
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
+from llmprep_jax.models.deepseek import config as deepseek_config
+from llmprep_jax.models.deepseek import weights as deepseek_weights
+from llmprep_jax.models.deepseek.model import Model as DeepSeek
+from llmprep_jax.models.deepseek.presets import PRESETS as DEEPSEEK_PRESETS
 from llmprep_jax.models.gemma3 import config as gemma3_config
 from llmprep_jax.models.gemma3 import weights as gemma3_weights
 from llmprep_jax.models.gemma3.model import Model as Gemma3
 from llmprep_jax.models.llama import config as llama_config
-from llmprep_jax.models.llama import weights as llama_weights
 from llmprep_jax.models.llama.model import Model as Llama
 from llmprep_jax.models.llama.presets import PRESETS as LLAMA_PRESETS
 
@@ -30,7 +33,8 @@ class Family:
       name: of its folder. model_types: Hugging Face's names for it.
       model: the nnx module class, called as `model(cfg, rngs=...)`.
       from_hf, to_hf: config.json to Config and back.
-      weights: the table of tensor names. renames, ignored: spellings and tensors outside it.
+      settle: the Config of a checkpoint, given the one of its config.json and its tensors' names.
+      renames, ignored: spellings and tensors outside the model's `weights`, its table of names.
     """
 
     name: str
@@ -39,10 +43,10 @@ class Family:
     config: type
     from_hf: Callable[[Mapping[str, Any]], Any]
     to_hf: Callable[[Any], dict[str, Any]]
-    weights: Mapping[str, tuple[str, str]]
     presets: Mapping[str, Any]
     renames: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ()
+    ignored: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
+    settle: Callable[[Any, Sequence[str]], Any] = lambda cfg, names: cfg
 
 
 FAMILIES = (
@@ -53,7 +57,6 @@ FAMILIES = (
         llama_config.Config,
         llama_config.from_hf,
         llama_config.to_hf,
-        llama_weights.WEIGHTS,
         LLAMA_PRESETS,
     ),
     Family(
@@ -63,10 +66,20 @@ FAMILIES = (
         gemma3_config.Config,
         gemma3_config.from_hf,
         gemma3_config.to_hf,
-        gemma3_weights.WEIGHTS,
         gemma3_config.PRESETS,
         gemma3_weights.RENAMES,
-        gemma3_weights.IGNORED,
+        lambda cfg: gemma3_weights.IGNORED,
+    ),
+    Family(
+        "deepseek",
+        ("deepseek_v2", "deepseek_v3"),
+        DeepSeek,
+        deepseek_config.Config,
+        deepseek_config.from_hf,
+        deepseek_config.to_hf,
+        DEEPSEEK_PRESETS,
+        ignored=deepseek_weights.ignored,
+        settle=deepseek_weights.settle,
     ),
 )
 

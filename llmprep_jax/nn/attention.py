@@ -98,30 +98,34 @@ def visible(
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BKSH: Float[Array, "B K S H"],
-    v_BKSH: Float[Array, "B K S H"],
+    v_BKSU: Float[Array, "B K S U"],
     seen_BTS: Bool[Array, "B T S"],
     *,
     scale: float,
     soft_cap: float | None = None,
     dtype: jnp.dtype | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N U"]:
     """softmax(scale * q k^T) v over the visible keys, in float32 between the two products.
 
     Keys and values are laid out [B, K, S, H], as the cache holds them: one head's keys are one
-    matrix. `dtype` is that of the products' operands; None keeps q's.
+    matrix. Values may be of another width U. `dtype` is that of the products' operands; None
+    keeps q's.
     """
     dtype = dtype or q_BTNH.dtype
     B, T, N, H = q_BTNH.shape
     heads = spec("batch", "kv_heads", shape=k_BKSH.shape[:2])
-    if has_mesh() and heads[1] is None and spec("heads", shape=(N,))[0] is not None:
+    split = spec("heads", shape=(N,)) or (None,)
+    if k_BKSH.shape[1] == 1:
+        heads = heads and jax.P(heads[0], None)  # all query heads see the one, wherever they are
+    elif has_mesh() and heads[1] is None and split[0] is not None:
         # the mesh splits query heads but not the fewer key heads: each query head gets a copy
         heads = spec("batch", "heads", shape=(B, N))
-        k_BKSH, v_BKSH = [
+        k_BKSH, v_BKSU = [
             jax.reshard(jnp.repeat(x, N // x.shape[1], axis=1), jax.P(*heads, None, None))
-            for x in (k_BKSH, v_BKSH)
+            for x in (k_BKSH, v_BKSU)
         ]
-    K = k_BKSH.shape[1]
-    head_axes = jax.P(*heads, None, None) if has_mesh() else None
+    K, U = k_BKSH.shape[1], v_BKSU.shape[-1]
+    head_axes = jax.P(*heads, split[0] if K == 1 else None, None) if has_mesh() else None
     q_BKGTH = q_BTNH.swapaxes(1, 2).astype(dtype)
     q_BKGTH = jax.lax.reshape(q_BKGTH, (B, K, N // K * T, H), out_sharding=head_axes)
     s_BKGTS = jnp.einsum(
@@ -133,40 +137,40 @@ def attend(
     s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, NEG_INF)
     max_BKGT1 = jax.lax.stop_gradient(jnp.max(s_BKGTS, axis=-1, keepdims=True))
     e_BKGTS = jnp.exp(s_BKGTS - max_BKGT1).reshape(B, K, N // K * T, -1)
-    o_BKGTH = jnp.einsum(
-        "bkgs,bksh->bkgh",
+    o_BKGTU = jnp.einsum(
+        "bkgs,bksu->bkgu",
         e_BKGTS.astype(dtype),
-        v_BKSH.astype(dtype),
+        v_BKSU.astype(dtype),
         preferred_element_type=jnp.float32,
     )
     # divided after the product: H quotients a query, not S
     sum_BKGT1 = jnp.sum(e_BKGTS, axis=-1, keepdims=True)
     if B * T == 1 and not has_mesh():
-        return _divide_flat(o_BKGTH, sum_BKGT1).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
-    o_BKGTH = o_BKGTH / sum_BKGT1
-    sharding = jax.P(*heads, None, None) if has_mesh() else None
-    o_BNTH = jax.lax.reshape(o_BKGTH, (B, N, T, H), out_sharding=sharding)
-    return o_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)
+        return _divide_flat(o_BKGTU, sum_BKGT1).astype(q_BTNH.dtype).reshape(B, T, N, U)
+    o_BKGTU = o_BKGTU / sum_BKGT1
+    sharding = jax.P(heads[0], split[0] if K == 1 else heads[1], None, None) if has_mesh() else None
+    o_BNTU = jax.lax.reshape(o_BKGTU, (B, N, T, U), out_sharding=sharding)
+    return o_BNTU.swapaxes(1, 2).astype(q_BTNH.dtype)
 
 
-def _divide_flat(o_BKGTH: Array, sum_BKGT1: Array) -> Float[Array, "1 D"]:
+def _divide_flat(o_BKGTU: Array, sum_BKGT1: Array) -> Float[Array, "1 D"]:
     """One token's quotients as one vector.
 
     Else XLA's CPU compiler takes heads apart in the inner loop of the product that follows: 187 us
     a layer against 40 in SmolLM2.
     """
-    sums = jnp.broadcast_to(sum_BKGT1, o_BKGTH.shape).reshape(1, -1)
-    return jnp.divide(*jax.lax.optimization_barrier((o_BKGTH.reshape(1, -1), sums)))
+    sums = jnp.broadcast_to(sum_BKGT1, o_BKGTU.shape).reshape(1, -1)
+    return jnp.divide(*jax.lax.optimization_barrier((o_BKGTU.reshape(1, -1), sums)))
 
 
 def attend_in_order(
     q_BTNH: Float[Array, "B T N H"],
     k_BKTH: Float[Array, "B K T H"],
-    v_BKTH: Float[Array, "B K T H"],
+    v_BKTU: Float[Array, "B K T U"],
     tokens: Tokens,
     window: int | Int[Array, ""] | None = None,
     **options: Any,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N U"]:
     """Causal attention of a block of tokens to itself; `options` as `attend`.
 
     Queries go in blocks, each to the keys up to its end alone: what is masked is not computed,
@@ -180,8 +184,8 @@ def attend_in_order(
         end = min(start + size, T)
         first = max(0, start + 1 - window) if isinstance(window, int) else 0
         seen_BTS = visible(tokens.block(start, end), tokens.block(first, end), window)
-        k_BKSH, v_BKSH = k_BKTH[:, :, first:end], v_BKTH[:, :, first:end]
-        outs.append(attend(q_BTNH[:, start:end], k_BKSH, v_BKSH, seen_BTS, **options))
+        k_BKSH, v_BKSU = k_BKTH[:, :, first:end], v_BKTU[:, :, first:end]
+        outs.append(attend(q_BTNH[:, start:end], k_BKSH, v_BKSU, seen_BTS, **options))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 

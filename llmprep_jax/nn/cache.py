@@ -9,6 +9,7 @@ itself, and writes afterwards.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ class KVCache:
 
     Attributes:
       k, v: [L, B, K, S, H], or a tuple of one [B * K, S, H] a layer (for layers that run unrolled:
-        as its matrix products take it, else XLA's CPU compiler keeps a second copy in step).
+        as its matrix products take it, else XLA's CPU compiler keeps a second copy in step). The
+        values' H may be 0: latents are their own values (`nn.mla`).
       positions_BS, segments_BS: of the token in each slot; segment 0 is an empty slot or padding.
       length: tokens written so far, a scalar; the next goes into slot `length` (modulo S in a
         ring).
@@ -49,23 +51,25 @@ class KVCache:
         num_kv_heads: int,
         head_dim: int,
         *,
+        value_dim: int | None = None,
         dtype: str | jnp.dtype = "float32",
         is_ring: bool = False,
         per_layer: bool = False,
     ) -> "KVCache":
-        """An empty cache; `per_layer` keeps one buffer a layer."""
-        shape = (num_layers, batch_size, num_kv_heads, num_slots, head_dim)
+        """An empty cache; `per_layer` keeps one buffer a layer, `value_dim` None is `head_dim`."""
         axes = ("layers", "batch", "kv_heads", "seq", "head")
 
-        def buffers() -> Array | tuple[Array, ...]:
+        def buffers(width: int) -> Array | tuple[Array, ...]:
             if per_layer:
-                one = (batch_size * num_kv_heads, num_slots, head_dim)
+                one = (batch_size * num_kv_heads, num_slots, width)
                 return tuple(jnp.zeros(one, dtype) for _ in range(num_layers))
+            shape = (num_layers, batch_size, num_kv_heads, num_slots, width)
             return jnp.zeros(shape, dtype, out_sharding=spec(*axes, shape=shape))
 
         rows = spec("batch", "seq", shape=(batch_size, num_slots))
         slots = jnp.zeros((batch_size, num_slots), jnp.int32, out_sharding=rows)
-        return cls(buffers(), buffers(), slots, slots, jnp.zeros((), jnp.int32), None, is_ring)
+        k, v = buffers(head_dim), buffers(head_dim if value_dim is None else value_dim)
+        return cls(k, v, slots, slots, jnp.zeros((), jnp.int32), None, is_ring)
 
     @property
     def num_slots(self) -> int:
@@ -128,7 +132,8 @@ class KVCache:
     def _layer(self, layer: int | Int[Array, ""]) -> tuple[Array, Array]:
         if isinstance(self.k, tuple):
             k, v = self.k[layer], self.v[layer]
-            rows = (self.positions_BS.shape[0], -1)
+            rows = self.positions_BS.shape[0]
+            rows = (rows, len(k) // rows)
             return k.reshape(*rows, *k.shape[1:]), v.reshape(*rows, *v.shape[1:])
         at = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)  # noqa: E731
         return at(self.k), at(self.v)
@@ -168,4 +173,4 @@ def _matrices(x_BKSH: Float[Array, "B K S H"]) -> Float[Array, "M S H"]:
     """One matrix a row and head; whole on every device, since lists of layers are for one."""
     if has_mesh():
         x_BKSH = jax.reshard(x_BKSH, spec(None, None, None, None))
-    return x_BKSH.reshape(-1, *x_BKSH.shape[2:])
+    return x_BKSH.reshape(math.prod(x_BKSH.shape[:2]), *x_BKSH.shape[2:])

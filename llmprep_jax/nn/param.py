@@ -27,6 +27,10 @@ class Buffer(nnx.Variable):
     """An array that belongs to the model and is never trained."""
 
 
+class RouterBias(Buffer):
+    """A router's bias on the choice of experts: no gradient, moved by the load of each step."""
+
+
 class Shared(Buffer):
     """A buffer that all layers of a stack see whole: it has no layer axis (see `nn.stack`)."""
 

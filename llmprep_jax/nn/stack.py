@@ -50,8 +50,20 @@ def part(layers: nnx.Module) -> tuple[list[Any], Callable[[list[Any]], nnx.Modul
     return each, build
 
 
-def depth(layers: nnx.Module) -> int:
-    """The number of layers in a stack."""
+def take(layers: nnx.Module | nnx.List, start: int, stop: int) -> nnx.Module | nnx.List:
+    """Some of the layers, `start` to `stop`; all of them as they are."""
+    if isinstance(layers, nnx.List):
+        return nnx.List(list(layers)[start:stop])
+    if (start, stop) == (0, depth(layers)):
+        return layers
+    each, build = part(layers)
+    return build(jax.tree.map(lambda x: x[start:stop], each))
+
+
+def depth(layers: nnx.Module | nnx.List) -> int:
+    """The number of layers in a stack or list."""
+    if isinstance(layers, nnx.List):
+        return len(layers)
     return jax.tree.leaves(part(layers)[0])[0].shape[0]
 
 

@@ -1,9 +1,10 @@
 """Weights by table: Hugging Face tensors into a module's parameters, and back.
 
 A table maps each of our parameter paths to (Hugging Face name, einops pattern theirs -> ours);
-`{l}` and further placeholders run over the parameter's leading, stacked dimensions. Sizes come from
-the abstract parameter, and swapping the pattern's sides exports. The one thing a reader would get
-wrong: the loader reports everything that does not fit in one error, before it reads a tensor.
+`{l}` and further placeholders run over the parameter's leading, stacked dimensions, from 0 on or as
+listed: `{l:3,4,5}`. Sizes come from the abstract parameter, and swapping the pattern's sides
+exports. The one thing a reader would get wrong: the loader reports everything that does not fit in
+one error, before it reads a tensor.
 """
 
 import concurrent.futures
@@ -22,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llmprep_jax.nn.param import RouterBias
 from llmprep_jax.weights.checkpoint import MISSHAPEN, MISSING, Checkpoint
 
 Table = Mapping[str, tuple[str, str]]
 Index = tuple[Any, ...]  # slices, or an ellipsis
 BUFFERS = (r"rotary_emb\.inv_freq$", r"\.position_ids$")  # in old files; computed, not loaded
 _HEAD, _EMBED = "head.w", "embed.w"  # paths of the two that a model may tie
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_PLACEHOLDER = re.compile(r"\{\w+(?::([\w,]+))?\}")
 _SHOWN = 12  # lines of each kind in an error
 _BAND = 2**21  # bytes; a transposing copy whose rows outgrow the cache runs at half speed
 
@@ -56,12 +58,8 @@ class Entry:
 
     def names(self) -> dict[tuple[int, ...], str]:
         """Hugging Face names by place in the stacked dimensions."""
-        keys = _PLACEHOLDER.findall(self.name)
         places = itertools.product(*map(range, self.stacked))
-        return {
-            place: self.name.format(**dict(zip(keys, (*self.place, *place), strict=True)))
-            for place in places
-        }
+        return {place: _fill(self.name, (*self.place, *place)) for place in places}
 
     def sizes(self) -> dict[str, int]:
         """The pattern's letters, from our shape."""
@@ -85,6 +83,17 @@ class Entry:
 
     def _letters(self) -> dict[str, int]:
         return {name: size for name, size in self.sizes().items() if name != "1"}
+
+
+def _fill(name: str, place: tuple[int, ...]) -> str:
+    """A name with the numbers of a place, or what is listed for them, in its placeholders."""
+    numbers = iter(place)
+
+    def value(match: re.Match) -> str:
+        number = next(numbers)
+        return str(number) if match[1] is None else match[1].split(",")[number]
+
+    return _PLACEHOLDER.sub(value, name)
 
 
 Pack = Callable[[Entry, list[str]], Any]  # see `load`
@@ -139,7 +148,7 @@ def load(
 
     Args:
       abstract: from `jax.eval_shape` of the model's constructor, under the mesh if there is one.
-      dtype: of all parameters; None: each as stored.
+      dtype: of all parameters but routers' biases, which are float32; None: each as stored.
       renames: (regex, replacement) pairs that bring the checkpoint's names to the table's.
       ignore: regexes of tensors (as stored) that are none of this model's.
       progress: called with each parameter's path before it is read.
@@ -167,7 +176,8 @@ def load(
             value = None if packer is None else packer(row, list(names.values()))
             if value is None:
                 sharding = _on_devices(variable.get_value().sharding)
-                value = _read(row, names, checkpoint, dtype, sharding, pool)
+                of = "float32" if isinstance(variable, RouterBias) else dtype
+                value = _read(row, names, checkpoint, of, sharding, pool)
             flat.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 

@@ -47,7 +47,7 @@ def load(name):
     family = registry.family_of_type(golden.config["model_type"])
     cfg = family.from_hf(golden.config)
     abstract = jax.eval_shape(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))
-    return table.load(abstract, golden, family.weights), golden.arrays
+    return table.load(abstract, golden, abstract.weights), golden.arrays
 
 
 @names

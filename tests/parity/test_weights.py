@@ -37,7 +37,7 @@ def test_shards_of_transformers_load_bit_by_bit(tmp_path, name, dtype):
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     ours = lp.load_model(tmp_path)
-    exported = {n: bits(a) for n, a in table.export(ours, registry.family_of(ours).weights)}
+    exported = {n: bits(a) for n, a in table.export(ours, ours.weights)}
     expected = {n: bits(t) for n, t in on_disk(theirs).items()}
     assert exported.keys() == expected.keys()
     assert [n for n in expected if exported[n] != expected[n]] == []
@@ -53,7 +53,7 @@ def test_shards_of_ours_load_in_transformers_bit_by_bit(tmp_path, name, dtype):
     (tmp_path / "ours").mkdir()
     config = family.to_hf(ours.cfg) | {"dtype": dtype}
     (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
-    write_folder(tmp_path / "ours", table.export(ours, family.weights), max_shard_bytes=20_000)
+    write_folder(tmp_path / "ours", table.export(ours, ours.weights), max_shard_bytes=20_000)
     again, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )

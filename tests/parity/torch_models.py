@@ -26,6 +26,28 @@ _YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 _GEMMA = {**_SIZES, "head_dim": 16, "num_hidden_layers": 7, "sliding_window": 5}
 _GEMMA |= {"query_pre_attn_scalar": 24}
 
+_DEEPSEEK = dict(
+    vocab_size=96,
+    hidden_size=48,
+    intermediate_size=64,
+    moe_intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=128,
+    kv_lora_rank=20,
+    q_lora_rank=28,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_shared_experts=2,
+    first_k_dense_replace=1,
+)
+_V3 = {**_DEEPSEEK, "n_group": 4, "topk_group": 2, "num_mtp_layers": 0}
+_GROUPS = dict(topk_method="group_limited_greedy", n_group=4, topk_group=2)
+
 
 def _rope(theta: float = 10_000.0, **scaling) -> dict:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **scaling}}
@@ -82,6 +104,35 @@ CASES = {
         "Gemma3",
         {**_GEMMA, "layer_types": (["full_attention", "sliding_attention"] * 4)[:7]},
     ),
+    "deepseek-v2-lite": ("DeepseekV2", {**_DEEPSEEK, "q_lora_rank": None}),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {
+            **_DEEPSEEK,
+            **_GROUPS,
+            **_rope(**_YARN, mscale=0.707, mscale_all_dim=0.707),
+            "routed_scaling_factor": 16.0,
+            "first_k_dense_replace": 2,
+        },
+    ),
+    "deepseek-v2-all-experts": (
+        "DeepseekV2",
+        {**_DEEPSEEK, "first_k_dense_replace": 0, "n_shared_experts": 1},
+    ),
+    "deepseek-v3": ("DeepseekV3", {**_V3, **_rope(**_YARN, mscale=1.0, mscale_all_dim=1.0)}),
+    "deepseek-v3-no-q-rank": (
+        "DeepseekV3",
+        {**_V3, "q_lora_rank": None, "n_shared_experts": 0, "first_k_dense_replace": 0},
+    ),
+    "deepseek-v3-one-group": (
+        "DeepseekV3",
+        {
+            **_V3,
+            **dict(n_group=1, topk_group=1, norm_topk_prob=False, rope_interleave=False),
+            **_rope(**_YARN, mscale=0.707, mscale_all_dim=1.0),
+            "first_k_dense_replace": 2,
+        },
+    ),
 }
 
 
@@ -95,12 +146,39 @@ def make(name: str) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # zero would hide that it is left out
+                buffer.add_(torch.randn_like(buffer) * 0.15)
     return model
 
 
 def save(model: transformers.PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
     return folder
+
+
+def gradients(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
+    """Every parameter's gradient, by the names of files, which keep experts apart.
+
+    Buffers of routers, which have no gradient, are there with zeros.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:  # shared experts of no width
+            continue
+        fused = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        for e, grad in enumerate(parameter.grad.numpy()) if fused else [(None, parameter.grad)]:
+            if not fused:
+                found[name] = grad.numpy()
+                continue
+            before, part = name.rsplit(".", 1)
+            halves = np.split(grad, 2) if part == "gate_up_proj" else [grad]
+            names = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+            found |= {
+                f"{before}.{e}.{n}.weight": half for n, half in zip(names, halves, strict=True)
+            }
+    biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    return found | {name: np.zeros(bias.shape, np.float32) for name, bias in biases.items()}
 
 
 def tokens(rows: int = 2, length: int = 24) -> np.ndarray:

@@ -38,7 +38,7 @@ def folder(model, tmp_path_factory):
     """As `lp.save_model` writes it, but for the comparison."""
     folder, family = tmp_path_factory.mktemp("hf"), registry.family_of(model)
     (folder / "config.json").write_text(json.dumps(family.to_hf(model.cfg)))
-    write_folder(folder, table.export(model, family.weights))
+    write_folder(folder, table.export(model, model.weights))
     return folder
 
 

@@ -25,7 +25,7 @@ make_model = functools.cache(jax.jit(tiny.make_model, static_argnums=0))
 def written(model: nnx.Module, folder, max_shard_bytes: int = 20_000):
     family = registry.family_of(model)
     (folder / "config.json").write_text(json.dumps(family.to_hf(model.cfg)))
-    write_folder(folder, table.export(model, family.weights), max_shard_bytes)
+    write_folder(folder, table.export(model, model.weights), max_shard_bytes)
     return folder
 
 
@@ -47,7 +47,7 @@ def test_a_model_survives_shards_of_safetensors_bit_by_bit(tmp_path, name, dtype
 
 def test_names_are_hugging_face_s():
     model = make_model("llama-tied-9-3-heads")
-    names = [name for name, _ in table.export(model, registry.family_of(model).weights)]
+    names = [name for name, _ in table.export(model, model.weights)]
     assert sorted(name for name in names if ".layers." not in name) == [
         "model.embed_tokens.weight",
         "model.norm.weight",
@@ -103,7 +103,7 @@ def test_older_spellings_of_gemma_load_and_its_vision_tower_is_left_alone(tmp_pa
     model = make_model("gemma3")
     family = registry.family_of(model)
     prefix = "language_model."
-    tensors = [(prefix + name, array) for name, array in table.export(model, family.weights)]
+    tensors = [(prefix + name, array) for name, array in table.export(model, model.weights)]
     tensors += [("vision_tower.vision_model.post_layernorm.weight", np.zeros(4, np.float32))]
     write_folder(tmp_path, tensors)
     text = family.to_hf(model.cfg)

@@ -186,7 +186,7 @@ def load(checkpoint: GgufCheckpoint) -> nnx.Module:
     family = registry.family_of_type(checkpoint.config["model_type"])
     cfg = family.from_hf(checkpoint.config)
     abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
-    return table.load(abstract, checkpoint, family.weights)
+    return table.load(abstract, checkpoint, abstract.weights)
 
 
 def test_a_qwen2_file_is_not_permuted_and_has_biases_and_a_head(tmp_path):

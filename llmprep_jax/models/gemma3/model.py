@@ -117,7 +117,7 @@ class Block(nnx.Module):
 class Model(nnx.Module):
     """Tokens to logits."""
 
-    weights = WEIGHTS
+    weights, stacks = WEIGHTS, ("layers",)
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg

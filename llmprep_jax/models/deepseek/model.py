@@ -1,0 +1,243 @@
+"""DeepSeek-V2 (2405.04434) and V3 (2412.19437): latent attention, then a mixture of experts.
+
+x <- x + MLA(RMSNorm(x)); x <- x + FFN(RMSNorm(x)), where the FFN is a SwiGLU in the first layers
+and shared and routed experts in the others (V3, sections 2.1.1 and 2.1.2). After the last norm, D
+modules predict further tokens one after the other (section 2.2). The one thing a reader would get
+wrong: layers of the two kinds are two stacks, and a layer's number in a checkpoint, and its slot in
+the cache, count both.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llmprep_jax.models.deepseek import weights
+from llmprep_jax.models.deepseek.config import Config
+from llmprep_jax.nn.attention import Tokens, place_tokens
+from llmprep_jax.nn.balance import Load
+from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.linear import Einsum, Embed, Head
+from llmprep_jax.nn.mla import MLA
+from llmprep_jax.nn.mlp import GatedMlp
+from llmprep_jax.nn.moe import MoE
+from llmprep_jax.nn.norm import RMSNorm
+from llmprep_jax.nn.rope import rope_angles, rope_frequencies
+from llmprep_jax.nn.stack import scan, stack, take
+from llmprep_jax.types import Array, Bool, Float, Int
+
+Rope = tuple[Array, Array]
+
+
+class Output(NamedTuple):
+    """Logits [B, T, V] in float32, and the cache if one was given."""
+
+    logits: Array
+    cache: KVCache | None = None
+
+
+class Block(nnx.Module):
+    """One decoder layer, with experts or without."""
+
+    def __init__(self, cfg: Config, is_moe: bool, *, rngs: nnx.Rngs):
+        kind = dict(compute=cfg.compute, rngs=rngs)
+        self.attn_norm, self.mlp_norm = _norm(cfg, rngs), _norm(cfg, rngs)
+        self.attn = MLA(
+            cfg.dim,
+            cfg.num_heads,
+            nope_dim=cfg.nope_dim,
+            rope_dim=cfg.rope_dim,
+            value_dim=cfg.value_dim,
+            kv_rank=cfg.kv_rank,
+            q_rank=cfg.q_rank,
+            rope_scaling=cfg.rope_scaling,
+            interleaved=cfg.rope_interleaved,
+            **kind,
+        )
+        if is_moe:
+            sizes = (cfg.dim, cfg.expert_dim, cfg.num_shared, cfg.routing)
+            sent = dict(transport=cfg.transport, capacity_factor=cfg.capacity_factor)
+            self.mlp = MoE(*sizes, balance=cfg.balance, **sent, **kind)
+        else:
+            self.mlp = GatedMlp(cfg.dim, cfg.mlp_dim, **kind)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        tokens: Tokens,
+        rope: Rope,
+        cache: KVCache | None = None,
+        layer: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, Load | None]:
+        """What follows the layer, the cache, and the load of its experts if it has any."""
+        h_BTD, cache = self.attn(self.attn_norm(x_BTD), tokens, rope, cache, layer)
+        x_BTD = x_BTD + h_BTD
+        h_BTD = self.mlp_norm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            segments_BT = tokens.segments_BT
+            h_BTD, load = self.mlp(h_BTD, None if segments_BT is None else segments_BT > 0)
+            return x_BTD + h_BTD, cache, load
+        return x_BTD + self.mlp(h_BTD), cache, None
+
+
+class MTP(nnx.Module):
+    """One multi-token prediction module (V3, section 2.2, eq. 21 to 23).
+
+    The embedding and the output head are the main model's. The released weights take the embedding
+    first and the hidden state second, other than the paper's figure.
+    """
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        self.embed_norm, self.hidden_norm, self.norm = [_norm(cfg, rngs) for _ in range(3)]
+        self.proj = Einsum(
+            "BTI,ID->BTD",
+            (2 * cfg.dim, cfg.dim),
+            (None, "embed"),
+            ("batch", "seq", "embed"),
+            compute=cfg.compute,
+            rngs=rngs,
+        )
+        self.block = Block(cfg, is_moe=True, rngs=rngs)
+
+    def __call__(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        next_BTD: Float[Array, "B T D"],
+        tokens: Tokens,
+        rope: Rope,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, Load]:
+        """Hidden states, to be unembedded, of one token further than `next`.
+
+        Args:
+          hidden_BTD: of the model or of the module before, after its last norm.
+          next_BTD: embeddings of the tokens that came after those.
+        """
+        pair = [self.embed_norm(next_BTD), self.hidden_norm(hidden_BTD)]
+        x_BTD = self.proj(jnp.concatenate(pair, axis=-1))
+        x_BTD, cache, load = self.block(x_BTD, tokens, rope, cache)
+        return self.norm(x_BTD), cache, load
+
+
+def _norm(cfg: Config, rngs: nnx.Rngs) -> RMSNorm:
+    return RMSNorm(cfg.dim, eps=cfg.norm_eps, param_dtype=cfg.compute.param_dtype, rngs=rngs)
+
+
+class Model(nnx.Module):
+    """Tokens to logits."""
+
+    stacks = ("dense_layers", "moe_layers")
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed = Embed(cfg.vocab_size, cfg.dim, compute=cfg.compute, rngs=rngs)
+        num_moe = sum(cfg.is_moe)
+        num_dense = cfg.num_layers - num_moe
+
+        def layers(is_moe: bool, number: int) -> nnx.Module | None:
+            make = functools.partial(Block, cfg, is_moe)
+            return stack(make, number, rngs=rngs) if number else None
+
+        self.dense_layers, self.moe_layers = layers(False, num_dense), layers(True, num_moe)
+        self.norm = _norm(cfg, rngs)
+        make_head = functools.partial(Head, cfg.dim, cfg.vocab_size, compute=cfg.compute)
+        self.head = None if cfg.tie_embeddings else make_head(rngs=rngs)
+        self.mtp = nnx.List([MTP(cfg, rngs=rngs) for _ in range(cfg.num_mtp)])
+
+    @property
+    def weights(self) -> dict[str, tuple[str, str]]:
+        """The table of tensor names."""
+        return weights.table(self.cfg)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Output:
+        """Logits of the token after each token.
+
+        Args:
+          tokens: ids.
+          positions: of each token in its document; by default counted from 0, or on from the cache.
+          segment_ids: documents of a packed row, from 1 on; 0 is padding.
+          mask: True for real tokens; an alternative to `segment_ids` for padded rows.
+          cache: from `init_cache` or an earlier call; the tokens come after what it holds.
+        """
+        x_BTD, cache = self.features(
+            tokens, positions=positions, segment_ids=segment_ids, mask=mask, cache=cache
+        )
+        return Output(self.unembed(x_BTD), cache)
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """The final hidden states, after the last norm; arguments as `__call__`."""
+        place, cache = place_tokens(tokens, positions, segment_ids, mask, cache)
+        x_BTD, cache, _ = self.run(tokens, place, cache)
+        return x_BTD, None if cache is None else cache.end()
+
+    def run(
+        self, tokens_BT: Int[Array, "B T"], place: Tokens, cache: KVCache | None = None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, Load]:
+        """The final hidden states, the cache, and the load of each layer that has experts."""
+        cfg, rope = self.cfg, self.rope(place)
+
+        def step(block, carry, layer, slot):
+            x_BTD, cache, loads = carry
+            x_BTD, cache, load = block(x_BTD, place, rope, cache, layer)
+            if load is not None:
+                loads = jax.tree.map(lambda all, one: all.at[slot].set(one), loads, load)
+            return x_BTD, cache, loads
+
+        num_moe = sum(cfg.is_moe)
+        counts = jnp.zeros((num_moe, cfg.routing.num_experts))
+        carry = self.embed(tokens_BT), cache, Load(counts, jnp.zeros(num_moe), jnp.zeros(num_moe))
+        done = {True: 0, False: 0}
+        for is_moe, numbers in cfg.runs:
+            slots = np.arange(done[is_moe], done[is_moe] + len(numbers))
+            layers = self.moe_layers if is_moe else self.dense_layers
+            layers = take(layers, done[is_moe], done[is_moe] + len(numbers))
+            carry = scan(step, layers, carry, np.array(numbers), slots, compute=cfg.compute)
+            done[is_moe] += len(numbers)
+        x_BTD, cache, loads = carry
+        return self.norm(x_BTD), cache, loads
+
+    def rope(self, place: Tokens) -> Rope:
+        """cos and sin of the tokens' positions."""
+        cfg = self.cfg
+        frequencies = rope_frequencies(cfg.rope_dim, cfg.rope_base, cfg.rope_scaling)
+        return rope_angles(place.positions_BT, *frequencies)
+
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Hidden states to logits, float32."""
+        return self.embed.unembed(x_BTD) if self.head is None else self.head(x_BTD)
+
+    def init_cache(
+        self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
+    ) -> KVCache:
+        """An empty cache for `max_len` tokens a row, of kv_rank + rope_dim numbers a layer."""
+        cfg = self.cfg
+        layers = self.dense_layers if self.moe_layers is None else self.moe_layers
+        return KVCache.create(
+            cfg.num_layers,
+            batch_size,
+            max_len,
+            num_kv_heads=1,
+            head_dim=cfg.kv_rank + cfg.rope_dim,
+            value_dim=0,
+            dtype=dtype or cfg.compute.dtype,
+            per_layer=isinstance(layers, nnx.List),
+        )

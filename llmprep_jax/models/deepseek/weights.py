@@ -1,0 +1,92 @@
+"""Names of DeepSeek-V2's and V3's tensors in Hugging Face checkpoints.
+
+Layers with and without experts are two stacks, so the table lists which numbers each holds; experts
+are stored one by one and stacked here. The one thing a reader would get wrong: a multi-token
+prediction module is stored as one more layer, with copies of the embedding and the head that are
+the main model's.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from llmprep_jax.models.deepseek.config import Config
+
+_ATTENTION = {
+    "attn_norm.scale": ("input_layernorm.weight", "d -> d"),
+    "attn.q_a.w": ("self_attn.q_a_proj.weight", "q d -> d q"),
+    "attn.q_norm.scale": ("self_attn.q_a_layernorm.weight", "q -> q"),
+    "attn.q_b.w": ("self_attn.q_b_proj.weight", "(n h) q -> q n h"),
+    "attn.kv_a.w": ("self_attn.kv_a_proj_with_mqa.weight", "c d -> d c"),
+    "attn.kv_norm.scale": ("self_attn.kv_a_layernorm.weight", "c -> c"),
+    "attn.kv_b.w": ("self_attn.kv_b_proj.weight", "(n h) c -> c n h"),
+    "attn.o.w": ("self_attn.o_proj.weight", "d (n h) -> n h d"),
+    "mlp_norm.scale": ("post_attention_layernorm.weight", "d -> d"),
+}
+_MLP = {
+    "gate.w": ("gate_proj.weight", "f d -> d f"),
+    "up.w": ("up_proj.weight", "f d -> d f"),
+    "down.w": ("down_proj.weight", "d f -> f d"),
+}
+
+
+def _below(path: str, name: str, rows: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    return {f"{path}.{ours}": (f"{name}.{theirs}", way) for ours, (theirs, way) in rows.items()}
+
+
+_DENSE = {**_ATTENTION, **_below("mlp", "mlp", _MLP)}
+_MOE = {
+    **_ATTENTION,
+    "mlp.router.w": ("mlp.gate.weight", "e d -> d e"),
+    "mlp.router.bias": ("mlp.gate.e_score_correction_bias", "e -> e"),
+    **_below("mlp.experts", "mlp.experts.{e}", _MLP),
+    **_below("mlp.shared", "mlp.shared_experts", _MLP),
+}
+_MTP = {
+    "embed_norm.scale": ("enorm.weight", "d -> d"),
+    "hidden_norm.scale": ("hnorm.weight", "d -> d"),
+    "proj.w": ("eh_proj.weight", "d i -> i d"),
+    "norm.scale": ("shared_head.norm.weight", "d -> d"),
+}
+
+
+def table(cfg: Config) -> dict[str, tuple[str, str]]:
+    """The table of a model with these layers."""
+    layers = range(cfg.num_layers)
+    dense = [layer for layer in layers if not cfg.is_moe[layer]]
+    moe = [layer for layer in layers if cfg.is_moe[layer]]
+    mtp = range(cfg.num_layers, cfg.num_layers + cfg.num_mtp)
+    without_q_rank = {"attn.q_b.w": ("self_attn.q_proj.weight", "(n h) d -> d n h")}
+    fixes = without_q_rank if cfg.q_rank is None else {}
+    return {
+        "embed.w": ("model.embed_tokens.weight", "v d -> v d"),
+        **_below("dense_layers", _layer(dense), _DENSE | fixes),
+        **_below("moe_layers", _layer(moe), _MOE | fixes),
+        **_below("mtp", _layer(mtp), _MTP),
+        **_below("mtp.block", _layer(mtp), _MOE | fixes),
+        "norm.scale": ("model.norm.weight", "d -> d"),
+        "head.w": ("lm_head.weight", "v d -> d v"),
+    }
+
+
+def _layer(numbers: Sequence[int]) -> str:
+    return f"model.layers.{{l:{','.join(map(str, numbers))}}}"
+
+
+def ignored(cfg: Config) -> tuple[str, ...]:
+    """Regexes of tensors that the model does without: copies, and modules that it has not."""
+    held = range(cfg.num_layers, cfg.num_layers + cfg.num_mtp)
+    others = range(held.stop, held.stop + 8)
+    layers = {layer: r"(embed_tokens|shared_head\.head)\.weight$" for layer in held}
+    layers |= dict.fromkeys(others, "")
+    # transformers stores shared experts of no width where there are none
+    none = () if cfg.num_shared else (r"\.mlp\.shared_experts\.",)
+    return (*(rf"^model\.layers\.{layer}\.{rest}" for layer, rest in layers.items()), *none)
+
+
+def settle(cfg: Config, names: Sequence[str]) -> Config:
+    """The Config of a checkpoint: without multi-token prediction if it holds none.
+
+    transformers writes that there is a module, and leaves it out.
+    """
+    held = {name.split(".")[2] for name in names if name.endswith(".eh_proj.weight")}
+    return cfg if held else dataclasses.replace(cfg, num_mtp=0)

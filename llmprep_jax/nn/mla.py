@@ -1,0 +1,178 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1; its equations 9 to 19 and 37 to 47).
+
+Keys and values of all heads come out of one latent of C numbers a token, beside a rotary key of R
+that the heads share; only these C + R are cached. Three equal forms: naive (keys and values of
+every head, as in multi-head attention), absorbed (the up-projection of keys moved into the queries
+and that of values behind the softmax, so that all heads attend to the latents themselves), and
+either of them over the cache. The one thing a reader would get wrong: YaRN's temperature enters the
+softmax scale squared, and not the angles, where both of its mscales are equal.
+
+Letters of this file: C key/value latent, Q query latent, R rotary width, U value head width, Z what
+is cached of a token (C + R); H is the width of a head's part without rotation.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from llmprep_jax.nn.attention import Tokens, attend, attend_in_order, visible
+from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.norm import RMSNorm
+from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.rope import RopeScaling, apply_rope, yarn_mscale
+from llmprep_jax.types import Array, Float, Int
+
+LATENT_NORM_EPS = 1e-6  # of the two norms of latents, whatever the config says of the others
+
+
+class MLA(nnx.Module):
+    """Multi-head latent attention.
+
+    Args:
+      dim: D. num_heads: N. nope_dim: H. rope_dim: R. value_dim: U. kv_rank: C.
+      q_rank: Q; None projects queries in one step (V2-Lite).
+      rope_scaling: of the rotary part; its temperature enters the softmax scale.
+      interleaved: whether rotary pairs are neighbours, as released.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        nope_dim: int,
+        rope_dim: int,
+        value_dim: int,
+        kv_rank: int,
+        q_rank: int | None,
+        rope_scaling: RopeScaling | None = None,
+        interleaved: bool = True,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        self.nope_dim, self.rope_dim, self.value_dim = nope_dim, rope_dim, value_dim
+        self.kv_rank, self.interleaved, self.dtype = kv_rank, interleaved, jnp.dtype(compute.dtype)
+        self.scale = (nope_dim + rope_dim) ** -0.5 * _temperature(rope_scaling) ** 2
+        kind: dict[str, Any] = dict(compute=compute, rngs=rngs)
+
+        def norm(size: int) -> RMSNorm:
+            param_dtype = compute.param_dtype
+            return RMSNorm(size, eps=LATENT_NORM_EPS, param_dtype=param_dtype, rngs=rngs)
+
+        def up(rank: int, axis: str, head_dim: int) -> Einsum:
+            shape, out = (rank, num_heads, head_dim), ("batch", "seq", "heads", "head")
+            return Einsum("BTC,CNH->BTNH", shape, (axis, "heads", "head"), out, **kind)
+
+        def down(size: int) -> Einsum:
+            axes, out = ("embed", "latent"), ("batch", "seq", "latent")
+            return Einsum("BTD,DC->BTC", (dim, size), axes, out, **kind)
+
+        self.q_a = None if q_rank is None else down(q_rank)
+        self.q_norm = None if q_rank is None else norm(q_rank)
+        q_in = (dim, "embed") if q_rank is None else (q_rank, "latent")
+        self.q_b = up(*q_in, nope_dim + rope_dim)
+        self.kv_a, self.kv_norm = down(kv_rank + rope_dim), norm(kv_rank)
+        self.kv_b = up(kv_rank, "latent", nope_dim + value_dim)
+        self.o = Einsum(
+            "BTNH,NHD->BTD",
+            (num_heads, value_dim, dim),
+            ("heads", "head", "embed"),
+            ("batch", "seq", "embed"),
+            **kind,
+        )
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        tokens: Tokens,
+        rope: tuple[Array, Array],
+        cache: KVCache | None = None,
+        layer: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Attends within `x_BTD`, or over `cache` with x's latents written into it first.
+
+        Args:
+          tokens: positions and segments of x.
+          rope: cos and sin of x's positions.
+          cache: latents so far, as keys of one head without values; `begin` was called on it.
+          layer: which layer's slots of the cache are meant.
+        """
+        q_BTNH, q_BTNR = self.queries(x_BTD, rope)
+        z_BTZ = self.latents(x_BTD, rope)
+        if cache is None:
+            k_BNTH, v_BNTU = self.expand(z_BTZ)
+            q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
+            options = dict(scale=self.scale, dtype=self.dtype)
+            return self.o(attend_in_order(q_BTNH, k_BNTH, v_BNTU, tokens, **options)), None
+        z_B1TZ = z_BTZ[:, None]
+        cache, z_B1SZ, _, slots = cache.update(layer, z_B1TZ, z_B1TZ[..., :0])
+        seen_BTS = visible(tokens, Tokens(*slots))
+        return self.attend(q_BTNH, q_BTNR, z_B1SZ[:, 0].astype(x_BTD.dtype), seen_BTS), cache
+
+    def queries(self, x_BTD: Float[Array, "B T D"], rope: tuple[Array, Array]) -> tuple:
+        """(q_BTNH, q_BTNR): the parts of every head's query without and with rotation."""
+        x_BTQ = x_BTD if self.q_a is None else self.q_norm(self.q_a(x_BTD))
+        q_BTNH, q_BTNR = jnp.split(self.q_b(x_BTQ), [self.nope_dim], axis=-1)
+        return q_BTNH, apply_rope(q_BTNR, *rope, interleaved=self.interleaved)
+
+    def latents(self, x_BTD: Float[Array, "B T D"], rope: tuple[Array, Array]) -> Array:
+        """What is cached of each token, [B, T, C + R]: its normed latent and its rotated key."""
+        c_BTC, k_BTR = jnp.split(self.kv_a(x_BTD), [self.kv_rank], axis=-1)
+        k_BT1R = apply_rope(k_BTR[:, :, None], *rope, interleaved=self.interleaved)
+        return jnp.concatenate([self.kv_norm(c_BTC), k_BT1R[:, :, 0]], axis=-1)
+
+    def attend(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        q_BTNR: Float[Array, "B T N R"],
+        z_BSZ: Float[Array, "B S Z"],
+        seen_BTS: Array,
+        *,
+        absorbed: bool | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Attention over latents and the output projection; None takes the cheaper form."""
+        options = dict(scale=self.scale, dtype=self.dtype)
+        if absorbed is None:
+            absorbed = self.absorbed_is_cheaper(q_BTNH.shape[1], z_BSZ.shape[1])
+        if not absorbed:
+            k_BNSH, v_BNSU = self.expand(z_BSZ)
+            q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
+            return self.o(attend(q_BTNH, k_BNSH, v_BNSU, seen_BTS, **options))
+        w_CNH, w_CNU = jnp.split(self.kv_b.weight().astype(self.dtype), [self.nope_dim], axis=-1)
+        into_latents = dict(preferred_element_type=jnp.float32)
+        q_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_BTNH.astype(self.dtype), w_CNH, **into_latents)
+        q_BTNZ = jnp.concatenate([q_BTNC.astype(q_BTNR.dtype), q_BTNR], axis=-1)
+        k_B1SZ, v_B1SC = z_BSZ[:, None], z_BSZ[:, None, :, : self.kv_rank]
+        o_BTNC = attend(q_BTNZ, k_B1SZ, v_B1SC, seen_BTS, **options).astype(self.dtype)
+        o_BTNU = jnp.einsum("BTNC,CNU->BTNU", o_BTNC, w_CNU, **into_latents)
+        return self.o(o_BTNU.astype(q_BTNR.dtype))
+
+    def expand(self, z_BSZ: Float[Array, "B S Z"]) -> tuple[Array, Array]:
+        """(k_BNSZ, v_BNSU): every head's keys, H + R wide, and values, out of latents."""
+        c_BSC, k_BSR = jnp.split(z_BSZ, [self.kv_rank], axis=-1)
+        k_BSNH, v_BSNU = jnp.split(self.kv_b(c_BSC), [self.nope_dim], axis=-1)
+        k_BSNR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSNH.shape[:3], self.rope_dim))
+        k_BSNH = jnp.concatenate([k_BSNH, k_BSNR.astype(k_BSNH.dtype)], axis=-1)
+        return k_BSNH.swapaxes(1, 2), v_BSNU.swapaxes(1, 2)
+
+    def absorbed_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
+        """Whether T queries over S keys take fewer products absorbed than naive.
+
+        For each head, naive: S C (H + U) to expand the keys and T S (H + R + U) to attend;
+        absorbed: T C (H + U) and T S (2 C + R). At release sizes that is up to 170 queries.
+        """
+        T, S, C, H, R, U = num_queries, num_keys, self.kv_rank, *self._widths()
+        naive, absorbed = S * C * (H + U), T * C * (H + U)
+        return absorbed + T * S * (2 * C + R) < naive + T * S * (H + R + U)
+
+    def _widths(self) -> tuple[int, int, int]:
+        return self.nope_dim, self.rope_dim, self.value_dim
+
+
+def _temperature(scaling: RopeScaling | None) -> float:
+    """m of the softmax scale m^2 / sqrt(H + R), from YaRN's mscale_all_dim."""
+    if scaling is None or not scaling.mscale_all_dim:
+        return 1.0
+    return yarn_mscale(scaling.factor, scaling.mscale_all_dim)
