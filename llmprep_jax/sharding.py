@@ -25,9 +25,9 @@ MeshAxes = str | tuple[str, ...] | None
 class ShardingRules:
     """Which mesh axes each logical axis is laid over; None replicates."""
 
-    batch: MeshAxes = ("data", "fsdp")
+    batch: MeshAxes = ("data", "fsdp", "expert")
     seq: MeshAxes = None
-    embed: MeshAxes = "fsdp"
+    embed: MeshAxes = ("fsdp", "expert")
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     head: MeshAxes = None
@@ -82,6 +82,14 @@ def use_mesh(mesh: jax.sharding.Mesh | None, rules: ShardingRules | None = None)
 def has_mesh() -> bool:
     """True where a mesh is in force."""
     return not jax.sharding.get_abstract_mesh().empty
+
+
+def platform() -> str | None:
+    """Platform of the devices in force: "cpu", "gpu", "tpu"; None where a mesh has no devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend()
+    return None if mesh.abstract_device is None else mesh.abstract_device.platform
 
 
 def spec(*axes: str | None, shape: Sequence[int] | None = None) -> jax.P | None:

@@ -1,62 +1,69 @@
 """Experts on several devices: tokens go to where their experts are, and the results come back.
 
-A token of a mixture of experts is computed by A of E experts. Their weights lie over the expert
-axis of the mesh, the tokens over every batch axis, that one included, so copies of tokens change
-devices twice a layer. `run_experts` does that in one `jax.shard_map`; what crosses the network is
-up to a transport (`TRANSPORTS`):
+Each token of a mixture of experts is computed by A of E experts. Experts lie over the expert axis
+of the mesh and tokens over every batch axis, that one included, so copies of tokens change devices
+twice a layer. `run_experts` does it all in one `jax.shard_map`; what crosses the network is up to
+a transport:
 
-    ragged    each copy to its expert's device by `ragged_all_to_all`, dropless (TPU)
-    emulated  the same, with that collective written out for backends that lack it (CPU)
-    ring      all tokens to all devices, which sum what their own experts make of them (GPU)
-    capacity  `all_to_all` of a fixed number of rows for each expert; what is over is dropped
+    ragged    each copy to its expert's device, by `ragged_all_to_all` (TPU)
+    emulated  the same with that collective written out, for backends without it (CPU)
+    ring      all tokens to all devices, which add up what their own experts make of them (GPU)
+    capacity  `all_to_all` of a fixed number of rows for each expert; what is over may be dropped
 
-The one thing a reader would get wrong: the A experts of a token are distinct, as those of a top-k
-are, and the buffers are sized for that: a device of E/n experts gets at most min(A, E/n) copies of
-a token.
+Tokens that are not split over the expert axis (a decode step of few rows) need none: each device
+runs its own experts on them and a sum over the axis adds up. The one thing a reader would get
+wrong: the A experts of a token are distinct, as those of a top-k are, and buffers are sized for
+that: a device of E/n experts gets at most min(A, E/n) copies of a token.
+
+Letters: M tokens of a device, A experts of a token (one copy each), R rows sorted by expert, E
+experts, C rows for an expert, I sending and J receiving devices.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from llmprep_jax.sharding import has_mesh, sharding_of, spec
+from llmprep_jax.nn.routes import combine, gather_rows, place_in_slots, sort_copies, undo
+from llmprep_jax.sharding import has_mesh, platform, spec
 from llmprep_jax.types import Array, Float, Int
 
-# (rows sorted by expert, rows of each expert, weights of the experts) -> rows
+# (rows_RD, sizes_E, params) -> rows_RD
 Apply = Callable[[Array, Array, Any], Array]
-_TOKENS = ("batch", "seq", None)
-_DEFAULTS = {"cpu": "emulated", "gpu": "ring", "cuda": "ring", "rocm": "ring", "tpu": "ragged"}
 
 
 class Experts(NamedTuple):
-    """The experts of one device, and how to run them.
+    """The experts of one device.
 
     Attributes:
-      apply: what runs them.
-      params: their weights, each with a leading expert dimension.
-      num_local: how many there are.
-      axis: mesh axes that the experts lie over; None if each device has all of them.
-      num_slots: rows that a device sends to each expert, for "capacity".
+      apply: runs them on rows that are sorted by expert.
+      params: their weights.
+      count: how many they are.
+      axis: the mesh axes that experts lie over; None if one device has them all.
+      capacity_factor: of "capacity".
     """
 
     apply: Apply
     params: Any
-    num_local: int
+    count: int
     axis: str | tuple[str, ...] | None
-    num_slots: int
+    capacity_factor: float | None
 
 
+@runtime_checkable
 class Transport(Protocol):
-    """Computes this device's tokens with the experts of all devices along `experts.axis`."""
+    """Has a device's tokens computed by the experts of all devices along `experts.axis`.
+
+    Every device calls it with as many tokens. Returns the weighted sums in float32, and how many
+    copies of this device's tokens were dropped.
+    """
 
     def __call__(
         self, x_MD: Array, experts_MA: Array, weights_MA: Array, experts: Experts
-    ) -> tuple[Array, Array | int]:
-        """(weighted sums in float32, number of copies of these tokens that were dropped)."""
+    ) -> tuple[Array, Array | int]: ...
 
 
 def run_experts(
@@ -71,33 +78,193 @@ def run_experts(
     transport: str | None = None,
     capacity_factor: float | None = None,
 ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
-    """y = sum over a of weights_a * expert_a(x), summed in float32.
+    """y = sum over a of weights_a expert_a(x), summed in float32.
 
     Args:
-      experts_BTA: the A experts of each token, all different.
+      experts_BTA: the experts of each token, all different.
       params: weights of the experts, a pytree of arrays whose first dimension is E.
-      axes: tree of the same structure, of tuples of logical axes, the first of which is "expert".
-        A dimension called "mlp" stays sharded, and results are summed over its shards.
-      apply: (rows_MD, sizes_E, params) -> rows_MD, for rows that are sorted by expert; it gets the
-        experts and "mlp" columns of one device. Rows beyond the sum of sizes do not count.
+      axes: the same tree of tuples of logical axes, of which the first is "expert". Dimensions
+        called "mlp" stay sharded, and the results are summed over their shards; others are whole.
+      apply: (rows_RD, sizes_E, params) -> rows_RD for the experts of one device, on rows sorted by
+        expert; what it makes of rows beyond the sum of sizes, which are zeros, does not count.
       transport: a name in `TRANSPORTS`; the default goes by the platform of the mesh's devices.
-      capacity_factor: for "capacity": rows for each expert as a multiple of an even load; None
-        makes room for every copy.
+      capacity_factor: for "capacity", the rows that a device may send to an expert, as a multiple
+        of an even load; None: as many as it has tokens, so that nothing is dropped.
 
     Returns:
-      y in x's dtype and sharding, and how many copies of tokens were dropped.
+      y in x's dtype, sharded as ("batch", "seq", "embed"); and how many copies of tokens were
+      dropped.
 
     Raises:
       ValueError: an unknown transport, or experts that the expert axis does not divide.
     """
-    B, T, D = x_BTD.shape
-    x = x_BTD.reshape(-1, D)
-    ids = experts_BTA.reshape(-1)
-    w = weights_BTA.reshape(-1)
-    A = experts_BTA.shape[-1]
-    order = jnp.argsort(ids, stable=True)
-    sizes = jnp.bincount(ids, length=num_experts).astype(jnp.int32)
-    y = apply(x[order // A], sizes, params)
-    y = y.astype(jnp.float32) * w[order][:, None]
-    out = jnp.zeros((B * T, D)).at[order // A].add(y)
-    return out.reshape(B, T, D).astype(x_BTD.dtype), jnp.int32(0)
+    send = _find_transport(transport)
+    if not has_mesh():
+        experts = Experts(apply, params, num_experts, None, capacity_factor)
+        return _run_tokens(_run_own, x_BTD, experts_BTA, weights_BTA, experts)
+    tokens, axis = spec("batch", "seq", None, shape=x_BTD.shape), spec("expert")[0]
+    split, across = _names(tokens), _names(jax.P(axis))
+    assert across <= split or not across & split, "tokens lie over a part of the expert axes"
+    specs = jax.tree.map(functools.partial(_weight_spec, split), params, axes)
+    varying = split.union(across, *map(_names, jax.tree.leaves(specs)))
+    count, send = _count(num_experts, across), send if across & split else _run_own
+
+    def run(*operands):
+        x_BTD, experts_BTA, weights_BTA, params = _vary(operands, varying)
+        experts = Experts(apply, params, count, axis, capacity_factor)
+        y_BTD, dropped = _run_tokens(send, x_BTD, experts_BTA, weights_BTA, experts)
+        # of tensor-parallel experts, or of all experts of the axis if tokens are not split over it
+        y_BTD = jax.lax.psum(y_BTD, tuple(varying - split)).astype(x_BTD.dtype)
+        return y_BTD, jax.lax.psum(dropped, tuple(varying)) // _ways(varying - split)
+
+    arrays = [jax.reshard(z, tokens) for z in (x_BTD, experts_BTA, weights_BTA)]
+    # whole but for experts and "mlp"; the gradient comes back in the layout of the parameter
+    params = jax.tree.map(jax.reshard, params, specs)
+    in_specs, out_specs = (tokens, tokens, tokens, specs), (tokens, jax.P())
+    y_BTD, dropped = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs)(*arrays, params)
+    return jax.reshard(y_BTD, spec("batch", "seq", "embed", shape=x_BTD.shape)), dropped
+
+
+def _find_transport(name: str | None) -> Transport:
+    name = name or _DEFAULTS.get(platform(), "ring")
+    if name not in TRANSPORTS:
+        raise ValueError(f"unknown transport {name!r}; they are {', '.join(TRANSPORTS)}")
+    return TRANSPORTS[name]
+
+
+def _count(num_experts: int, across: frozenset[str]) -> int:
+    """Experts of one device."""
+    ways = _ways(across)
+    if num_experts % ways:
+        raise ValueError(f"{num_experts} experts do not divide over {ways} devices of a mesh")
+    return num_experts // ways
+
+
+def _ways(names: frozenset[str]) -> int:
+    """The number of devices along mesh axes."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+
+
+def _weight_spec(split: frozenset[str], w: Array, axes: tuple[str | None, ...]) -> jax.P:
+    """How a weight goes into the dispatch: experts and "mlp" over devices, the rest whole."""
+    kept = [axis if axis in ("expert", "mlp") else None for axis in axes]
+    first, *rest = spec(*kept, shape=w.shape)
+    # an axis that tokens are split over cannot split what is summed for each token
+    return jax.P(first, *[None if _names(jax.P(dim)) & split else dim for dim in rest])
+
+
+def _names(dims: jax.P) -> frozenset[str]:
+    """The mesh axes in a PartitionSpec."""
+    return frozenset(jax.tree.leaves(tuple(dims)))
+
+
+def _vary(operands: Any, axes: frozenset[str]) -> Any:
+    """Marks what is alike on devices along axes as if it varied, so that gradients are summed."""
+
+    def mark(x):
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, operands)
+
+
+def _run_tokens(send: Transport, x_BTD, experts_BTA, weights_BTA, experts: Experts):
+    flat = [z.reshape(-1, z.shape[-1]) for z in (x_BTD, experts_BTA, weights_BTA)]
+    y_MD, dropped = send(*flat, experts)
+    return y_MD.reshape(x_BTD.shape), dropped
+
+
+def _run_own(x_MD, experts_MA, weights_MA, experts):
+    """What this device's experts make of tokens that are all here."""
+    first = 0 if experts.axis is None else jax.lax.axis_index(experts.axis) * experts.count
+    num_rows = len(x_MD) * min(experts_MA.shape[1], experts.count)
+    routes = sort_copies(experts_MA - first, experts.count, num_rows)
+    y_RD = experts.apply(gather_rows(x_MD, routes), routes.sizes_E, experts.params)
+    return combine(y_RD, weights_MA, routes), _none_of(experts_MA)
+
+
+def _run_ring(x_MD, experts_MA, weights_MA, experts):
+    gather = functools.partial(jax.lax.all_gather, axis_name=experts.axis, tiled=True)
+    y, dropped = _run_own(gather(x_MD), gather(experts_MA), gather(weights_MA), experts)
+    return jax.lax.psum_scatter(y, experts.axis, tiled=True), dropped
+
+
+def _run_capacity(x_MD, experts_MA, weights_MA, experts):
+    num_devices, (num_tokens, num_active) = jax.lax.axis_size(experts.axis), experts_MA.shape
+    num_experts, factor = num_devices * experts.count, experts.capacity_factor
+    num_slots = num_tokens
+    if factor is not None:
+        even = num_tokens * num_active / num_experts
+        num_slots = min(num_slots, math.ceil(factor * even))
+    swap = functools.partial(
+        jax.lax.all_to_all, axis_name=experts.axis, split_axis=0, concat_axis=0, tiled=True
+    )
+    routes = place_in_slots(experts_MA, num_experts, num_slots)
+    taken_IE = swap(routes.sizes_E).reshape(num_devices, experts.count, 1)
+    ids_IEC = jnp.arange(experts.count)[:, None]
+    ids_IEC = jnp.where(jnp.arange(num_slots) < taken_IE, ids_IEC, experts.count)
+    y_RD = swap(_run_arrived(swap(gather_rows(x_MD, routes)), ids_IEC.reshape(-1), experts))
+    return combine(y_RD, weights_MA, routes), experts_MA.size - routes.sizes_E.sum()
+
+
+def _run_arrived(x_RD, experts_R, experts):
+    """Runs experts on rows in the order in which they came; those of no expert are empty."""
+    routes = sort_copies(experts_R[:, None], experts.count, len(x_RD))
+    y_RD = experts.apply(gather_rows(x_RD, routes), routes.sizes_E, experts.params)
+    return gather_rows(y_RD, undo(routes))
+
+
+def _run_ragged(x_MD, experts_MA, weights_MA, experts, *, exchange=jax.lax.ragged_all_to_all):
+    num_devices, me = jax.lax.axis_size(experts.axis), jax.lax.axis_index(experts.axis)
+    num_experts = num_devices * experts.count
+    routes = sort_copies(experts_MA, num_experts, experts_MA.size)
+    sizes_IE = jax.lax.all_gather(routes.sizes_E, experts.axis)
+    sizes_IJE = sizes_IE.reshape(num_devices, num_devices, experts.count)
+    sizes_IJ = sizes_IJE.sum(2)
+    starts_IJ = jnp.cumsum(sizes_IJ, 1) - sizes_IJ  # of J's rows among those that I sends
+    places_IJ = jnp.cumsum(sizes_IJ, 0) - sizes_IJ  # of I's rows among those that J receives
+    exchange = functools.partial(exchange, axis_name=experts.axis)
+
+    x_RD = gather_rows(x_MD, routes)
+    num_rows = num_devices * len(x_MD) * min(experts_MA.shape[1], experts.count)
+    room = jnp.zeros_like(x_RD, shape=(num_rows, x_RD.shape[1]))
+    x_RD = exchange(x_RD, room, starts_IJ[me], sizes_IJ[me], places_IJ[me], sizes_IJ[:, me])
+    # from each device rows come sorted by expert
+    ends = jnp.cumsum(sizes_IJE[:, me].reshape(-1))
+    index_R = jnp.searchsorted(ends, jnp.arange(num_rows), side="right")
+    ids_R = jnp.where(index_R < len(ends), index_R % experts.count, experts.count)
+    y_RD = _run_arrived(x_RD, ids_R, experts)
+    room = jnp.zeros_like(y_RD, shape=(experts_MA.size, x_RD.shape[1]))
+    y_RD = exchange(y_RD, room, places_IJ[:, me], sizes_IJ[:, me], starts_IJ[:, me], sizes_IJ[me])
+    return combine(y_RD, weights_MA, routes), _none_of(experts_MA)
+
+
+def _exchange_gathered(
+    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
+):
+    """`jax.lax.ragged_all_to_all`, one slice a device: every device gets everything, and picks."""
+    gather = functools.partial(jax.lax.all_gather, axis_name=axis_name)
+    me, rows_R = jax.lax.axis_index(axis_name), jnp.arange(len(output))
+    froms_I, sizes_I, places_I = [
+        gather(z)[:, me, None] for z in (input_offsets, send_sizes, output_offsets)
+    ]
+    at_IR = rows_R - places_I
+    is_sent_IR = (at_IR >= 0) & (at_IR < sizes_I)
+    devices_I = jnp.arange(len(froms_I))[:, None]
+    index_R = jnp.where(is_sent_IR, devices_I * len(operand) + froms_I + at_IR, 0).sum(0)
+    found_RD = gather(operand, tiled=True)[index_R]
+    return jnp.where(is_sent_IR.any(0)[:, None], found_RD, output)
+
+
+def _none_of(experts_MA):
+    """No dropped copies, as a number that varies over devices as its argument does."""
+    return jnp.zeros_like(experts_MA, shape=())
+
+
+TRANSPORTS: dict[str, Transport] = {
+    "ragged": _run_ragged,
+    "emulated": functools.partial(_run_ragged, exchange=_exchange_gathered),
+    "ring": _run_ring,
+    "capacity": _run_capacity,
+}
+_DEFAULTS = {"cpu": "emulated", "tpu": "ragged", None: "ragged"}  # others: "ring"

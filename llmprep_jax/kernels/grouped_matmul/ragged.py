@@ -1,0 +1,30 @@
+"""Grouped products by `jax.lax.ragged_dot_general`, for backends that have an instruction for it.
+
+The one thing a reader would get wrong: XLA's CPU compiler expands it to the product of all rows
+with every matrix: 1.2 s where `blocks` takes 20 ms (4096 rows, 64 matrices of 512 x 256, float32).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def multiply(
+    x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, w_axis: int, out_dtype: jnp.dtype
+) -> jax.Array:
+    """Rows of each group times its matrix, whose `w_axis` is contracted."""
+    y_MF = _ragged_dot(x_MD, w_EDF.astype(x_MD.dtype), sizes_E, (1, w_axis), [0])
+    is_row_M = jnp.arange(len(x_MD)) < sizes_E.sum()
+    return jnp.where(is_row_M[:, None], y_MF.astype(out_dtype), 0)
+
+
+def accumulate(
+    x_MD: jax.Array, y_MF: jax.Array, sizes_E: jax.Array, out_dtype: jnp.dtype
+) -> jax.Array:
+    """Sum over each group's rows of the outer products of x_m and y_m, [E, D, F]."""
+    return _ragged_dot(x_MD, y_MF, sizes_E, (0, 0), []).astype(out_dtype)
+
+
+def _ragged_dot(lhs, rhs, sizes_E, contracted, group_dims):
+    left, right = contracted
+    dims = jax.lax.RaggedDotDimensionNumbers((((left,), (right,)), ((), ())), [0], group_dims)
+    return jax.lax.ragged_dot_general(lhs, rhs, sizes_E, dims, preferred_element_type=jnp.float32)
