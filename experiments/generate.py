@@ -6,14 +6,17 @@
 The second is a chat: /reset begins anew, /system TEXT sets the system message, /quit or Ctrl-D
 ends. MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. Settings:
 temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, seed, stop (a,b), dtype,
-adapter (a PEFT folder), raw=true (the prompt as it is, without the chat template).
+adapter (a PEFT folder), raw=true (the prompt as it is, without the chat template). The thoughts of
+a model that thinks are shown dim, and a chat does not remember them.
 """
 
 import dataclasses
+import sys
 from typing import Literal
 
 import rich.console
 import rich.prompt
+import rich.style
 from flax import nnx
 from rich.markup import escape
 
@@ -24,6 +27,7 @@ from llmprep_jax.generate.sampler import Sampling
 from llmprep_jax.text.processor import Processor
 
 console = rich.console.Console(highlight=False)
+DIM = rich.style.Style(dim=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +89,24 @@ def user(text: str) -> dict[str, str]:
 
 
 def say(model: nnx.Module, processor: Processor, prompt: str | list, settings: Settings) -> str:
-    """Streams an answer to the terminal and returns it."""
-    pieces = []
-    for piece in lp.generate(model, processor, prompt, stream=True, **settings.generation()):
-        print(piece, end="", flush=True)  # rich would expand tabs and draw :smile: as an emoji
-        pieces.append(piece)
+    """Streams an answer to the terminal, its thoughts dim, and returns it without them."""
+    thoughts, answer = "", ""
+    wanted = settings.generation() | {"stream": True, "reasoning": True}
+    for thought, text in lp.generate(model, processor, prompt, **wanted):
+        before = "<think>\n" if thought and not thoughts else ""
+        after = "\n</think>\n\n" if text and thoughts and not answer else ""
+        # by print: rich would expand tabs and draw :smile: as an emoji
+        print(dim(before + thought + after) + text, end="", flush=True)
+        thoughts, answer = thoughts + thought, answer + text
     print(flush=True)
-    return "".join(pieces)
+    if thoughts and not answer:
+        print("the thoughts did not end; a larger max_new_tokens gives them room", file=sys.stderr)
+    return answer
+
+
+def dim(text: str) -> str:
+    """The text dimmed, where the terminal has styles."""
+    return DIM.render(text) if console.color_system else text
 
 
 def chat(model: nnx.Module, processor: Processor, settings: Settings) -> None:

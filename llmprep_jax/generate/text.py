@@ -1,4 +1,5 @@
-"""Generation from text to text: a processor before and after the engine, stop strings, streaming.
+"""Generation from text to text: a processor before and after the engine, stop strings, streaming,
+thoughts apart from answers.
 
 The one thing a reader would get wrong: a stop string may span tokens, so text is held back while
 its end could still become one.
@@ -11,6 +12,10 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.generate.engine import generate_tokens, stream_tokens
+from llmprep_jax.text.stream import StreamDecoder, overlap
+from llmprep_jax.text.thinking import TAGS, Reply, opens_thought, split_stream, split_thoughts
+
+_TAIL = 32  # tokens at the end of a prompt that surely hold an opening tag, one byte a token
 
 
 def generate(
@@ -20,19 +25,23 @@ def generate(
     images: Any = None,
     *,
     stream: bool = False,
+    reasoning: bool = False,
     max_new_tokens: int = 256,
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
     seed: int = 0,
     **sampling: Any,
-) -> str | list[str] | Iterator[str]:
+) -> str | Reply | list[str] | list[Reply] | Iterator[str] | Iterator[Reply]:
     """The model's answer to a text or a conversation, or a list of answers to a list of them.
 
     Args:
       processor: of the model; makes the tokens and decodes them.
       stream: return an iterator of pieces of text instead (one prompt only).
-      stop: strings that end an answer, or one; they are cut off. stop_ids: ids that do; None: the
-        tokenizer's.
+      reasoning: return a `Reply` (reasoning_content, content) where there were a string, and a
+        stream of them: the thoughts between <think> and </think>, and the answer after them. A
+        piece of a stream is of one or the other. False: the text as the model says it.
+      stop: strings that end an answer, or one, in thoughts too; they are cut off. stop_ids: ids
+        that do; None: the tokenizer's.
       sampling: see `generate_tokens`.
 
     Raises:
@@ -43,18 +52,30 @@ def generate(
     inputs = processor(messages_or_texts, images)
     stop_ids = processor.tokenizer.stop_ids if stop_ids is None else stop_ids
     settings = dict(max_new_tokens=max_new_tokens, stop_ids=stop_ids, seed=seed, **sampling)
+    keep = TAGS if reasoning else ()
+    opened = _opened(processor, inputs) if reasoning else []
     if stream:
         if len(inputs["tokens"]) != 1:
             raise ValueError(f"a stream is of one prompt; got {len(inputs['tokens'])}")
-        return _stream(model, processor, inputs, stop, stop_ids, settings)
+        pieces = _stream(model, inputs, processor.tokenizer.stream(keep=keep), stop, settings)
+        return split_stream(pieces, *opened) if reasoning else pieces
     tokens_BT = np.asarray(generate_tokens(model, **inputs, **settings))
-    texts = [_cut(processor.decode(_until(row, stop_ids)), stop) for row in tokens_BT]
+    rows = [_until(row, stop_ids) for row in tokens_BT]
+    texts = [_cut(processor.tokenizer.decode(row, keep=keep), stop) for row in rows]
+    if reasoning:
+        texts = list(map(split_thoughts, texts, opened))
     return texts[0] if _is_one(messages_or_texts) else texts
 
 
 def _is_one(messages_or_texts: Any) -> bool:
     """A text, or a conversation; not a list of them."""
     return isinstance(messages_or_texts, str) or isinstance(messages_or_texts[0], dict)
+
+
+def _opened(processor: Any, inputs: dict) -> list[bool]:
+    """Which prompts end with an opening tag."""
+    rows = [row[real][-_TAIL:] for row, real in zip(inputs["tokens"], inputs["mask"], strict=True)]
+    return [opens_thought(processor.tokenizer.decode(row, skip_special=False)) for row in rows]
 
 
 def _until(row: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
@@ -76,30 +97,20 @@ def _cut(text: str, stop: tuple[str, ...]) -> str:
 
 
 def _stream(
-    model: nnx.Module, processor: Any, inputs: dict, stop: tuple[str, ...], stop_ids, settings: dict
+    model: nnx.Module, inputs: dict, decoder: StreamDecoder, stop: tuple[str, ...], settings: dict
 ) -> Iterator[str]:
-    decoder, held = processor.tokenizer.stream(), ""
+    held = ""
     for block in stream_tokens(model, **inputs, **settings):
-        row = _until(block[0], stop_ids)
+        row = _until(block[0], settings["stop_ids"])
         held += "".join(decoder.push(token) for token in row.tolist())
         cut = _cut(held, stop)
         if cut != held:
             yield cut
             return
-        safe = len(held) - _overlap(held, stop)
+        safe = len(held) - overlap(held, stop)
         if safe:
             yield held[:safe]
             held = held[safe:]
     rest = _cut(held + decoder.flush(), stop)
     if rest:
         yield rest
-
-
-def _overlap(text: str, stop: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    longest = 0
-    for each in stop:
-        for size in range(1, len(each)):
-            if text.endswith(each[:size]):
-                longest = max(longest, size)
-    return longest

@@ -3,6 +3,16 @@
 from llmprep_jax.text.chat import ChatTemplate, encode_chat
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.text.stream import StreamDecoder
+from llmprep_jax.text.thinking import Reply, ThoughtSplitter, split_thoughts
 from llmprep_jax.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "Processor", "StreamDecoder", "Tokenizer", "encode_chat"]
+__all__ = [
+    "ChatTemplate",
+    "Processor",
+    "Reply",
+    "StreamDecoder",
+    "ThoughtSplitter",
+    "Tokenizer",
+    "encode_chat",
+    "split_thoughts",
+]

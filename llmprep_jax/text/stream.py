@@ -7,7 +7,7 @@ byte-fallback tokens is one unit (a later bad byte turns the whole run into repl
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 _REPLACEMENT = "\ufffd"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>\Z")
@@ -65,3 +65,13 @@ class StreamDecoder:
 def is_byte_piece(token: str | None) -> bool:
     """Whether a token is a byte-fallback piece such as <0xE4>."""
     return token is not None and _BYTE.match(token) is not None
+
+
+def overlap(text: str, marks: Iterable[str]) -> int:
+    """Length of the longest end of `text` that begins one of `marks` without being the whole."""
+    longest = 0
+    for mark in marks:
+        for size in range(1, len(mark)):
+            if text.endswith(mark[:size]):
+                longest = max(longest, size)
+    return longest

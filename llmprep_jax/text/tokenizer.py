@@ -97,10 +97,11 @@ class Tokenizer:
             return [encoding.ids for encoding in encodings]
         return [[*self._prefix, *encoding.ids, *self._suffix] for encoding in encodings]
 
-    def decode(self, ids: Iterable, skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable, skip_special: bool = True, keep: Iterable[str] = ()) -> str:
         """The text of a row of ids (any integers), special tokens left out if `skip_special`.
 
-        Ids beyond the tokenizer's own (models pad their vocabulary) decode to nothing.
+        Special tokens spelled as one of `keep` are left in. Ids beyond the tokenizer's own (models
+        pad their vocabulary) decode to nothing.
         """
         ids = np.asarray(list(ids) if not hasattr(ids, "shape") else ids)
         if ids.size == 0:
@@ -110,16 +111,18 @@ class Tokenizer:
                 "decode takes one row of token ids, whole numbers of 0 or more;"
                 f" got {one_line(ids.tolist(), 60)}"
             )
-        return self._core.decode(ids.tolist(), skip_special_tokens=skip_special)
+        skipped = self._skipped_ids(skip_special, keep)
+        shown = [i for i in ids.tolist() if i not in skipped]
+        return self._core.decode(shown, skip_special_tokens=False)
 
-    def stream(self, skip_special: bool = True) -> StreamDecoder:
-        """A new incremental decoder; see `StreamDecoder`."""
+    def stream(self, skip_special: bool = True, keep: Iterable[str] = ()) -> StreamDecoder:
+        """A new incremental decoder; see `StreamDecoder`, and `decode` for what is left out."""
+        skipped = self._skipped_ids(skip_special, keep)
 
         def ignores(token_id: int) -> bool:
-            skipped = skip_special and token_id in self.special_ids
-            return skipped or self.token_of(token_id) is None
+            return token_id in skipped or self.token_of(token_id) is None
 
-        decode = functools.partial(self._core.decode, skip_special_tokens=skip_special)
+        decode = functools.partial(self._core.decode, skip_special_tokens=False)
         if "ByteFallback" not in repr(self._core.decoder):
             return StreamDecoder(decode, ignores)
         return StreamDecoder(decode, ignores, lambda i: is_byte_piece(self.token_of(i)))
@@ -225,6 +228,10 @@ class Tokenizer:
             "padding_side": "left",
             "stop_token_ids": list(self.stop_ids),
         }
+
+    def _skipped_ids(self, skip_special: bool, keep: Iterable[str]) -> frozenset[int]:
+        kept = {self._core.token_to_id(text) for text in keep}
+        return self.special_ids - kept if skip_special else frozenset()
 
     def _role_id(self, role: str) -> int | None:
         text = self.special_tokens.get(role)

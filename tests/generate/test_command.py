@@ -4,10 +4,12 @@ import io
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 import llmprep_jax as lp
 from experiments import generate as command
 from llmprep_jax import cli
+from llmprep_jax.text import Reply
 
 TOKENIZER = SimpleNamespace(check_vocab=lambda size: None)
 
@@ -21,8 +23,8 @@ def asked(monkeypatch):
         prompts.append(prompt)
         if prompt[-1]["content"] == "too long":
             raise ValueError("900 prompt tokens exceed the context")
-        yield "answer "
-        yield str(len(prompts))
+        yield Reply("", "answer ")
+        yield Reply("", str(len(prompts)))
 
     processor = SimpleNamespace(tokenizer=TOKENIZER, chat=None)
     model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=1))
@@ -75,9 +77,43 @@ def test_a_question_that_cannot_be_read_does_not_end_the_chat(monkeypatch, capsy
 
 
 def test_one_prompt_is_answered_and_printed_as_it_is(monkeypatch, capsys, asked):
-    monkeypatch.setattr(lp, "generate", lambda *_, **__: iter(["\t:smile: [/b]\x1b[0m", "x"]))
+    pieces = [Reply("", "\t:smile: [/b]\x1b[0m"), Reply("", "x")]
+    monkeypatch.setattr(lp, "generate", lambda *_, **__: iter(pieces))
     assert run(monkeypatch, "mo[/]del", "hi", "raw=true") == 0
     assert capsys.readouterr().out.endswith("\t:smile: [/b]\x1b[0mx\n")
+
+
+THINKING = [Reply("[b]hm\n", ""), Reply("so", ""), Reply("", "4"), Reply("", "2")]
+SHOWN = ["<think>\n[b]hm\n", "so", "\n</think>\n\n"]
+
+
+@pytest.mark.parametrize("color_system", [None, "truecolor"])
+def test_thoughts_are_shown_dim_and_not_remembered(monkeypatch, capsys, asked, color_system):
+    def think(model, processor, prompt, **settings):
+        assert (settings["stream"], settings["reasoning"]) == (True, True)
+        asked.append(prompt)
+        return iter(THINKING)
+
+    monkeypatch.setattr(lp, "generate", think)
+    monkeypatch.setattr(command, "console", Console(color_system=color_system))
+    assert run(monkeypatch, "model", typed="6 * 7?\nSure?\n") == 0
+    first = [("user", "6 * 7?")]
+    assert [said(prompt) for prompt in asked] == [
+        first,
+        [*first, ("assistant", "42"), ("user", "Sure?")],
+    ]
+    shown = [f"\x1b[2m{piece}\x1b[0m" if color_system else piece for piece in SHOWN]
+    out, err = capsys.readouterr()
+    assert out.count("".join(shown) + "42\n") == 2
+    assert err == ""
+
+
+def test_thoughts_without_an_answer_are_said_to_be_cut_off(monkeypatch, capsys, asked):
+    monkeypatch.setattr(lp, "generate", lambda *_, **__: iter(THINKING[:1]))
+    assert run(monkeypatch, "model", "6 * 7?") == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("<think>\n[b]hm\n\n")
+    assert err == "the thoughts did not end; a larger max_new_tokens gives them room\n"
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,13 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import llmprep_jax as lp
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.text import Processor
-from tests.models.tiny import random_model
+from tests.generate.scripted import scripted
 from tests.text.samples import CHATML, train_byte_level
 
 TEXT = "9876543210 ZYXWVUTSéQPONMLKJ"  # no token twice
@@ -28,23 +26,12 @@ def processor(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(processor):
     """A model that goes on with TEXT: after each of its tokens, in order, it says the next."""
-    ids = processor.tokenizer.encode(TEXT)
-    assert len({*ids}) == len(ids) > 16
-    vocab_size = processor.tokenizer.vocab_size
+    tokenizer = processor.tokenizer
+    ids = tokenizer.encode(TEXT)
+    assert len(ids) > 16
     sizes = dict(mlp_dim=16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8)
-    model = random_model(Config(vocab_size=vocab_size, dim=128, max_seq_len=128, **sizes))
-    # the one layer is switched off, so the next token is a function of the last one alone
-    model.layers.attn.o.w[...] *= 0
-    model.layers.mlp.down.w[...] *= 0
-    model.norm.scale[...] = jnp.ones(128)
-    rows = jax.random.normal(jax.random.key(0), (vocab_size, 128))
-    model.embed.w[...] = rows
-    successors = {a: b for a, b in zip(ids, [*ids[1:], processor.tokenizer.eos_id], strict=True)}
-    head = np.zeros((128, vocab_size), np.float32)
-    for now, following in successors.items():
-        head[:, following] += np.asarray(rows[now])
-    model.head.w[...] = jnp.asarray(head)
-    return model
+    cfg = Config(vocab_size=tokenizer.vocab_size, dim=128, max_seq_len=128, **sizes)
+    return scripted(cfg, [*ids, tokenizer.eos_id])
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,25 @@ MARKED = """
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}
 """
+# DeepSeek-R1's own tokens, and its template as first released and as it is since February 2025.
+BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
+USER, ASSISTANT = "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"
+_R1 = """
+{{- bos_token -}}
+{%- for m in messages if m.role == 'system' %}{{ m.content }}{% endfor -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' %}{{ 'USER' + m.content }}{% endif -%}
+{%- if m.role == 'assistant' -%}
+{{ 'ASSISTANT' + m.content.split('</think>')[-1] + 'EOS' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ 'ASSISTANT' + opening }}{% endif -%}
+"""
+_R1 = _R1.replace("USER", USER).replace("ASSISTANT", ASSISTANT).replace("EOS", EOS)
+R1 = {
+    "first": _R1.replace("opening", "''"),
+    "later": _R1.replace("opening", "'<think>\\n'"),
+}
 
 
 def train_byte_level(specials: tuple[str, ...] = SPECIALS, cut=None) -> tokenizers.Tokenizer:
@@ -150,6 +169,21 @@ def train_byte_level(specials: tuple[str, ...] = SPECIALS, cut=None) -> tokenize
     )  # fmt: skip
     core.train_from_iterator(CORPUS, trainer)
     return core
+
+
+def write_r1(folder: Path, template: str, tags_are_special: bool = False) -> Path:
+    """Writes a small tokenizer with R1's tokens into `folder`; its tags are plain added tokens."""
+    core = train_byte_level(specials=())
+    core.add_special_tokens([BOS, EOS])
+    for text in (USER, ASSISTANT, "<think>", "</think>"):
+        is_special = tags_are_special and "think" in text
+        token = tokenizers.AddedToken(text, normalized=False, special=is_special)
+        core.add_special_tokens([token]) if is_special else core.add_tokens([token])
+    folder.mkdir(parents=True, exist_ok=True)
+    core.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": BOS, "eos_token": EOS, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def train_sentencepiece(folder: Path, **options) -> Path:

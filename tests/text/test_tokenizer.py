@@ -74,12 +74,21 @@ def test_ids_of_the_deepseek_tokenizer_are_golden():
     assert {text: tokenizer.encode(text) for text in golden} == golden
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 128815)
     assert tokenizer.stop_ids == (1,)
+    assert tokenizer.decode([0, 128798, 201, 128799, 1]) == "<think>\n</think>"  # plain tokens
     tokenizer.check_vocab(129280)
 
 
 @pytest.mark.parametrize("text", TRICKY)
 def test_byte_level_decoding_gives_the_text_back(byte_level, text):
     assert byte_level.decode(byte_level.encode(text), skip_special=False) == text
+
+
+def test_special_tokens_may_be_kept_by_name(byte_level):
+    ids = byte_level.encode("<s><think>a</s><pad>b")
+    assert byte_level.decode(ids) == "ab"
+    assert byte_level.decode(ids, keep=["<think>", "</s>", "not there"]) == "<think>a</s>b"
+    decoder = byte_level.stream(keep=["<think>"])
+    assert [*map(decoder.push, ids), decoder.flush()] == ["", "<think>", "a", "", "", "b", ""]
 
 
 def test_special_tokens_in_text_become_their_ids(byte_level):
