@@ -21,7 +21,7 @@ from flax import nnx
 from llmprep_jax.config import check_fields, from_dict
 from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
-from llmprep_jax.nn.param import AdapterParam, Compute, Param
+from llmprep_jax.nn.param import AdapterParam, Compute, Param, RouterBias
 from llmprep_jax.peft import AnyMethod, inject, is_adapted
 from llmprep_jax.quant import export
 from llmprep_jax.quant.folder import packers, unpacking
@@ -82,6 +82,7 @@ def load_model(
             checkpoint,
             abstract.weights,
             dtype=dtype,
+            dtypes=[(RouterBias, "float32")],
             renames=family.renames,
             ignore=family.ignored(cfg),
             pack=pack.get,

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.nn.param import RouterBias
 from llmprep_jax.weights.checkpoint import MISSHAPEN, MISSING, Checkpoint
 
 Table = Mapping[str, tuple[str, str]]
@@ -136,6 +135,7 @@ def load(
     table: Table,
     *,
     dtype: str | None = None,
+    dtypes: Sequence[tuple[type, str]] = (),
     renames: Sequence[tuple[str, str]] = (),
     ignore: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
@@ -148,7 +148,8 @@ def load(
 
     Args:
       abstract: from `jax.eval_shape` of the model's constructor, under the mesh if there is one.
-      dtype: of all parameters but routers' biases, which are float32; None: each as stored.
+      dtype: of all parameters; None: each as stored.
+      dtypes: (class of Variable, dtype) pairs of those that have one of their own.
       renames: (regex, replacement) pairs that bring the checkpoint's names to the table's.
       ignore: regexes of tensors (as stored) that are none of this model's.
       progress: called with each parameter's path before it is read.
@@ -176,7 +177,7 @@ def load(
             value = None if packer is None else packer(row, list(names.values()))
             if value is None:
                 sharding = _on_devices(variable.get_value().sharding)
-                of = "float32" if isinstance(variable, RouterBias) else dtype
+                of = next((to for kind, to in dtypes if isinstance(variable, kind)), dtype)
                 value = _read(row, names, checkpoint, of, sharding, pool)
             flat.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(flat))

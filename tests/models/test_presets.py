@@ -1,5 +1,7 @@
 """Every released size, without its weights: parameter counts are the published ones."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,12 +49,39 @@ COUNTS = {
     "gemma3-4b": 3_880_263_168,
     "gemma3-12b": 11_766_034_176,
     "gemma3-27b": 27_009_346_304,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2": 235_741_434_880,
+    "deepseek-v3": 671_026_419_200 + 11_610_068_224,  # and its multi-token prediction module
 }
 
 
 def test_every_preset_has_an_expected_count():
     names = {name for family in registry.FAMILIES for name in family.presets}
-    assert names == set(COUNTS)
+    assert names - {"deepseek-v2-tiny", "deepseek-v3-tiny"} == set(COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("deepseek-v2-lite", 15.706, 2.661),
+        ("deepseek-v2", 235.741, 21.376),
+        ("deepseek-v3", 671.026, 37.552),
+    ],
+)
+def test_a_token_passes_through_the_published_share_of_the_experts(name, total, active):
+    cfg = dataclasses.replace(registry.preset(name), num_mtp=0)
+    model = jax.eval_shape(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))
+    sizes = {path: x.size for path, x in nnx.to_flat_state(nnx.state(model))}
+    assert sum(sizes.values()) / 1e9 == pytest.approx(total, abs=5e-4)
+    shares = {path: cfg.active_share if "experts" in path else 1 for path in sizes}
+    assert sum(sizes[p] * shares[p] for p in sizes) / 1e9 == pytest.approx(active, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-v2", "deepseek-v3"])
+def test_a_token_caches_576_numbers_a_layer(name):
+    model = jax.eval_shape(lambda: registry.build(registry.preset(name), rngs=nnx.Rngs(0)))
+    shapes = jax.eval_shape(lambda: (model.init_cache(2, 10).k, model.init_cache(2, 10).v))
+    assert sum(x.size for x in shapes) == 576 * model.cfg.num_layers * 2 * 10
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -70,6 +99,8 @@ def test_a_preset_survives_the_way_to_config_json_and_back(name):
     if family.name == "gemma3":  # written layer by layer
         assert again.is_local == cfg.local_layers()
         again = type(cfg)(**{**vars(again), "is_local": None})
+    if family.name == "deepseek":  # of training, and no field of theirs but for one
+        again = dataclasses.replace(again, balance=cfg.balance)
     assert again == cfg
 
 

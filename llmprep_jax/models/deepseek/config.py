@@ -186,6 +186,7 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
         topk_method=_METHODS[kind],
         scoring_func=("sigmoid",) if is_v3 else ("softmax",),
         ep_size=(1, None),
+        seq_aux=(True, None),
         pretraining_tp=(1,),
         **({} if is_v3 else {"norm_topk_prob": (False,)}),
     )
@@ -215,6 +216,7 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
         norm_eps=hf["rms_norm_eps"],
         tie_embeddings=hf["tie_word_embeddings"],
         num_mtp=_read_num_mtp(hf) if is_v3 else 0,
+        balance=Balance(expert=float(hf.get("aux_loss_alpha", 0.0))),
         model_type=kind,
         **token_ids_from_hf(hf),
     )
@@ -270,6 +272,8 @@ def to_hf(cfg: Config) -> dict[str, Any]:
         "routed_scaling_factor": routing.scale,
         "first_k_dense_replace": cfg.num_dense,
         "moe_layer_freq": cfg.moe_every,
+        "aux_loss_alpha": cfg.balance.expert,
+        "seq_aux": True,
         "hidden_act": "silu",
         "max_position_embeddings": cfg.max_seq_len,
         "rms_norm_eps": cfg.norm_eps,
