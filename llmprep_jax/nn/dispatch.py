@@ -239,7 +239,7 @@ def _run_ragged(x_MD, experts_MA, weights_MA, experts, *, exchange=jax.lax.ragge
     return combine(y_RD, weights_MA, routes), _none_of(experts_MA)
 
 
-def _exchange_gathered(
+def exchange_gathered(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
 ):
     """`jax.lax.ragged_all_to_all`, one slice a device: every device gets everything, and picks."""
@@ -263,7 +263,7 @@ def _none_of(experts_MA):
 
 TRANSPORTS: dict[str, Transport] = {
     "ragged": _run_ragged,
-    "emulated": functools.partial(_run_ragged, exchange=_exchange_gathered),
+    "emulated": functools.partial(_run_ragged, exchange=exchange_gathered),
     "ring": _run_ring,
     "capacity": _run_capacity,
 }
