@@ -101,7 +101,8 @@ def run_experts(
     send = _find_transport(transport)
     if not has_mesh():
         experts = Experts(apply, params, num_experts, None, capacity_factor)
-        return _run_tokens(_run_own, x_BTD, experts_BTA, weights_BTA, experts)
+        y_BTD, dropped = _run_tokens(_run_own, x_BTD, experts_BTA, weights_BTA, experts)
+        return y_BTD.astype(x_BTD.dtype), dropped
     tokens, axis = spec("batch", "seq", None, shape=x_BTD.shape), spec("expert")[0]
     split, across = _names(tokens), _names(jax.P(axis))
     assert across <= split or not across & split, "tokens lie over a part of the expert axes"
