@@ -13,6 +13,7 @@ is cached of a token (C + R); H is the width of a head's part without rotation.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -22,6 +23,7 @@ from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.rope import RopeScaling, apply_rope, yarn_mscale
+from llmprep_jax.sharding import sharding_of
 from llmprep_jax.types import Array, Float, Int
 
 LATENT_NORM_EPS = 1e-6  # of the two norms of latents, whatever the config says of the others
@@ -153,8 +155,11 @@ class MLA(nnx.Module):
         """(k_BNSZ, v_BNSU): every head's keys, H + R wide, and values, out of latents."""
         c_BSC, k_BSR = jnp.split(z_BSZ, [self.kv_rank], axis=-1)
         k_BSNH, v_BSNU = jnp.split(self.kv_b(c_BSC), [self.nope_dim], axis=-1)
-        k_BSNR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSNH.shape[:3], self.rope_dim))
-        k_BSNH = jnp.concatenate([k_BSNH, k_BSNR.astype(k_BSNH.dtype)], axis=-1)
+        shape = (*k_BSNH.shape[:3], self.rope_dim)
+        k_BSNR = jax.lax.broadcast_in_dim(
+            k_BSR.astype(k_BSNH.dtype), shape, (0, 1, 3), out_sharding=sharding_of(k_BSNH)
+        )
+        k_BSNH = jnp.concatenate([k_BSNH, k_BSNR], axis=-1)
         return k_BSNH.swapaxes(1, 2), v_BSNU.swapaxes(1, 2)
 
     def absorbed_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
