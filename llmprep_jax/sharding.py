@@ -35,7 +35,7 @@ class ShardingRules:
     mlp: MeshAxes = "tensor"
     vocab: MeshAxes = "tensor"
     expert: MeshAxes = "expert"
-    latent: MeshAxes = None
+    latent: MeshAxes = ("fsdp", "expert")
     layers: MeshAxes = None
 
 

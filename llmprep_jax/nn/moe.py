@@ -85,9 +85,8 @@ class Router(nnx.Module):
 
     def __init__(self, dim: int, routing: Routing, *, compute: Compute, rngs: nnx.Rngs):
         self.routing = routing
-        # replicated: a few columns, of which every token needs all
         shape, init = (dim, routing.num_experts), jax.nn.initializers.normal(0.02)
-        self.w = param(rngs, shape, (None, None), init, compute.param_dtype)
+        self.w = param(rngs, shape, ("embed", None), init, compute.param_dtype)
         self.bias = RouterBias(jnp.zeros(routing.num_experts)) if routing.has_bias else None
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Choice:
