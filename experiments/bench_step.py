@@ -53,11 +53,7 @@ def ours(settings: Settings, operands: str) -> Callable[[], Any]:
     from llmprep_jax import peft
     from llmprep_jax.models import registry
     from llmprep_jax.models.llama.config import Config
-    from llmprep_jax.nn.param import AdapterParam, Compute, Param
-    from llmprep_jax.train.losses import next_token_loss
-    from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
-    from llmprep_jax.train.state import create_state, split_model
-    from llmprep_jax.train.step import make_train_step, place_batch
+    from llmprep_jax.nn.param import TRAINED, AdapterParam, Compute
 
     cfg = registry.preset("smollm2-135m")
     if settings.work == "tiny":
@@ -66,13 +62,22 @@ def ours(settings: Settings, operands: str) -> Callable[[], Any]:
     model = jax.jit(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))()
     if settings.work == "lora":
         model = peft.inject(model, peft.LoRA(rank=16, alpha=32))
-    parts = split_model(model, AdapterParam if settings.work == "lora" else Param)
-    optim = OptimConfig(lr=1e-4, schedule="constant")
+    trainable = AdapterParam if settings.work == "lora" else TRAINED
+    return training_call(model, trainable, batch_of(settings, cfg.vocab_size))
+
+
+def training_call(model: Any, trainable: Any, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """A call that takes one step on the batch by AdamW."""
+    from llmprep_jax.train.losses import training_loss
+    from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
+    from llmprep_jax.train.state import create_state, split_model
+    from llmprep_jax.train.step import make_train_step, place_batch
+
+    parts, optim = split_model(model, trainable), OptimConfig(lr=1e-4, schedule="constant")
     tx = make_optimizer(optim, parts.params, 1000)
-    loss = lambda model, batch, key: next_token_loss(model, batch)  # noqa: E731
-    step = make_train_step(parts.graphdef, tx, loss, make_schedule(optim, 1000))
-    batch = place_batch(batch_of(settings, cfg.vocab_size))
-    holder = [create_state(parts.params, tx, seed=0)]
+    loss, schedule = lambda model, batch, _: training_loss(model, batch), make_schedule(optim, 1000)
+    step = make_train_step(parts.graphdef, tx, loss, schedule, bias_rate=lambda _: 1e-3)
+    batch, holder = place_batch(batch), [create_state(parts.params, tx, seed=0)]
 
     def call():
         holder[0], metrics = step(holder[0], parts.frozen, batch)

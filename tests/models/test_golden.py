@@ -17,7 +17,7 @@ from llmprep_jax.weights import table
 from llmprep_jax.weights.checkpoint import Checkpoint
 
 FOLDER = Path(__file__).parent.parent / "golden"
-names = pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+names = pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "deepseek_v2", "deepseek_v3"])
 
 
 class Golden(Checkpoint):

@@ -157,28 +157,32 @@ def save(model: transformers.PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def gradients(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
-    """Every parameter's gradient, by the names of files, which keep experts apart.
+def by_file(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """A parameter by the names that files have: experts one by one, their gate and up apart."""
+    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return {name: array}
+    before, part = name.rsplit(".", 1)
+    parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+    return {
+        f"{before}.{e}.{each}.weight": matrix
+        for e, expert in enumerate(array)
+        for each, matrix in zip(parts, np.split(expert, len(parts)), strict=True)
+    }
 
-    Buffers of routers, which have no gradient, are there with zeros.
-    """
-    found = {}
+
+def router_biases(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
+    """The buffers that files hold."""
+    buffers = model.named_buffers()
+    return {n: b.numpy() for n, b in buffers if n.endswith("e_score_correction_bias")}
+
+
+def gradients(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
+    """Every gradient by the names that files have; zeros for the biases of routers."""
+    found = {name: np.zeros_like(bias) for name, bias in router_biases(model).items()}
     for name, parameter in model.named_parameters():
-        if parameter.numel() == 0:  # shared experts of no width
-            continue
-        fused = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-        for e, grad in enumerate(parameter.grad.numpy()) if fused else [(None, parameter.grad)]:
-            if not fused:
-                found[name] = grad.numpy()
-                continue
-            before, part = name.rsplit(".", 1)
-            halves = np.split(grad, 2) if part == "gate_up_proj" else [grad]
-            names = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
-            found |= {
-                f"{before}.{e}.{n}.weight": half for n, half in zip(names, halves, strict=True)
-            }
-    biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
-    return found | {name: np.zeros(bias.shape, np.float32) for name, bias in biases.items()}
+        if parameter.numel():  # shared experts may have no width
+            found |= by_file(name, parameter.grad.numpy())
+    return found
 
 
 def tokens(rows: int = 2, length: int = 24) -> np.ndarray:

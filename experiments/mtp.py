@@ -1,0 +1,135 @@
+"""Multi-token prediction: what it does to the loss of the next token, and what it drafts for.
+
+    python -m experiments.mtp [steps=300] [seeds=3] [weight=0.3] [out=FOLDER]
+
+A small DeepSeek-V3 of bytes is trained on Python's reference manual with and without a module that
+predicts a byte further (DeepSeek-V3, section 2.2, lambda `weight`), for equal steps. Then the model
+with it goes on from held-out text, greedy: plainly, and with its module as the draft, which gives
+the same text. Ends with a table (mtp.md), a figure (mtp.png) and all numbers (mtp.json).
+"""
+
+import dataclasses
+import pathlib
+import time
+
+import jax
+import numpy as np
+import rich
+from flax import nnx
+
+import llmprep_jax as lp
+from experiments.adapter_study.text import Batch, held_out, read_texts
+from experiments.moe_study.training import (
+    TINY,
+    Sizes,
+    draw_curves,
+    spread,
+    train,
+    write_numbers,
+    write_table,
+)
+from llmprep_jax import cli
+from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.models import registry
+from llmprep_jax.nn.param import Compute
+from llmprep_jax.train.losses import next_token_loss
+
+COLUMNS = ("modules", "loss of the next byte", "tokens a verifying pass", "speed against plain")
+PROMPTS, PROMPT, NEW = 8, 64, 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Sizes):
+    """Sizes of the study; `weight` is that of the further token's loss, `rate` of the biases."""
+
+    weight: float = 0.3
+    rate: float = 0.01
+    out: pathlib.Path = pathlib.Path("runs/mtp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """By seed: nats of the next byte held out and by step, tokens a verifying pass, speed-up."""
+
+    loss: list[float] = dataclasses.field(default_factory=list)
+    by_step: list[list[float]] = dataclasses.field(default_factory=list)
+    tokens_per_pass: list[float] = dataclasses.field(default_factory=list)
+    speed_up: list[float] = dataclasses.field(default_factory=list)
+
+    def cells(self) -> list[str]:
+        drafted = (self.tokens_per_pass, self.speed_up)
+        return [spread(self.loss), *(spread(values) if values else "" for values in drafted)]
+
+
+def main(arguments: list[str]) -> cli.Outputs:
+    positional, overrides = split_arguments(arguments)
+    if positional:
+        raise UsageError(f"settings are written name=value, not {positional[0]!r}")
+    cfg = override(Settings(), overrides)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    text = read_texts(None)["A"]
+    tests, results = held_out(text, 64, cfg.length), {}
+    for num_mtp in (0, 1):
+        result = results[str(num_mtp)] = Result()
+        model_cfg = dataclasses.replace(TINY, num_mtp=num_mtp, mtp_weight=cfg.weight)
+        for seed, (model, series) in enumerate(train(model_cfg, cfg, text, cfg.rate)):
+            result.loss.append(float(evaluate(model, tests)))
+            result.by_step.append(series["next_token_loss"])
+            said = f"{num_mtp} modules, seed {seed}: loss {result.loss[-1]:.3f}"
+            if num_mtp:
+                prompts = tests["tokens"][:PROMPTS, :PROMPT]
+                tokens_per_pass, speed_up = draft(in_float32(model), prompts)
+                result.tokens_per_pass.append(tokens_per_pass)
+                result.speed_up.append(speed_up)
+                said += f", {tokens_per_pass:.2f} tokens a pass, {speed_up:.2f} x as fast"
+            rich.print(said)
+    return report(cfg, results)
+
+
+@jax.jit
+def evaluate(model: nnx.Module, batch: Batch) -> jax.Array:
+    """Nats of the next byte."""
+    loss = next_token_loss(model, batch)
+    return loss.total / loss.count
+
+
+def in_float32(model: nnx.Module) -> nnx.Module:
+    """The same weights computed with in float32: in bf16, near ties go either way."""
+    cfg = dataclasses.replace(model.cfg, compute=Compute())
+    abstract = jax.eval_shape(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.split(abstract)[0], nnx.split(model)[1])
+
+
+def draft(model: nnx.Module, prompts: np.ndarray) -> tuple[float, float]:
+    """(tokens a verifying pass, plain time over drafted), one prompt at a time.
+
+    Raises:
+      RuntimeError: the texts differ.
+    """
+    found, seconds = [], {None: 0.0, "mtp": 0.0}
+    for number, prompt in enumerate([prompts[:1], *prompts[:, None]]):
+        texts = []
+        for way in seconds:
+            began = time.perf_counter()
+            options = dict(max_new_tokens=NEW, draft=way, report=found.append)
+            texts.append(np.asarray(lp.generate_tokens(model, prompt, **options)))
+            seconds[way] += (time.perf_counter() - began) * (number > 0)  # the first one compiles
+        if not np.array_equal(*texts):
+            raise RuntimeError(f"drafting changed the text after prompt {number}")
+    return float(np.mean([each.tokens_per_step for each in found])), seconds[None] / seconds["mtp"]
+
+
+def report(cfg: Settings, results: dict[str, Result]) -> cli.Outputs:
+    outputs = {
+        what: cfg.out / f"mtp.{end}"
+        for what, end in dict(numbers="json", table="md", figure="png").items()
+    }
+    write_numbers(outputs["numbers"], cfg, {name: vars(each) for name, each in results.items()})
+    write_table(outputs["table"], COLUMNS, [[name, *r.cells()] for name, r in results.items()])
+    curves = {f"{name} modules: {spread(r.loss)}": r.by_step for name, r in results.items()}
+    draw_curves(outputs["figure"], curves, "loss of the next byte (nats)")
+    return outputs
+
+
+if __name__ == "__main__":
+    cli.run(main)
