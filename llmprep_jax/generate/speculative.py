@@ -13,6 +13,7 @@ Letters of this file: M modules, and drafts of a step; W tokens that the modules
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def acceptance(state: State) -> Acceptance:
     return Acceptance(*map(np.asarray, (state.steps_B, state.accepted_BM, state.num_B)))
 
 
-def check_draft(model: nnx.Module, draft: str | None) -> None:
+def check_draft(model: Any, draft: str | None) -> None:
     """Refuses a way of drafting that there is not, or that the model has no modules for."""
     if draft not in (None, "mtp"):
         raise ValueError(f'draft is {draft!r}; it must be "mtp" or None')
