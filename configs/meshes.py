@@ -1,9 +1,10 @@
 """Meshes by name: how many devices lie along each axis (data, fsdp, tensor, expert).
 
 `mesh=NAME` in a config takes one of these. -1 is whatever number of devices is left. `fsdp` shards
-weights and batch, `tensor` heads, MLPs and vocabulary, `data` repeats weights: over slices that a
-slow network joins. The one thing a reader would get wrong: the batch is parted over data times
-fsdp, so a microbatch needs at least as many rows.
+weights and batch, `tensor` heads, MLPs and vocabulary, `expert` batch and experts (and what else
+`fsdp` shards), `data` repeats weights: over slices that a slow network joins. The one thing a
+reader would get wrong: the batch is parted over data times fsdp times expert, so a microbatch
+needs at least as many rows.
 """
 
 import difflib
@@ -18,13 +19,16 @@ MESHES: dict[str, dict[str, int]] = {
     "tensor": {"tensor": -1},
     "cpu_8": {"fsdp": 8},
     "cpu_4x2": {"fsdp": 4, "tensor": 2},
+    "cpu_2x4": {"fsdp": 2, "expert": 4},
     "v5e_8": {"fsdp": 8},
     "v5e_16": {"fsdp": 16},
     "v5p_64": {"fsdp": 64},
     "v5p_2x64": {"data": 2, "fsdp": 64},
+    "v5p_8x64": {"data": 8, "expert": 64},
     "v6e_8": {"fsdp": 8},
     "v6e_256": {"fsdp": 256},
     "h100_8": {"fsdp": 8},
+    "h100_expert_8": {"expert": 8},
     "h100_8x8": {"data": 8, "fsdp": 8},
 }
 

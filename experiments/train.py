@@ -23,11 +23,11 @@ from llmprep_jax.cli import Outputs, run
 from llmprep_jax.config import UsageError, load_config, print_config, split_arguments
 from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.models import registry
-from llmprep_jax.nn.param import AdapterParam, Param
+from llmprep_jax.nn.param import TRAINED, AdapterParam
 from llmprep_jax.sharding import use_mesh
 from llmprep_jax.text.chat import encode_chat
 from llmprep_jax.train.loop import Evaluate, FitResult, fit
-from llmprep_jax.train.losses import next_token_loss
+from llmprep_jax.train.losses import next_token_loss, training_loss
 from llmprep_jax.train.metrics import count_flops
 from llmprep_jax.train.monitor import METRICS_FILE
 from llmprep_jax.train.optim import make_optimizer
@@ -71,7 +71,9 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
     processor.tokenizer.check_vocab(model.cfg.vocab_size)
     processor.save(cfg.out / "tokenizer")
     batches, evaluate = open_data(cfg, processor)
-    trainable = Param if cfg.adapter is None else AdapterParam
+    trainable = TRAINED if cfg.adapter is None else AdapterParam
+    # an adapter learns from the next token alone: no further ones, and no balance of the experts
+    loss_of = training_loss if cfg.adapter is None else next_token_loss
     parts = split_model(model, trainable)
     trained, total = count(parts.params), count(parts.params) + count(parts.frozen)
     console.print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
@@ -86,7 +88,7 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
         batches,
         cfg,
         out=cfg.out,
-        loss_fn=lambda model, batch, key: next_token_loss(
+        loss_fn=lambda model, batch, key: loss_of(
             lp.peft.train_mode(model, key), batch, chunk=cfg.loss_chunk, z_loss=cfg.z_loss
         ),
         evaluate=evaluate,

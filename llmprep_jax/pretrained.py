@@ -22,7 +22,7 @@ from flax import nnx
 from llmprep_jax.config import check_fields, from_dict
 from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
-from llmprep_jax.nn.param import AdapterParam, Compute, Param, RouterBias
+from llmprep_jax.nn.param import TRAINED, AdapterParam, Compute, RouterBias
 from llmprep_jax.peft import AnyMethod, inject, is_adapted
 from llmprep_jax.quant import export
 from llmprep_jax.quant.folder import packers, unpacking
@@ -117,7 +117,7 @@ def _load_run(
             family = registry.family_of_type(meta["config"].get("model_type"))
             cfg = dataclasses.replace(family.from_hf(meta["config"]), compute=compute)
             abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
-            graph, params, frozen = nnx.split(abstract, Param, ...)
+            graph, params, frozen = nnx.split(abstract, TRAINED, ...)
         params = read_params(path, nnx.to_pure_dict(params))
         model = nnx.merge(graph, params, nnx.to_pure_dict(frozen))
         whole = kind is not None and meta["adapter"] is None

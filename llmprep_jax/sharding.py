@@ -11,6 +11,7 @@ does not divide (9 heads on 2 devices) is replicated, not an error, when `shape`
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -34,7 +35,7 @@ class ShardingRules:
     mlp: MeshAxes = "tensor"
     vocab: MeshAxes = "tensor"
     expert: MeshAxes = "expert"
-    latent: MeshAxes = None
+    latent: MeshAxes = ("fsdp", "expert")
     layers: MeshAxes = None
 
 
@@ -95,7 +96,7 @@ def platform() -> str | None:
 def spec(*axes: str | None, shape: Sequence[int] | None = None) -> jax.P | None:
     """The PartitionSpec of logical axes under the mesh in force; None where there is no mesh.
 
-    With `shape`, a dimension that its mesh axes do not divide is replicated.
+    With `shape`, a dimension is laid over the first of its mesh axes that together divide it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -105,8 +106,9 @@ def spec(*axes: str | None, shape: Sequence[int] | None = None) -> jax.P | None:
         wanted = getattr(rules, axis) if axis is not None else None
         wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
         taken = tuple(name for name in wanted if name in free)
-        ways = int(np.prod([free[name] for name in taken]))
-        if not taken or (shape is not None and shape[dim] % ways):
+        while taken and shape is not None and shape[dim] % math.prod(free[n] for n in taken):
+            taken = taken[:-1]
+        if not taken:
             dims.append(None)
             continue
         for name in taken:

@@ -19,20 +19,17 @@ from llmprep_jax.types import Array, Bool, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Balance:
-    """Weights of the balance losses, and the step of the bias.
+    """Weights of the balance losses.
 
     Attributes:
       expert: alpha_1, of the load of each expert (V3: alpha, 1e-4).
       device: alpha_2, of the load of each group's device.
       communication: alpha_3, of the tokens that are sent to each group's device.
-      bias_rate: gamma, by which a router's bias moves a step towards the experts with less than
-        the mean load; 0 leaves it.
     """
 
     expert: float = 0.0
     device: float = 0.0
     communication: float = 0.0
-    bias_rate: float = 0.0
 
     @property
     def has_loss(self) -> bool:

@@ -101,7 +101,8 @@ def run_experts(
     send = _find_transport(transport)
     if not has_mesh():
         experts = Experts(apply, params, num_experts, None, capacity_factor)
-        return _run_tokens(_run_own, x_BTD, experts_BTA, weights_BTA, experts)
+        y_BTD, dropped = _run_tokens(_run_own, x_BTD, experts_BTA, weights_BTA, experts)
+        return y_BTD.astype(x_BTD.dtype), dropped
     tokens, axis = spec("batch", "seq", None, shape=x_BTD.shape), spec("expert")[0]
     split, across = _names(tokens), _names(jax.P(axis))
     assert across <= split or not across & split, "tokens lie over a part of the expert axes"
@@ -111,6 +112,7 @@ def run_experts(
 
     def run(*operands):
         x_BTD, experts_BTA, weights_BTA, params = _vary(operands, varying)
+        params = jax.tree.map(functools.partial(_gather_weight, split), params, specs)
         experts = Experts(apply, params, count, axis, capacity_factor)
         y_BTD, dropped = _run_tokens(send, x_BTD, experts_BTA, weights_BTA, experts)
         # of tensor-parallel experts, or of all experts of the axis if tokens are not split over it
@@ -118,7 +120,6 @@ def run_experts(
         return y_BTD, jax.lax.psum(dropped, tuple(varying)) // _ways(varying - split)
 
     arrays = [jax.reshard(z, tokens) for z in (x_BTD, experts_BTA, weights_BTA)]
-    # whole but for experts and "mlp"; the gradient comes back in the layout of the parameter
     params = jax.tree.map(jax.reshard, params, specs)
     in_specs, out_specs = (tokens, tokens, tokens, specs), (tokens, jax.P())
     y_BTD, dropped = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs)(*arrays, params)
@@ -146,11 +147,25 @@ def _ways(names: frozenset[str]) -> int:
 
 
 def _weight_spec(split: frozenset[str], w: Array, axes: tuple[str | None, ...]) -> jax.P:
-    """How a weight goes into the dispatch: experts and "mlp" over devices, the rest whole."""
-    kept = [axis if axis in ("expert", "mlp") else None for axis in axes]
-    first, *rest = spec(*kept, shape=w.shape)
-    # an axis that tokens are split over cannot split what is summed for each token
-    return jax.P(first, *[None if _names(jax.P(dim)) & split else dim for dim in rest])
+    """How a weight goes into the dispatch: experts and "mlp" stay where they are.
+
+    So does what lies over the devices of tokens, for `_gather_weight`; the rest becomes whole.
+    """
+    first, *rest = spec(*axes, shape=w.shape)
+    over = [_names(jax.P(dim)) for dim in rest]
+    kept = [
+        names <= split or (axis == "mlp" and not names & split)
+        for names, axis in zip(over, axes[1:], strict=True)
+    ]
+    return jax.P(first, *[dim if keep else None for dim, keep in zip(rest, kept, strict=True)])
+
+
+def _gather_weight(split: frozenset[str], w: Array, dims: jax.P) -> Array:
+    """A weight that is whole but for experts and "mlp"; the gradient is reduced and scattered."""
+    for dim, names in enumerate(dims):
+        if dim and _names(jax.P(names)) & split:
+            w = jax.lax.all_gather(w, names, axis=dim, tiled=True)
+    return w
 
 
 def _names(dims: jax.P) -> frozenset[str]:
@@ -239,7 +254,7 @@ def _run_ragged(x_MD, experts_MA, weights_MA, experts, *, exchange=jax.lax.ragge
     return combine(y_RD, weights_MA, routes), _none_of(experts_MA)
 
 
-def _exchange_gathered(
+def exchange_gathered(
     operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
 ):
     """`jax.lax.ragged_all_to_all`, one slice a device: every device gets everything, and picks."""
@@ -263,7 +278,7 @@ def _none_of(experts_MA):
 
 TRANSPORTS: dict[str, Transport] = {
     "ragged": _run_ragged,
-    "emulated": functools.partial(_run_ragged, exchange=_exchange_gathered),
+    "emulated": functools.partial(_run_ragged, exchange=exchange_gathered),
     "ring": _run_ring,
     "capacity": _run_capacity,
 }

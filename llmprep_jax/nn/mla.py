@@ -13,6 +13,7 @@ is cached of a token (C + R); H is the width of a head's part without rotation.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -22,6 +23,7 @@ from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.rope import RopeScaling, apply_rope, yarn_mscale
+from llmprep_jax.sharding import has_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float, Int
 
 LATENT_NORM_EPS = 1e-6  # of the two norms of latents, whatever the config says of the others
@@ -140,21 +142,27 @@ class MLA(nnx.Module):
             k_BNSH, v_BNSU = self.expand(z_BSZ)
             q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
             return self.o(attend(q_BTNH, k_BNSH, v_BNSU, seen_BTS, **options))
-        w_CNH, w_CNU = jnp.split(self.kv_b.weight().astype(self.dtype), [self.nope_dim], axis=-1)
-        into_latents = dict(preferred_element_type=jnp.float32)
-        q_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_BTNH.astype(self.dtype), w_CNH, **into_latents)
+        w = self.kv_b.weight().astype(self.dtype)
+        if has_mesh():
+            w = jax.reshard(w, spec(None, "heads", None, shape=w.shape))
+        w_CNH, w_CNU = jnp.split(w, [self.nope_dim], axis=-1)
+        sums = dict(preferred_element_type=jnp.float32)
+        q_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_BTNH.astype(self.dtype), w_CNH, **sums)
         q_BTNZ = jnp.concatenate([q_BTNC.astype(q_BTNR.dtype), q_BTNR], axis=-1)
         k_B1SZ, v_B1SC = z_BSZ[:, None], z_BSZ[:, None, :, : self.kv_rank]
         o_BTNC = attend(q_BTNZ, k_B1SZ, v_B1SC, seen_BTS, **options).astype(self.dtype)
-        o_BTNU = jnp.einsum("BTNC,CNU->BTNU", o_BTNC, w_CNU, **into_latents)
+        o_BTNU = jnp.einsum("BTNC,CNU->BTNU", o_BTNC, w_CNU, **sums)
         return self.o(o_BTNU.astype(q_BTNR.dtype))
 
     def expand(self, z_BSZ: Float[Array, "B S Z"]) -> tuple[Array, Array]:
         """(k_BNSZ, v_BNSU): every head's keys, H + R wide, and values, out of latents."""
         c_BSC, k_BSR = jnp.split(z_BSZ, [self.kv_rank], axis=-1)
         k_BSNH, v_BSNU = jnp.split(self.kv_b(c_BSC), [self.nope_dim], axis=-1)
-        k_BSNR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSNH.shape[:3], self.rope_dim))
-        k_BSNH = jnp.concatenate([k_BSNH, k_BSNR.astype(k_BSNH.dtype)], axis=-1)
+        shape = (*k_BSNH.shape[:3], self.rope_dim)
+        k_BSNR = jax.lax.broadcast_in_dim(
+            k_BSR.astype(k_BSNH.dtype), shape, (0, 1, 3), out_sharding=sharding_of(k_BSNH)
+        )
+        k_BSNH = jnp.concatenate([k_BSNH, k_BSNR], axis=-1)
         return k_BSNH.swapaxes(1, 2), v_BSNU.swapaxes(1, 2)
 
     def absorbed_is_cheaper(self, num_queries: int, num_keys: int) -> bool:

@@ -16,11 +16,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmprep_jax.kernels.grouped_matmul.api import grouped_matmul
 from llmprep_jax.nn.balance import NO_BALANCE, Balance, Load, measure
 from llmprep_jax.nn.dispatch import run_experts
-from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.linear import PRODUCT, Einsum
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.param import Compute, RouterBias, param
 from llmprep_jax.sharding import spec
@@ -84,9 +85,8 @@ class Router(nnx.Module):
 
     def __init__(self, dim: int, routing: Routing, *, compute: Compute, rngs: nnx.Rngs):
         self.routing = routing
-        # replicated: a few columns, of which every token needs all
         shape, init = (dim, routing.num_experts), jax.nn.initializers.normal(0.02)
-        self.w = param(rngs, shape, (None, None), init, compute.param_dtype)
+        self.w = param(rngs, shape, ("embed", None), init, compute.param_dtype)
         self.bias = RouterBias(jnp.zeros(routing.num_experts)) if routing.has_bias else None
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Choice:
@@ -161,9 +161,12 @@ class Experts(nnx.Module):
         self, x_MD: Float[Array, "M D"], sizes_E: Int[Array, "E"], weights: dict[str, Array]
     ) -> Float[Array, "M D"]:
         """The experts' results; `sizes_E` rows for each, with these weights."""
-        h_MF = jax.nn.silu(grouped_matmul(x_MD, weights["gate"], sizes_E, dtype=self.dtype))
-        h_MF = h_MF * grouped_matmul(x_MD, weights["up"], sizes_E, dtype=self.dtype)
-        return grouped_matmul(h_MF, weights["down"], sizes_E, dtype=self.dtype)
+
+        def product(x, name):
+            y = grouped_matmul(x, weights[name], sizes_E, dtype=self.dtype)
+            return checkpoint_name(y, PRODUCT)
+
+        return product(jax.nn.silu(product(x_MD, "gate")) * product(x_MD, "up"), "down")
 
 
 class MoE(nnx.Module):

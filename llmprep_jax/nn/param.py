@@ -31,6 +31,9 @@ class RouterBias(Buffer):
     """A router's bias on the choice of experts: no gradient, moved by the load of each step."""
 
 
+TRAINED = (Param, RouterBias)  # what a step of training changes where there is no adapter
+
+
 class Shared(Buffer):
     """A buffer that all layers of a stack see whole: it has no layer axis (see `nn.stack`)."""
 

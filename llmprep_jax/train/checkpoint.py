@@ -26,8 +26,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from llmprep_jax.train.offload import retype
-from llmprep_jax.train.optim import path_name
-from llmprep_jax.train.state import TrainState
+from llmprep_jax.train.state import TrainState, path_name
 
 FOLDER = "checkpoints"
 _DELETED = ".deleted"

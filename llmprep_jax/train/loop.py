@@ -23,10 +23,15 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from llmprep_jax.train.checkpoint import CheckpointConfig, Checkpoints, abstract_of
-from llmprep_jax.train.losses import next_token_loss
+from llmprep_jax.train.losses import training_loss
 from llmprep_jax.train.metrics import Flops, Numbers
 from llmprep_jax.train.monitor import Monitor
-from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
+from llmprep_jax.train.optim import (
+    OptimConfig,
+    make_bias_schedule,
+    make_optimizer,
+    make_schedule,
+)
 from llmprep_jax.train.rank_budget import adalora_of, with_orthogonality
 from llmprep_jax.train.state import Split, TrainState, create_state, merge, split_model
 from llmprep_jax.train.step import LossFn, make_train_step, place_batch
@@ -107,7 +112,7 @@ def fit(
     cfg: FitConfig,
     *,
     out: str | os.PathLike,
-    loss_fn: LossFn = lambda model, batch, key: next_token_loss(model, batch),
+    loss_fn: LossFn = lambda model, batch, key: training_loss(model, batch),
     evaluate: Evaluate | None = None,
     meta: Mapping[str, Any] | None = None,
     flops: Flops | None = None,
@@ -134,7 +139,8 @@ def fit(
     loss_fn = with_orthogonality(loss_fn, ranks)
     tx = make_optimizer(cfg.optim, split.params, cfg.steps, ranks)
     schedule = make_schedule(cfg.optim, cfg.steps)
-    train_step = make_train_step(split.graphdef, tx, loss_fn, schedule, ema_decay=cfg.ema_decay)
+    rates = dict(ema_decay=cfg.ema_decay, bias_rate=make_bias_schedule(cfg.optim, cfg.steps))
+    train_step = make_train_step(split.graphdef, tx, loss_fn, schedule, **rates)
     state = create_state(split.params, tx, seed=cfg.seed, ema=cfg.ema_decay is not None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(out))

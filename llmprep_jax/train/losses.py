@@ -7,6 +7,7 @@ reader would get wrong: the target's logit is a masked sum over the vocabulary a
 that is what stays local where the mesh shards the vocabulary.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,10 +21,14 @@ Batch = Mapping[str, Array]
 
 
 class LossSum(NamedTuple):
-    """A loss summed over tokens, and the sum of the tokens' weights; both float32 scalars."""
+    """A loss summed over tokens, and the sum of the tokens' weights; both float32 scalars.
+
+    `stats` are further sums for the metrics: of a model's own `training_terms`.
+    """
 
     total: Array
     count: Array
+    stats: Mapping[str, Any] | None = None
 
 
 def cross_entropy(
@@ -58,24 +63,46 @@ def next_token_loss(
     places = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
     x_BTD, _ = model.features(batch["tokens"], **places)
     weights_BT = batch["loss_mask"].astype(jnp.float32)
+    total = _sum_losses(model, chunk, z_loss, x_BTD, batch["targets"], weights_BT)
+    return LossSum(total, jnp.sum(weights_BT))
+
+
+def training_loss(
+    model: Any, batch: Batch, *, chunk: int | None = None, z_loss: float = 0.0
+) -> LossSum:
+    """What a model is trained by: `next_token_loss`, or its own `training_terms` with that in them.
+
+    Such a model has `training_terms(batch, sum_losses) -> (total, count, stats)`, where sum_losses
+    takes hidden states, targets and weights. Of stats, "parts" are sums that the metrics divide by
+    count; "loads" the tokens of each expert, by the paths of routers, which their biases follow
+    (`train.step`); "dropped" the choices of experts that were not computed.
+    """
+    if not hasattr(model, "training_terms"):
+        return next_token_loss(model, batch, chunk=chunk, z_loss=z_loss)
+    return LossSum(
+        *model.training_terms(batch, functools.partial(_sum_losses, model, chunk, z_loss))
+    )
+
+
+def _sum_losses(model, chunk, z_loss, x_BTD, targets_BT, weights_BT):
+    """The weighted sum of cross-entropies, `chunk` positions at a time."""
 
     def loss_of(x_BTD, targets_BT, weights_BT):
         losses_BT = cross_entropy(model.unembed(x_BTD), targets_BT, z_loss)
         # where, not a product alone: a masked token whose loss is infinite must not make a NaN
         return jnp.sum(jnp.where(weights_BT != 0, losses_BT, 0.0) * weights_BT)
 
-    tokens = (x_BTD, batch["targets"], weights_BT)
+    tokens = (x_BTD, targets_BT, weights_BT)
     num_positions = x_BTD.shape[1]
     if chunk is None or chunk >= num_positions:
-        return LossSum(loss_of(*tokens), jnp.sum(weights_BT))
+        return loss_of(*tokens)
     pad = -num_positions % chunk
 
     def body(total, part):
         return total + jax.checkpoint(loss_of)(*part), None
 
     parts = jax.tree.map(lambda x: _split_positions(x, pad, chunk), tokens)
-    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)
-    return LossSum(total, jnp.sum(weights_BT))
+    return jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)[0]
 
 
 def _split_positions(x: Array, pad: int, chunk: int) -> Array:

@@ -25,7 +25,7 @@ import rich.progress
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from llmprep_jax.train.optim import path_name
+from llmprep_jax.train.state import path_name
 
 # dense bf16 FLOP/s of one device, as its maker states it
 PEAK_FLOPS = {
@@ -70,7 +70,8 @@ def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops:
     Layers with a sliding window count as full ones.
 
     Args:
-      cfg: has num_layers, num_heads, head_dim and tie_embeddings.
+      cfg: has num_layers, num_heads, head_dim and tie_embeddings; and active_share, of the experts
+        that compute for a token, where leaves are below "experts".
       params, frozen: trees of arrays or shapes; the tables are the leaves below "embed".
       seq_len: T.
     """
@@ -84,7 +85,7 @@ def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops:
     def in_products(tree):
         # a module that is trained whole computes in place of its base, which lies beside it
         return sum(
-            size
+            size * (cfg.active_share if "experts" in name else 1)
             for name, size in sizes(tree).items()
             if (cfg.tie_embeddings or "embed" not in name)
             and not (name[-2:-1] == ("base",) and (*name[:-2], "trained", name[-1]) in trained)

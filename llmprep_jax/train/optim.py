@@ -18,6 +18,7 @@ from llmprep_jax.peft import AdaLoRA
 from llmprep_jax.train.adam8bit import scale_by_adam8bit
 from llmprep_jax.train.offload import keep_on_host
 from llmprep_jax.train.rank_budget import allocate_ranks, check_ranks
+from llmprep_jax.train.state import path_name
 
 NO_DECAY = ("scale", "b", "bias", "magnitude")  # last names of paths: norms, biases, DoRA's lengths
 
@@ -38,6 +39,9 @@ class OptimConfig:
       optimizer: "adamw", or "adamw8bit" for moments of about 2 bytes a parameter in place of 8.
       moment_dtype: of adamw's first moment.
       offload: whether the moments are kept in host memory between updates.
+      router_bias_rate: gamma, by which the biases of routers that have them follow the load
+        (DeepSeek-V3, section 2.1.2). router_bias_until: the share of the run after which they stay
+        (section 4.2: the last 500 of 14,800 billion tokens).
     """
 
     lr: float = 3e-4
@@ -54,6 +58,8 @@ class OptimConfig:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     offload: bool = False
+    router_bias_rate: float = 0.001
+    router_bias_until: float = 0.966
 
     def __post_init__(self):
         wrong = {
@@ -65,6 +71,8 @@ class OptimConfig:
             "eps must be > 0": self.eps <= 0,
             "clip_norm must be > 0": self.clip_norm is not None and self.clip_norm <= 0,
             "lora_plus must be > 0": self.lora_plus <= 0,
+            "router_bias_rate must be >= 0": self.router_bias_rate < 0,
+            "router_bias_until must be in [0, 1]": not 0 <= self.router_bias_until <= 1,
         }
         for message, is_wrong in wrong.items():
             if is_wrong:
@@ -73,6 +81,12 @@ class OptimConfig:
             raise ValueError(
                 f"moment_dtype={self.moment_dtype} is for optimizer=adamw; adamw8bit has its own"
             )
+
+
+def make_bias_schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
+    """The step of routers' biases at each step, counted from 0."""
+    until = cfg.router_bias_until * num_steps
+    return lambda step: jnp.where(step < until, cfg.router_bias_rate, 0.0)
 
 
 def make_schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -98,11 +112,6 @@ def make_schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
         return cfg.lr * rise * (1.0 - (1.0 - cfg.final_ratio) * progress)
 
     return schedule
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A tree path as the dotted name of a parameter, e.g. "layers.attn.q.w"."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def decay_mask(params: Any, decay_embeddings: bool = True) -> Any:

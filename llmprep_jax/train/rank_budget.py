@@ -21,7 +21,6 @@ from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.peft.adalora import AdaLoRA
 from llmprep_jax.peft.adapter import adapters, dims
 from llmprep_jax.sharding import spec
-from llmprep_jax.train.losses import LossSum
 from llmprep_jax.train.step import LossFn
 from llmprep_jax.types import Array, Float
 
@@ -207,6 +206,6 @@ def with_orthogonality(loss_fn: LossFn, method: AdaLoRA | None) -> LossFn:
     def of(model, batch, key):
         loss = loss_fn(model, batch, key)
         added = method.orthogonality * orthogonality(model)
-        return LossSum(loss.total + loss.count * added, loss.count)
+        return loss._replace(total=loss.total + loss.count * added)
 
     return of

@@ -90,3 +90,8 @@ def count(tree: Any) -> int:
 def count_bytes(tree: Any) -> int:
     """The bytes of a tree of arrays or of their shapes, over all devices, each value once."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A tree path as the dotted name of a parameter, e.g. "layers.attn.q.w"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llmprep_jax.nn.balance import load_metrics, rebalanced
 from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.train.losses import LossSum
 from llmprep_jax.train.offload import fetch, put_back
-from llmprep_jax.train.state import TrainState, merge
+from llmprep_jax.train.state import TrainState, merge, path_name
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Mapping[str, jax.Array], jax.Array], LossSum]
@@ -33,34 +34,40 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     ema_decay: float | None = None,
+    bias_rate: optax.Schedule | None = None,
 ) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Makes `train_step(state, frozen, batch) -> (state, metrics)`.
 
     The batch's arrays are [A, B / A, T] (`place_batch`): A microbatches, one after another. Metrics
     are scalars on the device: loss (mean over tokens), tokens (with a target), input_tokens,
-    grad_norm (before clipping), param_norm, lr, finite.
+    grad_norm (before clipping), param_norm, lr, finite; with a mixture of experts max_vio,
+    load_entropy (`nn.balance.load_metrics`), dropped, and the parts of the loss.
 
     Args:
       graphdef: of the model, from `split_model`.
       loss_fn: `loss_fn(model, microbatch, key) -> LossSum`.
       schedule: the learning rate, for the metrics.
       ema_decay: of the running average, where the state has one.
+      bias_rate: by how much routers' biases among the parameters follow the load of a step; None:
+        they stay.
     """
 
     def loss_of(params, frozen, micro, key):
         loss = loss_fn(merge(graphdef, params, frozen), micro, key)
-        return loss.total, loss.count
+        return loss.total, (loss.count, loss.stats or {})
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, frozen, batch):
         key = jax.random.fold_in(state.key, state.step)
-        total, tokens, grads = _sum_gradients(loss_of, state.params, frozen, batch, key)
+        total, (tokens, stats), grads = _sum_gradients(loss_of, state.params, frozen, batch, key)
         grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), grads)
         loss, grad_norm = total / jnp.maximum(tokens, 1.0), _norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         old_opt_state, grads = fetch(state.opt_state, grads)
         updates, opt_state = tx.update(grads, old_opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if bias_rate is not None:
+            params = _follow_load(params, stats.get("loads", {}), bias_rate(state.step))
         ema = _average(state.ema, params, state.step, ema_decay)
         # a batch without targets moves nothing either: its zero gradient would still decay weights
         params, opt_state, ema = _choose(
@@ -77,6 +84,7 @@ def make_train_step(
             "param_norm": _norm(params),
             "lr": schedule(state.step),
             "finite": finite,
+            **_describe(stats, tokens),
         }
         step = state.step + finite.astype(jnp.int32)
         return TrainState(step, params, opt_state, ema, state.key), metrics
@@ -85,14 +93,12 @@ def make_train_step(
 
 
 def _sum_gradients(loss_of, params, frozen, batch, key):
-    """Loss, tokens and float32 gradients, summed over the microbatches."""
+    """Loss, (tokens, statistics) and float32 gradients, summed over the microbatches."""
     num_micro = batch["tokens"].shape[0]
 
     def one(micro, key):
-        (total, tokens), grads = jax.value_and_grad(loss_of, has_aux=True)(
-            params, frozen, micro, key
-        )
-        return total, tokens, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        (total, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(params, frozen, micro, key)
+        return total, sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     if num_micro == 1:
         return one(jax.tree.map(lambda x: x[0], batch), key)
@@ -101,8 +107,30 @@ def _sum_gradients(loss_of, params, frozen, batch, key):
         return jax.tree.map(jnp.add, sums, one(*micro_and_key)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    start = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), zeros)
+    first = jax.tree.map(lambda x: x[0], batch)
+    _, sums = jax.eval_shape(loss_of, params, frozen, first, key)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    start = (jnp.zeros((), jnp.float32), sums, zeros)
     return jax.lax.scan(body, start, (batch, jax.random.split(key, num_micro)))[0]
+
+
+def _follow_load(params, loads, rate):
+    """The parameters with the biases of routers moved towards experts with little load."""
+
+    def move(path, value):
+        counts = loads.get(path_name(path).removesuffix(".bias"))
+        return value if counts is None else rebalanced(value, counts, rate)
+
+    return jax.tree_util.tree_map_with_path(move, params)
+
+
+def _describe(stats, tokens):
+    """Metrics out of a loss's statistics."""
+    if not stats:
+        return {}
+    parts = {name: total / jnp.maximum(tokens, 1.0) for name, total in stats["parts"].items()}
+    counts = [load.reshape(-1, load.shape[-1]) for load in stats["loads"].values()]
+    return {**parts, **load_metrics(jnp.concatenate(counts)), "dropped": stats["dropped"]}
 
 
 def _norm(tree):

@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmprep_jax.kernels.grouped_matmul import reference
 from llmprep_jax.kernels.grouped_matmul.api import grouped_matmul
-from llmprep_jax.nn.dispatch import TRANSPORTS, run_experts
+from llmprep_jax.nn.dispatch import TRANSPORTS, exchange_gathered, run_experts
 from llmprep_jax.sharding import ShardingRules, make_mesh, spec, use_mesh
 
 E, D, F = 8, 8, 16
 AXES = {"up": ("expert", "embed", "mlp"), "down": ("expert", "mlp", "embed")}
 RUNNABLE = [name for name in TRANSPORTS if name != "ragged"]
 MESHES = {
+    "expert1": {"expert": 1},
     "expert2": {"expert": 2},
     "expert4": {"expert": 4},
     "expert8": {"expert": 8},
@@ -29,23 +31,24 @@ MESHES = {
 }
 
 
-def apply(x_RD, sizes_E, params):
-    product = functools.partial(grouped_matmul, dtype=x_RD.dtype)
+def apply(x_RD, sizes_E, params, product=reference.grouped_matmul):
     y_RF = jnp.tanh(product(x_RD, params["up"], sizes_E))
     return product(y_RF, params["down"], sizes_E)
 
 
+apply_in_bf16 = functools.partial(
+    apply, product=functools.partial(grouped_matmul, dtype=jnp.bfloat16)
+)
+
+
 def every_expert(x_BTD, experts_BTA, weights_BTA, params):
     """The meaning: all experts on all tokens."""
-    y_BTD = 0
-    for e in range(E):
-        weight_BT = jnp.where(experts_BTA == e, weights_BTA, 0).sum(-1)
-        h_BTF = jnp.tanh(x_BTD @ params["up"][e])
-        y_BTD += weight_BT[..., None] * (h_BTF @ params["down"][e])
-    return y_BTD
+    weights_BTAE = weights_BTA[..., None] * jax.nn.one_hot(experts_BTA, E)
+    h_EBTF = jnp.tanh(jnp.einsum("BTD,EDF->EBTF", x_BTD, params["up"]))
+    return jnp.einsum("EBTF,EFD,BTAE->BTD", h_EBTF, params["down"], weights_BTAE)
 
 
-def draw(rows=8, length=3, active=2, experts=range(E)):
+def draw(rows=8, length=3, active=2, experts=tuple(range(E))):
     """Tokens whose experts are drawn from some of all, with their weights."""
     rng = np.random.default_rng(0)
     ids = [rng.permutation(list(experts))[:active] for _ in range(rows * length)]
@@ -81,10 +84,9 @@ def with_gradients(run):
     return both
 
 
-def dispatch(transport, **options):
+def dispatch(transport, apply=apply):
     def run(*operands):
-        options_ = dict(num_experts=E, transport=transport, **options)
-        return run_experts(*operands, AXES, apply, **options_)[0]
+        return run_experts(*operands, AXES, apply, num_experts=E, transport=transport)[0]
 
     return run
 
@@ -97,9 +99,14 @@ def assert_close(found, expected, tolerance=1e-5):
         assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max(), path
 
 
+@functools.cache
+def expect(**draws):
+    return with_gradients(every_expert)(*draw(**draws))
+
+
 def assert_dispatch_is_the_loop(mesh, transport, rules=None, **draws):
     *tokens, params = draw(**draws)
-    expected = with_gradients(every_expert)(*tokens, params)
+    expected = expect(**draws)
     with use_mesh(mesh, rules):
         params = place(params) if mesh else params
         y, grads = with_gradients(dispatch(transport))(*tokens, params)
@@ -113,30 +120,34 @@ def mesh_of(name):
     return make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-@pytest.mark.parametrize("active", [1, 2, 5])
+@pytest.mark.parametrize("active", [1, 5])
 def test_without_a_mesh_tokens_are_sorted_and_put_back(active):
     assert_dispatch_is_the_loop(None, None, active=active)
 
 
 @pytest.mark.parametrize("transport", RUNNABLE)
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["expert2", "expert8", "fsdp2-expert2-tensor2"])
 def test_on_every_mesh_the_sum_is_that_of_the_loop(mesh, transport):
     assert_dispatch_is_the_loop(mesh_of(mesh), transport)
+
+
+@pytest.mark.parametrize("mesh", ["expert1", "expert4", "fsdp4-tensor2"])
+def test_by_default_the_sum_is_that_of_the_loop(mesh):
+    assert_dispatch_is_the_loop(mesh_of(mesh), None)
 
 
 @pytest.mark.parametrize("transport", RUNNABLE)
 @pytest.mark.parametrize(
     "draws",
-    [
-        dict(experts=[5], active=1),
-        dict(experts=[0, 3, 6], active=3),
-        dict(active=5),
-        dict(length=1),
-    ],
-    ids=["all-to-one-expert", "empty-experts", "more-than-a-device-has", "one-token-each"],
+    [dict(experts=(5,), active=1), dict(experts=(0, 3, 6), active=3)],
+    ids=["all-to-one-expert", "empty-experts"],
 )
 def test_uneven_loads_are_computed_whole(draws, transport):
     assert_dispatch_is_the_loop(mesh_of("data2-expert4"), transport, **draws)
+
+
+def test_a_token_may_go_to_more_experts_than_a_device_has():
+    assert_dispatch_is_the_loop(mesh_of("expert8"), "emulated", active=5, length=1)
 
 
 @pytest.mark.parametrize("mesh", ["expert8", "fsdp2-expert2-tensor2"])
@@ -147,3 +158,107 @@ def test_tokens_that_devices_do_not_divide_are_computed_on_all_of_them(mesh):
 def test_tokens_may_be_split_over_other_axes_than_the_experts():
     rules = ShardingRules(batch=("data", "fsdp"))
     assert_dispatch_is_the_loop(mesh_of("fsdp2-expert2-tensor2"), None, rules)
+
+
+@pytest.mark.parametrize("transport", ["emulated", "ring"])
+def test_layers_are_scanned_and_rematerialised_in_bf16(transport):
+    x, experts, weights, params = draw()
+    params = jax.tree.map(lambda w: w / 4, params)
+    x, params = jax.tree.map(lambda z: z.astype(jnp.bfloat16), (x, params))
+
+    def run(layer, x, weights, params):
+        def body(x, params):
+            return x + jax.checkpoint(layer)(x, experts, weights, params), None
+
+        return jax.lax.scan(body, x, params)[0]
+
+    def loss(run, x, weights, params):
+        return jnp.square(run(x, weights, params).astype(jnp.float32)).mean()
+
+    def grads_of(layer, x, params):
+        params = jax.tree.map(lambda w: jnp.stack([w, -w]), params)
+        run_ = functools.partial(run, layer)
+        return jax.jit(jax.grad(functools.partial(loss, run_), argnums=(0, 1, 2)))(
+            x, weights, params
+        )
+
+    exact = jax.tree.map(lambda z: z.astype(jnp.float32), (x, params))
+    expected = grads_of(every_expert, *exact)
+    with use_mesh(mesh_of("expert2")):
+        x = jax.reshard(x, spec("batch", "seq", "embed", shape=x.shape))
+        found = grads_of(dispatch(transport, apply_in_bf16), x, place(params))
+    assert found[0].dtype == found[2]["up"].dtype == jnp.bfloat16
+    assert_close(jax.tree.map(lambda z: z.astype(jnp.float32), found), expected, 0.03)
+
+
+@pytest.mark.parametrize(("mesh", "kept"), [("data2-expert4", 1), ("fsdp2-expert2-tensor2", 2)])
+def test_copies_beyond_the_capacity_are_dropped_and_counted(mesh, kept):
+    # a device has 3 or 6 of 24 tokens, all for one of 8 experts: 2 x 3 / 8 and 2 x 6 / 8 rows
+    *tokens, params = draw(experts=(5,), active=1)
+    expected = np.array(every_expert(*tokens, params))
+    options = dict(num_experts=E, transport="capacity", capacity_factor=2.0)
+    with use_mesh(mesh_of(mesh)):
+        run = jax.jit(functools.partial(run_experts, axes=AXES, apply=apply, **options))
+        y, dropped = run(*tokens, place(params))
+    per_device = 3 if mesh == "data2-expert4" else 6
+    expected = expected.reshape(-1, per_device, D)
+    expected[:, kept:] = 0
+    np.testing.assert_allclose(np.asarray(y).reshape(expected.shape), expected, atol=1e-5)
+    assert int(dropped) == 24 - kept * (24 // per_device)
+
+
+@pytest.mark.parametrize("transport", RUNNABLE)
+def test_nothing_is_dropped_without_a_capacity(transport):
+    *tokens, params = draw(experts=(5,), active=1)
+    with use_mesh(mesh_of("expert4")):
+        run = jax.jit(
+            functools.partial(
+                run_experts, axes=AXES, apply=apply, num_experts=E, transport=transport
+            )
+        )
+        assert int(run(*tokens, place(params))[1]) == 0
+
+
+def test_the_emulated_exchange_is_the_one_that_jax_documents():
+    operand, output = jnp.array([1, 2, 2, 3, 4, 0]), jnp.zeros(8, jnp.int32)
+    sizes = [jnp.array(z) for z in ([0, 1, 0, 1], [1, 2, 1, 1], [0, 0, 1, 2], [1, 1, 2, 1])]
+    exchange = functools.partial(exchange_gathered, axis_name="expert")
+    with use_mesh(mesh_of("expert2")):
+        each = spec("expert")
+        operands = [jax.reshard(z, each) for z in (operand, output, *sizes)]
+        run = lambda x, y, *places: exchange(x[:, None], y[:, None], *places)[:, 0]  # noqa: E731
+        found = jax.jit(jax.shard_map(run, in_specs=(each,) * 6, out_specs=each))(*operands)
+    np.testing.assert_array_equal(found, [1, 3, 0, 0, 2, 2, 4, 0])
+
+
+def test_the_ragged_exchange_lowers_for_tpus_with_its_collectives_alone():
+    *tokens, params = draw()
+    with use_mesh(mesh_of("fsdp2-expert2-tensor2")):
+        traced = with_gradients(dispatch("ragged")).trace(*tokens, place(params))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@ragged_all_to_all") == 4  # there and back, twice
+    assert text.count("stablehlo.reduce_scatter") == 2  # the gradients of weights over fsdp
+
+
+def primitives(*args):
+    return str(jax.make_jaxpr(dispatch(None))(*args))
+
+
+def test_the_default_transport_is_by_the_devices_of_the_mesh():
+    *tokens, params = draw()
+    with use_mesh(mesh_of("expert4")):
+        assert "ragged_all_to_all" not in primitives(*tokens, params)
+    mesh = mesh_of("expert4").abstract_mesh.update(abstract_device=None)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert "ragged_all_to_all" in primitives(*tokens, params)
+
+
+def test_bad_calls_say_what_is_wrong():
+    *tokens, params = draw()
+    with pytest.raises(ValueError, match="unknown transport 'pigeon'; they are ragged, emulated"):
+        dispatch("pigeon")(*tokens, params)
+    with (
+        use_mesh(make_mesh({"expert": 3}, jax.devices()[:3])),
+        pytest.raises(ValueError, match="8 experts do not divide over 3 devices"),
+    ):
+        dispatch(None)(*tokens, params)

@@ -5,6 +5,7 @@ largest one of their array. The one thing a reader would get wrong: 9 heads and 
 tensor axis of 2 or 4 are replicated, while the MLP and the vocabulary beside them are split.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -16,8 +17,10 @@ from flax import nnx
 from llmprep_jax.models import registry
 from llmprep_jax.models.gemma3.config import Config as Gemma3Config
 from llmprep_jax.models.llama.config import Config as LlamaConfig
+from llmprep_jax.nn.balance import Balance
 from llmprep_jax.sharding import make_mesh, use_mesh
-from llmprep_jax.train.losses import next_token_loss
+from llmprep_jax.train.losses import training_loss
+from tests.models import tiny
 from tests.models.tiny import forward, random_model
 
 MESHES = {
@@ -25,6 +28,7 @@ MESHES = {
     "fsdp8": {"fsdp": 8},
     "fsdp2-tensor4": {"fsdp": 2, "tensor": 4},
     "data2-fsdp2-tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp2-expert2-tensor2": {"fsdp": 2, "expert": 2, "tensor": 2},
 }
 _SIZES = dict(vocab_size=96, dim=32, mlp_dim=64, num_layers=2, head_dim=8, max_seq_len=64)
 CONFIGS = {
@@ -35,12 +39,16 @@ CONFIGS = {
     "gemma3-1-kv-head": Gemma3Config(
         **{**_SIZES, "num_layers": 3}, num_heads=4, num_kv_heads=1, window=6, global_every=3
     ),
+    "deepseek-v3": dataclasses.replace(
+        tiny.CONFIGS["deepseek-v3"], num_layers=2, balance=Balance(expert=0.1)
+    ),
 }
 # each compiles for seconds: `make test` runs the pairs that differ most, CI all of them
 FAST = (
     ("llama-tied", "fsdp8"),
     ("llama-9-3-heads", "fsdp4-tensor2"),
     ("gemma3-1-kv-head", "fsdp4-tensor2"),
+    ("deepseek-v3", "fsdp2-expert2-tensor2"),
 )
 PAIRS = [
     pytest.param(name, mesh, marks=() if (name, mesh) in FAST else pytest.mark.slow)
@@ -74,7 +82,7 @@ def make_batch(rows: int = 8, length: int = 12) -> dict[str, np.ndarray]:
 @jax.jit
 def loss_and_grads(model, batch):
     def loss_of(model):
-        loss = next_token_loss(model, batch)
+        loss = training_loss(model, batch)
         return loss.total / loss.count
 
     return jax.value_and_grad(loss_of)(model)
@@ -122,12 +130,14 @@ def test_parameters_are_born_sharded_with_the_values_of_one_device():
 def test_heads_that_a_mesh_does_not_divide_are_replicated(name, mesh_name):
     model, tensor = build(name, mesh_name), MESHES[mesh_name].get("tensor", 0)
     divided = lambda heads: "tensor" if tensor and heads % tensor == 0 else None  # noqa: E731
-    for heads, layer in (
-        (model.cfg.num_heads, model.layers.attn.q),
-        (model.cfg.num_kv_heads, model.layers.attn.k),
-    ):
-        assert jax.typeof(layer.w[...]).sharding.spec[2] == divided(heads)
-    assert jax.typeof(model.layers.mlp.up.w[...]).sharding.spec[2] == divided(64)
+    if name == "deepseek-v3":
+        layers, heads = model.dense_layers, [(4, "q_b"), (4, "kv_b")]
+    else:
+        layers, heads = model.layers, [(model.cfg.num_heads, "q"), (model.cfg.num_kv_heads, "k")]
+    for number, part in heads:
+        w = getattr(layers.attn, part).w
+        assert jax.typeof(w[...]).sharding.spec[2] == divided(number)
+    assert jax.typeof(layers.mlp.up.w[...]).sharding.spec[2] == divided(64)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

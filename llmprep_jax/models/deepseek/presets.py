@@ -68,11 +68,12 @@ V3 = Config(
     num_dense=3,
     rope_scaling=_yarn(1.0),
     num_mtp=1,
-    balance=Balance(expert=1e-4, bias_rate=0.001),
+    balance=Balance(expert=1e-4),
     bos_id=0,
     eos_ids=(1,),
 )
-_TINY = dict(
+_TINY = dict(  # a vocabulary of SmolLM2's size
+    vocab_size=49152,
     dim=128,
     mlp_dim=384,
     expert_dim=96,
@@ -85,6 +86,8 @@ _TINY = dict(
     max_seq_len=1024,
     rope_scaling=None,
     num_dense=1,
+    bos_id=1,
+    eos_ids=(2,),
 )
 V2_TINY = dataclasses.replace(
     V2,

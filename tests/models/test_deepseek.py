@@ -1,0 +1,152 @@
+"""What only DeepSeek has: further tokens, terms of the loss, and biases that follow the load."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from llmprep_jax.models.deepseek import weights
+from llmprep_jax.nn.attention import place_tokens
+from llmprep_jax.nn.balance import Balance
+from llmprep_jax.nn.param import TRAINED
+from llmprep_jax.train.losses import next_token_loss, training_loss
+from llmprep_jax.train.state import create_state, path_name, split_model
+from llmprep_jax.train.step import make_train_step, place_batch
+from tests.models.tiny import CONFIGS, make_tokens, random_model
+
+CFG = dataclasses.replace(CONFIGS["deepseek-v3"], num_layers=2, balance=Balance(expert=0.1))
+
+
+@functools.cache
+def model(num_mtp: int = 2) -> nnx.Module:
+    return random_model(dataclasses.replace(CFG, num_mtp=num_mtp))
+
+
+def make_batch(rows: int = 2, length: int = 12) -> dict[str, np.ndarray]:
+    """Two documents a row, and padding."""
+    tokens = make_tokens(rows, length + 1)
+    segments = np.repeat([[1, 2, 0]], rows, axis=0).repeat([5, length - 7, 2], axis=1)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_mask": (segments > 0).astype(np.float32),
+        "segment_ids": segments.astype(np.int32),
+    }
+
+
+def further_logits(model: nnx.Module, tokens: jax.Array, given: jax.Array) -> jax.Array:
+    """The first module's logits, with `given` in place of the embeddings of the next tokens."""
+    place, _ = place_tokens(tokens, None, None, None)
+    x_BTD, _, _ = model.run(tokens, place)
+    x_BTD, _, _ = model.mtp[0](x_BTD, given, place, model.rope(place))
+    return model.unembed(x_BTD)
+
+
+def test_a_further_token_depends_on_the_token_before_it_and_on_none_later():
+    tokens = make_tokens(1, 8)
+    given = model().embed(tokens)
+
+    def sums_T(given):
+        return jnp.sin(further_logits(model(), tokens, given)[0]).sum(-1)
+
+    found = np.linalg.norm(jax.jit(jax.jacrev(sums_T))(given)[:, 0], axis=-1)
+    later = np.triu(np.ones((8, 8), bool), 1)
+    assert np.all(found[later] == 0)
+    assert np.all(found[~later] > 0)
+
+
+def test_the_loss_is_its_parts():
+    batch = make_batch()
+    loss = jax.jit(training_loss)(model(), batch)
+    plain = jax.jit(next_token_loss)(model(), batch)
+    parts = loss.stats["parts"]
+    assert loss.count == plain.count == 20
+    np.testing.assert_allclose(parts["next_token_loss"], plain.total, rtol=1e-5)
+    expected = sum(parts[name] * w for name, w in zip(sorted(parts), (1.0, 0.3, 1.0), strict=True))
+    assert sorted(parts) == ["balance_loss", "mtp_loss", "next_token_loss"]
+    np.testing.assert_allclose(loss.total, expected, rtol=1e-6)
+    assert parts["balance_loss"] > 0
+
+
+def test_the_further_loss_is_of_the_token_after_the_next_in_the_same_document():
+    batch, one = make_batch(1), model(1)
+    found = jax.jit(training_loss)(one, batch).stats["parts"]["mtp_loss"]
+    place, _ = place_tokens(batch["tokens"], None, batch["segment_ids"], None)
+
+    @jax.jit
+    def log_probabilities(model):
+        x_BTD, _, _ = model.run(batch["tokens"], place)
+        args = model.embed(batch["targets"]), place, model.rope(place)
+        return jax.nn.log_softmax(model.unembed(model.mtp[0](x_BTD, *args)[0]))[0]
+
+    logp, targets = np.asarray(log_probabilities(one)), batch["targets"][0]
+    # documents are columns 0 to 4 and 5 to 9: their last column has no token after the next
+    expected = -sum(logp[t, targets[t + 1]] for t in (0, 1, 2, 3, 5, 6, 7, 8))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_losses_in_chunks_are_the_same():
+    batch = make_batch()
+    whole, chunked = (
+        jax.jit(functools.partial(training_loss, chunk=chunk))(model(), batch)
+        for chunk in (None, 5)
+    )
+    np.testing.assert_allclose(chunked.total, whole.total, rtol=1e-5)
+
+
+@functools.cache
+def make_step(rate: float):
+    parts = split_model(model(1), TRAINED)
+    tx = optax.sgd(0.0)
+    step = make_train_step(
+        parts.graphdef,
+        tx,
+        lambda m, b, _: training_loss(m, b),
+        lambda _: 0.0,
+        bias_rate=lambda _: rate,
+    )
+    return parts, tx, step
+
+
+def biases(params) -> dict[str, np.ndarray]:
+    found = {
+        "moe": params["moe_layers"]["mlp"]["router"]["bias"],
+        "mtp": params["mtp"][0]["block"]["mlp"]["router"]["bias"],
+    }
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_moves_each_bias_by_the_rate_towards_experts_with_little_load(accumulate):
+    parts, tx, step = make_step(0.01)
+    batch = make_batch(4)
+    before = jax.tree.map(np.asarray, parts.params)
+    state = create_state(jax.tree.map(jnp.copy, parts.params), tx, seed=0)
+    loads = jax.jit(training_loss)(model(1), batch).stats["loads"]
+    state, metrics = step(state, parts.frozen, place_batch(batch, accumulate))
+    for name, path in (("moe", "moe_layers.mlp.router"), ("mtp", "mtp.0.block.mlp.router")):
+        counts = np.asarray(loads[path])
+        moved = 0.01 * np.sign(counts.mean(-1, keepdims=True) - counts)
+        np.testing.assert_allclose(
+            biases(state.params)[name] - biases(before)[name], moved, atol=1e-6
+        )
+        assert np.any(moved)
+    assert metrics["dropped"] == 0
+    assert metrics["max_vio"] > 0
+    # with a learning rate of 0 nothing else has moved
+    flat = [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (before, state.params)]
+    for (path, old), (_, new) in zip(*flat, strict=True):
+        if path_name(path).endswith("router.bias"):
+            continue
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_checkpoint_without_the_module_is_read_without_it():
+    names = ["model.layers.0.self_attn.o_proj.weight", "lm_head.weight"]
+    assert weights.settle(CFG, names).num_mtp == 0
+    assert weights.settle(CFG, [*names, "model.layers.2.eh_proj.weight"]).num_mtp == CFG.num_mtp

@@ -1,0 +1,143 @@
+"""A mixture of experts: who is chosen, with what weight, and sums that equal a plain loop's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llmprep_jax.nn.moe import MoE, Routing, choose
+from llmprep_jax.nn.param import Compute, RouterBias
+from tests.random_modules import random_module
+
+V2 = Routing(12, 3, num_groups=4, num_active_groups=2, scale=16.0)
+V3 = Routing(
+    12,
+    3,
+    score="sigmoid",
+    num_groups=4,
+    num_active_groups=2,
+    has_bias=True,
+    normalize=True,
+    scale=2.5,
+)
+ROUTINGS = {"greedy": Routing(12, 3), "v2": V2, "v3": V3}
+each_routing = pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+
+
+def logits(seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (4, 16, 12))
+
+
+def bias_of(routing: Routing, scale: float = 0.5) -> jax.Array | None:
+    return jax.random.normal(jax.random.key(9), (12,)) * scale if routing.has_bias else None
+
+
+@each_routing
+def test_experts_are_distinct_and_of_the_allowed_number_of_groups(routing):
+    experts = np.asarray(choose(logits(), bias_of(routing), routing).experts_BTA).reshape(-1, 3)
+    assert all(len(set(row)) == 3 for row in experts.tolist())
+    per_group = 12 // routing.num_groups
+    used = [len({e // per_group for e in row}) for row in experts.tolist()]
+    assert max(used) <= (routing.num_active_groups if routing.num_groups > 1 else 3)
+
+
+def test_softmax_groups_are_as_good_as_their_best_expert():
+    scores = jnp.log(jnp.array([[[0.30, 0.01, 0.16, 0.15, 0.02, 0.02, 0.17, 0.17]]]))
+    routing = Routing(8, 2, num_groups=4, num_active_groups=2)
+    # best experts 0.30, 0.16, 0.02, 0.17: groups 0 and 3, though group 1 has more together than 0
+    assert set(np.ravel(choose(scores, None, routing).experts_BTA)) == {0, 6}
+
+
+def test_sigmoid_groups_are_as_good_as_their_two_best_experts_together():
+    p = jnp.array([[[0.9, 0.1, 0.6, 0.6, 0.3, 0.3, 0.2, 0.2]]])
+    routing = Routing(8, 2, score="sigmoid", num_groups=4, num_active_groups=1)
+    assert set(np.ravel(choose(jnp.log(p / (1 - p)), None, routing).experts_BTA)) == {2, 3}
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    plain = choose(logits(), jnp.zeros(12), V3)
+    pushed = choose(logits(), jnp.zeros(12).at[5].set(10.0), V3)
+    assert np.all(np.any(pushed.experts_BTA == 5, axis=-1))
+    assert not np.all(np.any(plain.experts_BTA == 5, axis=-1))
+    np.testing.assert_array_equal(pushed.scores_BTE, plain.scores_BTE)
+    chosen = np.take_along_axis(np.asarray(plain.scores_BTE), np.asarray(pushed.experts_BTA), -1)
+    expected = 2.5 * chosen / chosen.sum(-1, keepdims=True)
+    np.testing.assert_allclose(pushed.weights_BTA, expected, rtol=1e-6)
+
+
+def test_no_gradient_reaches_the_bias():
+    def loss(bias, logits):
+        return jnp.sum(jnp.square(choose(logits, bias, V3).weights_BTA))
+
+    to_bias, to_logits = jax.grad(loss, argnums=(0, 1))(bias_of(V3), logits())
+    assert np.all(to_bias == 0)
+    assert np.any(to_logits != 0)
+
+
+def dense(moe: MoE, x_BTD: jax.Array, routing: Routing) -> jax.Array:
+    """All experts on all tokens, weighted by a loop."""
+    choice = moe.router(x_BTD)
+    y_BTD = 0.0 if moe.shared is None else moe.shared(x_BTD)
+    for e in range(routing.num_experts):
+        gate, up, down = (getattr(moe.experts, name).w[e] for name in ("gate", "up", "down"))
+        h_BTD = (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
+        weight_BT = jnp.sum(jnp.where(choice.experts_BTA == e, choice.weights_BTA, 0.0), -1)
+        y_BTD += weight_BT[..., None] * h_BTD
+    return y_BTD
+
+
+@pytest.mark.parametrize("num_shared", [0, 2])
+@each_routing
+def test_the_sum_and_its_gradients_are_those_of_a_loop_over_experts(routing, num_shared):
+    moe = random_module(lambda: MoE(8, 6, num_shared, routing, compute=Compute(), rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(3), (2, 7, 8))
+
+    def loss(moe, x, of):
+        return jnp.sum(jnp.sin(of(moe, x)))
+
+    ours, loop = lambda moe, x: moe(x)[0], lambda moe, x: dense(moe, x, routing)
+    np.testing.assert_allclose(ours(moe, x), loop(moe, x), rtol=1e-5, atol=1e-5)
+    found, expected = (
+        jax.jit(jax.grad(lambda moe, x, of=of: loss(moe, x, of), argnums=(0, 1)))(moe, x)
+        for of in (ours, loop)
+    )
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_does_not_count_in_the_load():
+    moe = random_module(lambda: MoE(8, 6, 0, V3, compute=Compute(), rngs=nnx.Rngs(0)))
+    x, mask = jax.random.normal(jax.random.key(3), (2, 7, 8)), np.ones((2, 7), bool)
+    mask[1, 3:] = False
+    _, load = moe(x, mask)
+    _, first = moe(x[:1])
+    _, second = moe(x[1:, :3])
+    np.testing.assert_array_equal(load.counts_E, first.counts_E + second.counts_E)
+    assert load.counts_E.sum() == 3 * 10
+    assert load.dropped == 0
+
+
+def test_the_bias_is_neither_parameter_nor_in_bf16():
+    compute = Compute(dtype="bfloat16", param_dtype="bfloat16")
+    moe = MoE(8, 6, 1, V3, compute=compute, rngs=nnx.Rngs(0))
+    assert isinstance(moe.router.bias, RouterBias)
+    assert moe.router.bias.dtype == jnp.float32
+    assert moe.router.w.dtype == jnp.bfloat16
+    assert moe.router(jnp.ones((1, 2, 8), jnp.bfloat16)).weights_BTA.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(num_groups=5), "num_experts=12 do not part into num_groups=5"),
+        (dict(num_active_groups=5), "num_active_groups=5 of num_groups=4"),
+        (dict(num_active=7), "num_active=7 experts of 6 that may be chosen"),
+        (dict(num_active=0), "num_active=0 experts"),
+    ],
+)
+def test_a_routing_that_cannot_be_is_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(V3, **change)
