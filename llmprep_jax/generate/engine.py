@@ -133,8 +133,16 @@ class Engine:
         return decode(self._stepper(state), state, jnp.int32(until), stops, sampling)
 
     def _stepper(self, state: State | speculative.State) -> nnx.Module:
+        """The layout that is fastest for a step.
+
+        One row with a draft, 81 M of DeepSeek-V3's kind in milliseconds, scanned, listed, row-wise:
+        30, 30, 18 in float32 and 39, 28, 32 in bf16; without a draft row-wise 10 and 8.
+        """
+        num_rows = len(state.done_B)
         drafts = 0 if isinstance(state, State) else state.drafts_BM.size
-        return self._model_for(len(state.done_B) + drafts)
+        if num_rows == 1 and self._on_cpu and self.cfg.compute.operand_dtype == jnp.float32:
+            return self._row_wise
+        return self._model_for(num_rows + drafts)
 
 
 @jax.jit
