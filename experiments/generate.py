@@ -6,8 +6,9 @@
 The second is a chat: /reset begins anew, /system TEXT sets the system message, /quit or Ctrl-D
 ends. MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. Settings:
 temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, seed, stop (a,b), dtype,
-adapter (a PEFT folder), raw=true (the prompt as it is, without the chat template). The thoughts of
-a model that thinks are shown dim, and a chat does not remember them.
+adapter (a PEFT folder), raw=true (the prompt as it is, without the chat template), draft=mtp (the
+model's multi-token prediction modules draft, and how many drafts it accepts is said). The thoughts
+of a model that thinks are shown dim, and a chat does not remember them.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import llmprep_jax as lp
 from llmprep_jax import cli
 from llmprep_jax.config import UsageError, override, split_arguments
 from llmprep_jax.generate.sampler import Sampling
+from llmprep_jax.generate.speculative import check_draft
 from llmprep_jax.text.processor import Processor
 
 console = rich.console.Console(highlight=False)
@@ -45,6 +47,7 @@ class Settings:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     adapter: str | None = None
     raw: bool = False
+    draft: Literal["mtp"] | None = None
 
     def __post_init__(self):
         # here, and not where they are used, so that a slip is told before the model is loaded
@@ -76,6 +79,7 @@ def main(arguments: list[str]) -> None:
             _ = processor.chat  # refuses a model without a chat template before it is loaded
         model = lp.load_model(path, dtype=settings.dtype)
         processor.tokenizer.check_vocab(model.cfg.vocab_size)
+        check_draft(model, settings.draft)
         if settings.adapter is not None:
             model = lp.peft.merge(lp.peft.load(model, settings.adapter))
     if not prompts:
@@ -90,8 +94,9 @@ def user(text: str) -> dict[str, str]:
 
 def say(model: nnx.Module, processor: Processor, prompt: str | list, settings: Settings) -> str:
     """Streams an answer to the terminal, its thoughts dim, and returns it without them."""
-    thoughts, answer = "", ""
-    wanted = settings.generation() | {"stream": True, "reasoning": True}
+    thoughts, answer, accounts = "", "", []
+    wanted = settings.generation() | dict(stream=True, reasoning=True, report=accounts.append)
+    dim = DIM.render if console.color_system else str  # where the terminal has styles
     for thought, text in lp.generate(model, processor, prompt, **wanted):
         before = "<think>\n" if thought and not thoughts else ""
         after = "\n</think>\n\n" if text and thoughts and not answer else ""
@@ -101,12 +106,9 @@ def say(model: nnx.Module, processor: Processor, prompt: str | list, settings: S
     print(flush=True)
     if thoughts and not answer:
         print("the thoughts did not end; a larger max_new_tokens gives them room", file=sys.stderr)
+    for account in accounts:
+        print(account, file=sys.stderr)
     return answer
-
-
-def dim(text: str) -> str:
-    """The text dimmed, where the terminal has styles."""
-    return DIM.render(text) if console.color_system else text
 
 
 def chat(model: nnx.Module, processor: Processor, settings: Settings) -> None:

@@ -11,11 +11,12 @@ import collections
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from llmprep_jax.config import check_fields, from_dict
@@ -187,13 +188,22 @@ def save_model(
     return receipt.save_folder(
         Path(folder),
         config,
-        export.tensors(model, model.weights),
+        _with_copies(export.tensors(model, model.weights), family.copies(model.cfg)),
         extra_files=functools.partial(_write_extras, config, processor),
         verify=lambda written: receipt.probe_difference(
             model, load_model(written, compute=model.cfg.compute)
         ),
         tolerance=tolerance,
     )
+
+
+def _with_copies(
+    tensors: Iterable[tuple[str, np.ndarray]], copies: Mapping[str, str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors, and each once more under the names of its copies."""
+    for name, array in tensors:
+        yield name, array
+        yield from ((copy, array) for copy, original in copies.items() if original == name)
 
 
 def _write_extras(config: Mapping[str, Any], processor: Processor | None, folder: Path) -> None:

@@ -1,14 +1,15 @@
 """Generation: one prefill of the prompts, then a loop of single tokens that stays on the device.
 
 The loop is a `jax.lax.while_loop` over the cache, the last logits and a buffer of new tokens; it
-ends when every row has met a stop id. Streaming runs the same loop a few tokens at a time. The one
-thing a reader would get wrong: prompts of unequal length are aligned at their ends (padding left),
-so that all rows write the same cache slot.
+ends when every row has met a stop id. Streaming runs the same loop a few tokens at a time, and
+speculative decoding (`speculative`) has a loop of its own. The one thing a reader would get wrong:
+prompts of unequal length are aligned at their ends (padding left), so that all rows write the same
+cache slot.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.generate import layout
+from llmprep_jax.generate import layout, speculative
 from llmprep_jax.generate.sampler import Sampling, draw, shape_logits
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.types import Array
@@ -91,13 +92,15 @@ class Engine:
         max_new_tokens: int,
         seed: int,
         pad_id: int,
-    ) -> State:
+        draft: str | None = None,
+    ) -> State | speculative.State:
         """Reads the prompts in.
 
         Raises:
-          ValueError: an empty or misshapen batch, a row without a token, or prompt and new tokens
-            together beyond the model's context.
+          ValueError: an empty or misshapen batch, a row without a token, prompt and new tokens
+            together beyond the model's context, or a draft that the model has no modules for.
         """
+        speculative.check_draft(self.model, draft)
         tokens_BT, mask_BT = _align_right(tokens, mask)
         total = tokens_BT.shape[1] + max_new_tokens
         if total > self.cfg.max_seq_len:
@@ -108,22 +111,38 @@ class Engine:
         padding = -tokens_BT.shape[1] % PROMPT_STEP
         tokens_BT = np.pad(tokens_BT, ((0, 0), (padding, 0)))
         mask_BT = np.pad(mask_BT, ((0, 0), (padding, 0)))
-        reader, stepper = self._model_for(tokens_BT.size), self._model_for(len(tokens_BT))
-        state = _prefill(
-            reader, tokens_BT, mask_BT, jax.random.key(seed), sampling, max_new_tokens, pad_id
-        )
+        prefill = _prefill if draft is None else speculative.prefill
+        reader, key = self._model_for(tokens_BT.size), jax.random.key(seed)
+        state = prefill(reader, tokens_BT, mask_BT, key, sampling, max_new_tokens, pad_id)
+        stepper = self._stepper(state)
         if layout.is_listed(stepper) and not layout.is_listed(reader):
             state = dataclasses.replace(state, cache=_unstack_cache(state.cache))
         return state
 
     def advance(
-        self, state: State, until: int, stop_ids: Sequence[int], sampling: Sampling
-    ) -> State:
+        self,
+        state: State | speculative.State,
+        until: int,
+        stop_ids: Sequence[int],
+        sampling: Sampling,
+    ) -> State | speculative.State:
         """Draws tokens up to `until` in all or until every row is done; uses the given state up."""
-        model = self._model_for(len(state.done_B))
+        decode = _decode if isinstance(state, State) else speculative.decode
         # never an empty array: its shape would compile anew
         stops = jnp.asarray([*stop_ids, -1], jnp.int32)
-        return _decode(model, state, jnp.int32(until), stops, sampling)
+        return decode(self._stepper(state), state, jnp.int32(until), stops, sampling)
+
+    def _stepper(self, state: State | speculative.State) -> nnx.Module:
+        """The layout that is fastest for a step.
+
+        One row with a draft, 81 M of DeepSeek-V3's kind in milliseconds, scanned, listed, row-wise:
+        30, 30, 18 in float32 and 39, 28, 32 in bf16; without a draft row-wise 10 and 8.
+        """
+        num_rows = len(state.done_B)
+        drafts = 0 if isinstance(state, State) else state.drafts_BM.size
+        if num_rows == 1 and self._on_cpu and self.cfg.compute.operand_dtype == jnp.float32:
+            return self._row_wise
+        return self._model_for(num_rows + drafts)
 
 
 @jax.jit
@@ -216,6 +235,14 @@ def engine_of(model: nnx.Module) -> Engine:
     return _engines[0]
 
 
+Report = Callable[[speculative.Acceptance], None]
+
+
+def _report(state: State | speculative.State, report: Report | None) -> None:
+    if report is not None and isinstance(state, speculative.State):
+        report(speculative.acceptance(state))
+
+
 def stream_tokens(
     model: nnx.Module,
     tokens: Any,
@@ -226,20 +253,30 @@ def stream_tokens(
     stop_ids: Sequence[int] = (),
     seed: int = 0,
     pad_id: int = 0,
+    draft: str | None = None,
+    report: Report | None = None,
     **sampling: Any,
 ) -> Iterator[np.ndarray]:
-    """As `generate_tokens`, in blocks [B, t] of up to `chunk` tokens as they are drawn."""
+    """As `generate_tokens`, in blocks [B, t] of up to `chunk` tokens as they are drawn.
+
+    A stream that is left early reports too.
+    """
     settings = Sampling(**sampling)
     engine = engine_of(model)
-    state = engine.start(tokens, mask, settings, max_new_tokens, seed, pad_id)
-    shown = 0
-    while shown < max_new_tokens:
-        state = engine.advance(state, min(shown + chunk, max_new_tokens), stop_ids, settings)
-        end = int(state.step)
-        yield np.asarray(state.tokens_BT[:, shown:end])
-        shown = end
-        if bool(state.done_B.all()):
-            return
+    state = engine.start(tokens, mask, settings, max_new_tokens, seed, pad_id, draft)
+    shown, is_done = 0, False
+    try:
+        while not is_done:
+            until = min(shown + chunk, max_new_tokens)
+            state = engine.advance(state, until, stop_ids, settings)
+            # rows of accepted drafts may be ahead
+            drawn = int(state.step)
+            end = min(drawn, until)
+            yield np.asarray(state.tokens_BT[:, shown:end])
+            shown = end
+            is_done = shown == max_new_tokens or (shown == drawn and bool(state.done_B.all()))
+    finally:
+        _report(state, report)
 
 
 def generate_tokens(
@@ -252,6 +289,8 @@ def generate_tokens(
     seed: int = 0,
     pad_id: int = 0,
     return_logprobs: bool = False,
+    draft: str | None = None,
+    report: Report | None = None,
     **sampling: Any,
 ) -> Any:
     """New tokens after each prompt, [B, max_new_tokens]; after a stop id (kept) comes `pad_id`.
@@ -261,15 +300,21 @@ def generate_tokens(
       stop_ids: ids that end a row. seed: of the draws.
       return_logprobs: also returns the model's own log-probabilities of the new tokens, float32 [B,
         max_new_tokens], before penalties and temperature.
+      draft: "mtp" lets the model's multi-token prediction modules draft tokens that the model
+        verifies several at once. The text is that of plain decoding, or, where it is sampled,
+        another draw from the same distribution.
+      report: called with the `Acceptance` of the drafts at the end.
       sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty.
 
     Raises:
-      ValueError: a setting out of its range, or prompt and new tokens beyond the model's context.
+      ValueError: a setting out of its range, prompt and new tokens beyond the model's context, or a
+        draft that the model has no modules for.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     settings = Sampling(**sampling)
     engine = engine_of(model)
-    state = engine.start(tokens, mask, settings, max_new_tokens, seed, pad_id)
+    state = engine.start(tokens, mask, settings, max_new_tokens, seed, pad_id, draft)
     state = engine.advance(state, max_new_tokens, stop_ids, settings)
+    _report(state, report)
     return (state.tokens_BT, state.logprobs_BT) if return_logprobs else state.tokens_BT

@@ -65,9 +65,11 @@ def _stacks(model: nnx.Module) -> dict[str, nnx.Module]:
 
 
 def _unstacked(model: nnx.Module, of: Callable[[tuple, Any], Any]) -> dict[str, nnx.List]:
-    """Each stack as a list of layers, whose nodes are what `of` makes of them."""
-    stacks = _stacks(model).items()
-    return {name: nnx.recursive_map(of, unstack(layers)) for name, layers in stacks}
+    """Each stack, and the modules that draft, as a list whose nodes are what `of` makes of them."""
+    lists = {name: unstack(layers) for name, layers in _stacks(model).items()}
+    if len(getattr(model, "mtp", ())):
+        lists["mtp"] = nnx.merge(*nnx.split(model.mtp))  # another list; theirs is left as it is
+    return {name: nnx.recursive_map(of, layers) for name, layers in lists.items()}
 
 
 def _with(model: nnx.Module, **parts: nnx.Module) -> nnx.Module:

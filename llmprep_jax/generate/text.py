@@ -42,7 +42,7 @@ def generate(
         piece of a stream is of one or the other. False: the text as the model says it.
       stop: strings that end an answer, or one, in thoughts too; they are cut off. stop_ids: ids
         that do; None: the tokenizer's.
-      sampling: see `generate_tokens`.
+      sampling: see `generate_tokens`; `draft` and `report` too.
 
     Raises:
       ValueError: an empty stop string, images for a text model, a stream of several prompts, or

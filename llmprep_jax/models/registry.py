@@ -35,6 +35,7 @@ class Family:
       from_hf, to_hf: config.json to Config and back.
       settle: the Config of a checkpoint, given the one of its config.json and its tensors' names.
       renames, ignored: spellings and tensors outside the model's `weights`, its table of names.
+      copies: names under which a folder holds a tensor once more, with its own name.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     ignored: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
     settle: Callable[[Any, Sequence[str]], Any] = lambda cfg, names: cfg
+    copies: Callable[[Any], Mapping[str, str]] = lambda cfg: {}
 
 
 FAMILIES = (
@@ -80,6 +82,7 @@ FAMILIES = (
         DEEPSEEK_PRESETS,
         ignored=deepseek_weights.ignored,
         settle=deepseek_weights.settle,
+        copies=deepseek_weights.copies,
     ),
 )
 

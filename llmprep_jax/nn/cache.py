@@ -120,6 +120,20 @@ class KVCache:
             block=None,
         )
 
+    def keep(self, num_kept_B: Int[Array, "B"], num_written: int) -> "KVCache":
+        """Of the last `num_written` tokens, empties all but each row's first `num_kept`.
+
+        The slots at the end that no row keeps are written again next. Not for rings.
+        """
+        assert not self.is_ring
+        start = self.length - num_written
+        kept_BT = jnp.arange(num_written) < num_kept_B[:, None]
+        old_BT = jax.lax.dynamic_slice_in_dim(self.segments_BS, start, num_written, axis=1)
+        new_BT = jnp.where(kept_BT, old_BT, 0)
+        segments_BS = jax.lax.dynamic_update_slice_in_dim(self.segments_BS, new_BT, start, axis=1)
+        length = start + jnp.max(num_kept_B).astype(jnp.int32)
+        return dataclasses.replace(self, segments_BS=segments_BS, length=length)
+
     def unstacked(self) -> "KVCache":
         """The same cache with one buffer a layer."""
         k, v = [tuple(map(_matrices, x)) for x in (self.k, self.v)]

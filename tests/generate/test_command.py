@@ -116,6 +116,22 @@ def test_thoughts_without_an_answer_are_said_to_be_cut_off(monkeypatch, capsys, 
     assert err == "the thoughts did not end; a larger max_new_tokens gives them room\n"
 
 
+def test_a_draft_is_asked_for_and_its_acceptance_said(monkeypatch, capsys, asked):
+    def draft(model, processor, prompt, *, draft, report, **settings):
+        yield Reply("", f"by {draft}")
+        report("9% of 11 drafts accepted")
+
+    monkeypatch.setattr(lp, "generate", draft)
+    assert run(monkeypatch, "model", "hi", "draft=mtp") == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "this one has none; leave draft out" in err
+    model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=1), mtp=[None])
+    monkeypatch.setattr(lp, "load_model", lambda path, dtype: model)
+    assert run(monkeypatch, "model", "hi", "draft=mtp") == 0
+    assert capsys.readouterr() == ("by mtp\n", "9% of 11 drafts accepted\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -134,6 +150,7 @@ def test_thoughts_without_an_answer_are_said_to_be_cut_off(monkeypatch, capsys, 
         (("model", "stop=a,,b"), "stop holds an empty string"),
         (("model", "dtype=int8"), "dtype=int8: wanted float32"),
         (("model", "raw=true"), "raw=true is for a prompt"),
+        (("model", "draft=eagle"), "draft=eagle: wanted mtp"),
     ],
     ids=str,
 )

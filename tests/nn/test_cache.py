@@ -121,3 +121,20 @@ def test_layers_in_a_list_keep_the_same_numbers(is_ring):
         for found in (listed, stacked.unstacked()):
             matrices = found.k[layer].reshape(stacked.k[layer].shape)
             np.testing.assert_array_equal(matrices, stacked.k[layer])
+
+
+@pytest.mark.parametrize("per_layer", [False, True], ids=["stacked", "listed"])
+def test_what_no_row_keeps_is_written_again_and_what_one_row_keeps_is_not(per_layer):
+    cache = KVCache.create(1, 2, 8, HEADS, WIDTH, per_layer=per_layer)
+    for kept in ([2, 1], [0, 2]):
+        # places count what a row has kept so far
+        positions = jnp.sum(cache.segments_BS > 0, axis=1)[:, None] + jnp.arange(3)
+        keys = positions[:, None, :, None].astype(jnp.float32)
+        cache = cache.begin(positions, jnp.ones_like(positions))
+        cache, *_ = cache.update(0, keys, keys)
+        cache = cache.end().keep(jnp.array(kept), 3)
+    assert int(cache.length) == 4
+    assert cache.segments_BS.tolist() == [[1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0, 0, 0]]
+    stored = np.asarray(cache._layer(0)[0])[:, 0, :, 0]
+    assert stored[0, :2].tolist() == [0, 1]
+    assert stored[1, [0, 2, 3]].tolist() == [0, 1, 2]

@@ -112,16 +112,19 @@ class MTP(nnx.Module):
         tokens: Tokens,
         rope: Rope,
         cache: KVCache | None = None,
+        layer: int = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Load]:
         """Hidden states, to be unembedded, of one token further than `next`.
 
         Args:
           hidden_BTD: of the model or of the module before, after its last norm.
           next_BTD: embeddings of the tokens that came after those.
+          tokens: where those of `hidden` stand; only differences of positions matter.
+          layer: the module's own in a cache that `init_mtp_cache` made.
         """
         pair = [self.embed_norm(next_BTD), self.hidden_norm(hidden_BTD)]
         x_BTD = self.proj(jnp.concatenate(pair, axis=-1))
-        x_BTD, cache, load = self.block(x_BTD, tokens, rope, cache)
+        x_BTD, cache, load = self.block(x_BTD, tokens, rope, cache, layer)
         return self.norm(x_BTD), cache, load
 
 
@@ -267,10 +270,21 @@ class Model(nnx.Module):
         self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
     ) -> KVCache:
         """An empty cache for `max_len` tokens a row, of kv_rank + rope_dim numbers a layer."""
+        return self._cache(self.cfg.num_layers, batch_size, max_len, dtype)
+
+    def init_mtp_cache(
+        self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
+    ) -> KVCache:
+        """The same for the multi-token prediction modules, one layer each."""
+        return self._cache(len(self.mtp), batch_size, max_len, dtype)
+
+    def _cache(
+        self, num_layers: int, batch_size: int, max_len: int, dtype: str | jnp.dtype | None
+    ) -> KVCache:
         cfg = self.cfg
         layers = self.dense_layers if self.moe_layers is None else self.moe_layers
         return KVCache.create(
-            cfg.num_layers,
+            num_layers,
             batch_size,
             max_len,
             num_kv_heads=1,

@@ -83,6 +83,19 @@ def ignored(cfg: Config) -> tuple[str, ...]:
     return (*(rf"^model\.layers\.{layer}\.{rest}" for layer, rest in layers.items()), *none)
 
 
+def copies(cfg: Config) -> dict[str, str]:
+    """For tensors that a file holds twice, the name of the copy: that of the original.
+
+    vLLM reads an embedding and a head of each multi-token prediction module.
+    """
+    head = "model.embed_tokens.weight" if cfg.tie_embeddings else "lm_head.weight"
+    modules = [f"model.layers.{cfg.num_layers + m}" for m in range(cfg.num_mtp)]
+    return {
+        **{f"{module}.embed_tokens.weight": "model.embed_tokens.weight" for module in modules},
+        **{f"{module}.shared_head.head.weight": head for module in modules},
+    }
+
+
 def settle(cfg: Config, names: Sequence[str]) -> Config:
     """The Config of a checkpoint: without multi-token prediction if it holds none.
 

@@ -1,0 +1,212 @@
+"""Speculative decoding against plain decoding: the same text, or the same distribution of texts.
+
+The models' modules draft right about half of the time, so that every test meets accepted and
+rejected drafts in one batch.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+import llmprep_jax as lp
+from llmprep_jax.generate import engine
+from llmprep_jax.generate.engine import Engine, generate_tokens, stream_tokens
+from llmprep_jax.generate.sampler import Sampling, shape_logits
+from llmprep_jax.nn.attention import Tokens
+from tests.generate.drafting import drafting_model, with_modules
+from tests.models.tiny import make_model, make_tokens
+
+NEW, NOWHERE = 24, 96  # the latter is a stop id outside the vocabulary: programs know their number
+PROMPTS = make_tokens(50, 11)
+MASK = np.arange(11) < np.random.default_rng(0).integers(1, 12, 50)[:, None]
+SAMPLED = dict(temperature=1.5, top_k=40)
+modules = pytest.mark.parametrize("num_mtp", [1, 2])
+
+
+@functools.cache
+def model_with(num_mtp):
+    return with_modules(drafting_model(2), num_mtp)
+
+
+def plain(tokens, mask=None, *, stop=NOWHERE, **settings):
+    """What the model says without modules."""
+    settings = dict(max_new_tokens=NEW, stop_ids=[stop], return_logprobs=True) | settings
+    return map(np.asarray, generate_tokens(model_with(0), tokens, mask, **settings))
+
+
+def drafted(num_mtp, tokens, mask=None, *, stop=NOWHERE, **settings):
+    """What it says with drafts: tokens, log-probabilities and the account."""
+    found = []
+    settings = dict(max_new_tokens=NEW, stop_ids=[stop], return_logprobs=True) | settings
+    settings |= dict(draft="mtp", report=found.append)
+    result = generate_tokens(model_with(num_mtp), tokens, mask, **settings)
+    return *map(np.asarray, result), *found
+
+
+@modules
+def test_fifty_ragged_prompts_are_answered_as_without_drafts(num_mtp):
+    expected, expected_logprobs = plain(PROMPTS, MASK)
+    tokens, logprobs, account = drafted(num_mtp, PROMPTS, MASK)
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-4)
+    assert 0.2 < account.rate < 0.8
+    assert np.all(account.accepted.sum(axis=0) > 0)
+
+
+@modules
+def test_a_stop_id_among_accepted_drafts_ends_the_row(num_mtp):
+    stop = int(np.bincount(next(plain(PROMPTS, MASK)).ravel()).argmax())
+    expected, expected_logprobs = plain(PROMPTS, MASK, stop=stop, pad_id=0)
+    assert 10 < np.any(expected == stop, axis=1).sum() < 50
+    tokens, logprobs, account = drafted(num_mtp, PROMPTS, MASK, stop=stop)
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-4)
+    ends = np.argmax(expected == stop, axis=1) + 1
+    np.testing.assert_array_equal(account.tokens, np.where(ends > 1, ends, account.tokens))
+
+
+def test_one_row_with_a_penalty_is_answered_as_without_drafts():
+    settings = dict(repetition_penalty=1.3, max_new_tokens=60)
+    expected, _ = plain(PROMPTS[:1], **settings)
+    tokens, _, account = drafted(1, PROMPTS[:1], **settings)
+    np.testing.assert_array_equal(tokens, expected)
+    assert 0 < account.rate < 1
+    assert np.any(tokens != next(plain(PROMPTS[:1], max_new_tokens=60)))
+
+
+@functools.cache
+def start(num_mtp=2):
+    """Three ragged rows in which as many drafts were verified as give 8 tokens each."""
+    sampling, engine = Sampling(**SAMPLED), Engine(model_with(num_mtp))
+    state = engine.start(PROMPTS[:3], MASK[:3], sampling, NEW, 0, 0, "mtp")
+    return engine.advance(state, 8, [NOWHERE], sampling), sampling
+
+
+@jax.jit
+def by_full_reads(model, text_BT):
+    """Each module's logits at every place, from one read of whole texts without a cache."""
+    hidden, _ = model.features(text_BT)
+    found = []
+    place = Tokens(jnp.broadcast_to(jnp.arange(text_BT.shape[1]), text_BT.shape))
+    for m, module in enumerate(model.mtp):
+        following = model.embed(jnp.roll(text_BT, -m - 1, axis=1))
+        hidden, _, _ = module(hidden, following, place, model.rope(place))
+        found.append(model.unembed(hidden))
+    return found
+
+
+def test_modules_draft_from_the_whole_text_however_it_was_accepted():
+    state, sampling = start()
+    assert len({*state.num_B.tolist()}) > 1
+    texts = np.zeros((3, 11 + NEW + 2), np.int32)
+    for row in range(3):
+        drawn = np.asarray(state.tokens_BT)[row, : state.num_B[row]]
+        text = np.concatenate([PROMPTS[row][MASK[row]], drawn, state.drafts_BM[row]])
+        texts[row, : len(text)] = text
+    lengths = MASK[:3].sum(axis=1) + state.num_B
+    for m, logits in enumerate(by_full_reads(model_with(2), texts)):
+        # the last hidden state is that of the token before the last one drawn
+        shaped = shape_logits(logits[np.arange(3), lengths - 2], None, sampling)
+        np.testing.assert_allclose(state.probs_BMV[:, m], jax.nn.softmax(shaped), atol=1e-5)
+
+
+def test_a_rows_draws_do_not_depend_on_its_neighbours():
+    settings = dict(seed=5, **SAMPLED)
+    tokens = drafted(2, PROMPTS[:3], MASK[:3], **settings)[0]
+    assert len({tuple(row) for row in tokens}) == 3
+    for row in range(3):
+        copies = np.repeat(PROMPTS[row : row + 1], 3, axis=0), np.repeat(MASK[row : row + 1], 3, 0)
+        np.testing.assert_array_equal(drafted(2, *copies, **settings)[0][row], tokens[row])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_a_stream_is_the_text_in_pieces_and_reports_at_its_end(chunk):
+    expected, _, account = drafted(2, PROMPTS[:3], MASK[:3], **SAMPLED)
+    settings = dict(max_new_tokens=NEW, stop_ids=[NOWHERE], draft="mtp", **SAMPLED)
+    found = []
+    pieces = stream_tokens(
+        model_with(2), PROMPTS[:3], MASK[:3], chunk=chunk, report=found.append, **settings
+    )
+    pieces = list(pieces)
+    assert [piece.shape[1] for piece in pieces[:-1]] == [chunk] * (len(pieces) - 1)
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), expected)
+    assert str(found) == str([account])
+
+
+@functools.cache
+def exact_probabilities(settings, new):
+    """Of every text of `new` tokens after the prompt [0, 1], from forward passes."""
+    model, sampling = small(0), Sampling(**dict(settings))
+    V = model.cfg.vocab_size
+    texts = np.array(list(itertools.product(range(V), repeat=new)), np.int32)
+    whole = np.concatenate([np.tile([[0, 1]], (len(texts), 1)), texts], axis=1)
+    logits = jax.jit(lambda model, tokens: model(tokens).logits)(model, whole)[:, 1:-1]
+    p = jax.nn.softmax(shape_logits(logits.reshape(-1, V), None, sampling)).reshape(logits.shape)
+    chosen = np.take_along_axis(np.asarray(p, np.float64), texts[:, :, None], axis=-1)
+    return chosen[:, :, 0].prod(axis=1)
+
+
+@functools.cache
+def small(num_mtp):
+    return with_modules(drafting_model(2, layers=0.5, vocab_size=4, num_layers=1), num_mtp)
+
+
+@pytest.mark.parametrize(
+    ("num_mtp", "settings"),
+    [
+        (2, dict(temperature=2.0, top_k=3, top_p=0.95)),
+        # compiles for seconds what the other covers but for the truncation
+        pytest.param(1, dict(temperature=1.2, min_p=0.1), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_sampled_texts_have_the_models_own_probabilities(monkeypatch, num_mtp, settings):
+    monkeypatch.setattr(engine, "PROMPT_STEP", 4)
+    rows, new, account = 8000, 4, []
+    prompts = np.tile(np.array([[0, 1]], np.int32), (rows, 1))
+    settings_ = dict(max_new_tokens=new, draft="mtp", report=account.append, seed=3)
+    tokens = np.asarray(generate_tokens(small(num_mtp), prompts, **settings_, **settings))
+    assert 0.3 < account[0].rate < 0.9
+    p = exact_probabilities(tuple(settings.items()), new)
+    counts = np.bincount(tokens @ 4 ** np.arange(new - 1, -1, -1), minlength=len(p))
+    assert not counts[p == 0].any()
+    common = rows * p >= 5
+    assert common.sum() > 50
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = rows * np.append(p[common], max(1 - p[common].sum(), 1e-9))
+    assert scipy.stats.chisquare(observed, expected).pvalue > 0.01
+
+
+def test_right_drafts_are_all_accepted_and_counted(monkeypatch):
+    right = drafting_model(2, layers=0.0)
+    monkeypatch.setitem(globals(), "model_with", lambda num_mtp: right)
+    _, _, account = drafted(2, PROMPTS, MASK)
+    # one token, seven times three, and two
+    assert account.steps.tolist() == [8] * 50
+    assert account.accepted.tolist() == [[8, 8]] * 50
+    assert account.rate_by_module == [1.0, 1.0]
+    assert str(account) == "100% of 800 drafts accepted, 2.88 tokens a verifying pass"
+
+
+@pytest.mark.parametrize(
+    ("model", "draft", "problem"),
+    [
+        (lambda: make_model("gemma3"), "mtp", "this one has none; leave draft out"),
+        (lambda: model_with(0), "mtp", "this one has none; leave draft out"),
+        (lambda: model_with(1), "eagle", "draft is 'eagle'; it must be \"mtp\" or None"),
+    ],
+)
+def test_a_draft_that_there_is_not_is_refused_on_one_line(model, draft, problem):
+    with pytest.raises(ValueError, match=problem) as caught:
+        lp.generate_tokens(model(), PROMPTS[:1], draft=draft)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_caches_of_a_lone_row_are_hardly_longer_than_its_text():
+    state = Engine(model_with(1)).start(PROMPTS[:1], None, Sampling(), 60, 0, 0, "mtp")
+    assert [cache.num_slots for cache in state.cache] == [32 + 59 + 2] * 2
