@@ -130,6 +130,7 @@ class Model(nnx.Module):
     """Tokens to logits."""
 
     stacks = ("dense_layers", "moe_layers")
+    extras = ("mtp",)  # beside the layers, and not in transformers' model
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
