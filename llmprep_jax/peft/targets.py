@@ -43,9 +43,14 @@ def plain(path: str) -> str:
     return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
+def rows(model: nnx.Module) -> dict[str, tuple[str, str]]:
+    """The weight table, with experts as the parameters that transformers fuses them into."""
+    return {**getattr(model, "weights", {}), **getattr(model, "fused", {})}
+
+
 def modules(model: nnx.Module) -> dict[str, dict[Place, str]]:
     """Hugging Face's module names of the linear layers that the model's weight table has."""
-    table, found = getattr(model, "weights", {}), {}
+    table, found = rows(model), {}
     for path, base in bases(model).items():
         if f"{plain(path)}.w" in table:
             place = tuple(int(part) for part in path.split(".") if part.isdigit())

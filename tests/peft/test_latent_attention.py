@@ -1,16 +1,18 @@
 """Adapters around latent attention and routed experts, which use layers by their weights."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
-from llmprep_jax.peft import DoRA, LoRA
+from llmprep_jax.peft import DoRA, LoRA, peft_format
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.sharding import make_mesh, use_mesh
 from tests.models.tiny import CONFIGS, forward, make_tokens, random_model
@@ -135,6 +137,41 @@ def test_what_experts_cannot_have_is_one_line():
     kv_b = lp.peft.train_mode(kv_b, jax.random.key(0)).moe_layers.attn.kv_b
     with pytest.raises(ValueError, match="has dropout=0.1, but the layer is used by its weight"):
         kv_b.weight()
+
+
+def test_a_folder_has_one_lora_for_gate_and_up_of_twice_the_rank(tmp_path, monkeypatch):
+    # of logits, which compiles for ten seconds and which parity does
+    monkeypatch.setattr(peft_format, "probe_difference", lambda *models: 0.0)
+    targets = r"(dense_layers\.mlp|moe_layers\.mlp\.experts)\..*|.*\.kv_b"
+    model = scattered(lp.peft.inject(base(), LoRA(3, 6, targets=targets)))
+    folder = lp.peft.save(model, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    experts = "base_model.model.model.layers.1.mlp.experts"
+    found = {name: x.shape for name, x in tensors.items() if name.startswith(experts)}
+    assert found == {  # of 8 experts
+        f"{experts}.base_layer.lora_A.weight": (8 * 6, 48),
+        f"{experts}.base_layer.lora_B.weight": (2 * 24, 6 * 8),
+        f"{experts}.lora_A.weight": (8 * 3, 24),
+        f"{experts}.lora_B.weight": (48, 3 * 8),
+    }
+    b_FRE = tensors[f"{experts}.base_layer.lora_B.weight"].reshape(2, 24, 2, 3, 8)
+    assert not b_FRE[0, :, 1].any()
+    assert not b_FRE[1, :, 0].any()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["kv_b_proj"]
+    dense = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("down", "gate", "up")]
+    assert config["target_parameters"] == ["down_proj", "gate_up_proj", *dense]
+    assert (config["r"], config["rank_pattern"]) == (3, {"gate_up_proj": 6})
+    again = lp.peft.load(base(), folder).moe_layers.mlp.experts
+    np.testing.assert_array_equal(again.gate.lora_a[...], again.up.lora_a[...])
+    expected = model.moe_layers.mlp.experts.up
+    assert_near(again.up.merged()[0], expected.merged()[0], 1e-6)
+
+
+def test_a_part_of_what_transformers_fuses_is_not_saved_alone(tmp_path):
+    model = lp.peft.inject(base(), LoRA(2, targets=("experts.gate",)))
+    with pytest.raises(ValueError, match=r"experts.gate and .*experts.up are one parameter in tra"):
+        lp.peft.save(model, tmp_path / "adapter")
 
 
 @pytest.mark.slow  # compiles for eight devices

@@ -153,6 +153,11 @@ class Model(nnx.Module):
         """The table of tensor names."""
         return weights.table(self.cfg)
 
+    @property
+    def fused(self) -> dict[str, tuple[str, str]]:
+        """The table of experts' parameters as transformers holds them."""
+        return weights.fused(self.cfg)
+
     def __call__(
         self,
         tokens: Int[Array, "B T"],
