@@ -83,6 +83,10 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(h_BTD), cache, None
 
 
+class PairProjection(Einsum):
+    """The layer that takes two states to one; as released, it is dense where others are packed."""
+
+
 class MTP(nnx.Module):
     """One multi-token prediction module (V3, section 2.2, eq. 21 to 23).
 
@@ -92,7 +96,7 @@ class MTP(nnx.Module):
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.embed_norm, self.hidden_norm, self.norm = [_norm(cfg, rngs) for _ in range(3)]
-        self.proj = Einsum(
+        self.proj = PairProjection(
             "BTI,ID->BTD",
             (2 * cfg.dim, cfg.dim),
             (None, "embed"),
