@@ -80,6 +80,22 @@ def use_mesh(mesh: jax.sharding.Mesh | None, rules: ShardingRules | None = None)
         _rules.reset(token)
 
 
+@contextlib.contextmanager
+def without_axes(axes: MeshAxes) -> Iterator[None]:
+    """Keeps mesh axes out of all specs inside, where a dimension laid over them is mapped over."""
+    used = (axes,) if isinstance(axes, str) else axes or ()
+    rules = _rules.get()
+    left = {}
+    for name, value in dataclasses.asdict(rules).items():
+        wanted = (value,) if isinstance(value, str) else value or ()
+        left[name] = tuple(axis for axis in wanted if axis not in used) or None
+    token = _rules.set(dataclasses.replace(rules, **left))
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
 def has_mesh() -> bool:
     """True where a mesh is in force."""
     return not jax.sharding.get_abstract_mesh().empty

@@ -120,6 +120,8 @@ class Einsum(nnx.Module):
       bias: whether a bias over the weight's output dimensions is added.
     """
 
+    is_by_row = False  # whether each row of a batch has a weight of its own, so that there is none
+
     def __init__(
         self,
         eqn: str,

@@ -136,8 +136,9 @@ class MLA(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attention over latents and the output projection; None takes the cheaper form."""
         options = dict(scale=self.scale, dtype=self.dtype)
-        if absorbed is None:
-            absorbed = self.absorbed_is_cheaper(q_BTNH.shape[1], z_BSZ.shape[1])
+        if absorbed is None:  # adapters by row leave no one matrix to absorb
+            cheaper = self.absorbed_is_cheaper(q_BTNH.shape[1], z_BSZ.shape[1])
+            absorbed = cheaper and not self.kv_b.is_by_row
         if not absorbed:
             k_BNSH, v_BNSU = self.expand(z_BSZ)
             q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum, Embed
+from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.nn.param import AdapterParam, Buffer, Shared
 from llmprep_jax.peft import biases
 from llmprep_jax.peft.experts import each_expert, experts, letters, num_experts
@@ -34,6 +35,7 @@ from llmprep_jax.peft.targets import (
     modules,
     select,
     stacked,
+    words,
 )
 from llmprep_jax.peft.tied import refuse_head
 from llmprep_jax.peft.tuned import Tuned, choose, tune
@@ -118,6 +120,8 @@ class Adapted(nnx.Module):
     `shared` are arrays that all layers of the model see, and that are not trained.
     """
 
+    is_by_row = False
+
     def __init__(self, base: Einsum, method: Method, params: Params, shared: Params | None = None):
         shared = shared or {}
         self.base, self.method, self.names = base, method, (*params, *shared)
@@ -155,6 +159,19 @@ class Adapted(nnx.Module):
         x_dims, _, y_dims = letters(self.base)
         dims = ("", x_dims, *[x_dims] * len(dropped))
         return each_expert(forward, self.base, self.own(), x, *dropped, dims=dims, result=y_dims)
+
+    def weight(self) -> Float[Array, "..."]:
+        """The weight with the adapter in it, in operands' dtype; for layers used by their weight.
+
+        Raises:
+          ValueError: the adapter drops inputs, which no weight does.
+        """
+        if self.key is not None:
+            raise ValueError(
+                f"an adapter of {self.base.eqn} has dropout={self.method.dropout}, but the layer is"
+                " used by its weight and sees no inputs; leave dropout at 0 there"
+            )
+        return self.merged()[0].astype(self.base.dtype)
 
     def merged(self, weights: Mapping[str, Number] | None = None) -> tuple[Array, Array | None]:
         """(weight in float32, bias) with the adapter in them; `weights` are for several adapters.
@@ -216,7 +233,8 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
 
     Targets are "all-linear" (every linear layer but the output head), names, or one regex for whole
     paths. A name is ours ("attn.q") or Hugging Face's ("q_proj"), matched as PEFT does: the path
-    equals it or ends with "." and it.
+    equals it or ends with "." and it. Routed experts and multi-token prediction modules, which PEFT
+    does not see, are taken by targets alone that say "experts" or "mtp".
 
     Raises:
       ValueError: a target matches no layer, a rank exceeds a layer's dimensions, or the model has
@@ -231,7 +249,8 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     refuse_head(model, method.targets)
     linear = {path: layers[path] for path in layers if path not in tables}
     offered = linear if method.targets == "all-linear" else layers
-    chosen = {path: layers[path] for path in select(method.targets, offered)}
+    taken = select(method.targets, offered, needed=words(model))
+    chosen = {path: layers[path] for path in taken}
     for label in ("rank_pattern", "alpha_pattern"):
         check_keys(label, getattr(method, label, ()), chosen)
     whole = choose(model, getattr(method, "modules_to_save", ()))
@@ -239,6 +258,7 @@ def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
         both = min(chosen.keys() & set(whole))
         raise ValueError(f"{both} is a target and in modules_to_save; leave it in one of them")
     refuse_embedding(method, {path: of_model[path] for path in chosen})
+    _refuse_dropout(method, {path: of_model[path] for path in chosen})
     methods = {path: _resolve(method, path, names) for path, names in chosen.items()}
     rngs = nnx.Rngs(seed)
     # so another target changes no other
@@ -274,6 +294,17 @@ def refuse_embedding(method: Method, layers: Mapping[str, Einsum]) -> None:
             raise ValueError(
                 f"{type(method).__name__} does not adapt {path}, an embedding; use LoRA, or train"
                 " it whole (modules_to_save)"
+            )
+
+
+def _refuse_dropout(method: Method, layers: Mapping[str, Einsum]) -> None:
+    """Refuses dropout around experts, which are used by their weights (and in PEFT too)."""
+    dropout = getattr(method, "dropout", 0)
+    for path, base in layers.items():
+        if dropout and isinstance(base, ExpertWeights):
+            raise ValueError(
+                f"dropout is {dropout}, but {path} holds routed experts, which are used by their"
+                " weights; set it to 0, or leave them out"
             )
 
 

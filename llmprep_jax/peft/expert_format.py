@@ -16,12 +16,12 @@ from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.peft.adapter import Layout, Method, dims
 from llmprep_jax.peft.experts import experts, letters
 from llmprep_jax.peft.lora import LoRA
-from llmprep_jax.peft.targets import bases, plain
+from llmprep_jax.peft.targets import bases, plain, rows
 
 
 def expert_layers(model: nnx.Module, paths: Iterable[str]) -> list[str]:
     """Those of the paths whose layers hold many experts, in the order of the weight table."""
-    of_model, order = bases(model), list(getattr(model, "weights", {}))
+    of_model, order = bases(model), list(rows(model))
     found = [path for path in paths if experts(of_model[path])]
     return sorted(found, key=lambda path: order.index(f"{plain(path)}.w"))
 
@@ -29,7 +29,7 @@ def expert_layers(model: nnx.Module, paths: Iterable[str]) -> list[str]:
 def expert_module(name: str, adapted: Sequence[str]) -> str:
     """What the keys of a parameter's adapter start with; `adapted` are all such names."""
     module = name.rpartition(".")[0]
-    siblings = [other for other in adapted if other.rpartition(".")[0] == module]
+    siblings = [x for x in dict.fromkeys(adapted) if x.rpartition(".")[0] == module]
     return module + ".base_layer" * (len(siblings) - 1 - siblings.index(name))
 
 

@@ -14,7 +14,7 @@ import jax
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import Param
-from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.sharding import has_mesh, spec, without_axes
 from llmprep_jax.types import Array
 
 
@@ -70,12 +70,14 @@ def each_expert(
 
     def one(w: Array, b: Array | None, *args: Any) -> Any:
         expert = Expert(base, letter, w, b)
-        return each_expert(of, expert, *args, dims=rest[:-1], result=rest[-1])
+        with without_axes(axis):
+            return each_expert(of, expert, *args, dims=rest[:-1], result=rest[-1])
 
     at_w, at_b = w_dims.index(letter), b_dims.index(letter)
     places = [max(each.find(letter), 0) for each in dims]
     values = [base.weight(), None if base.b is None else base.b[...], *args]
     places = [at_w, None if base.b is None else at_b, *places]
+    axis = None
     if has_mesh():  # what is mapped over must be laid out alike
         axis = spec(base.axes[at_w], shape=base.layer_shape[at_w : at_w + 1])[0]
         values = [

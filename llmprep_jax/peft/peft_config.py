@@ -17,6 +17,7 @@ from llmprep_jax.peft.adalora import AdaLoRA
 from llmprep_jax.peft.adapter import Method, methods
 from llmprep_jax.peft.dora import DoRA
 from llmprep_jax.peft.expert_format import expert_layers
+from llmprep_jax.peft.fused_format import leaves
 from llmprep_jax.peft.ia3 import IA3
 from llmprep_jax.peft.loha import LoHa
 from llmprep_jax.peft.lokr import LoKr
@@ -27,6 +28,7 @@ from llmprep_jax.peft.targets import (
     as_pattern,
     check_number,
     check_regex,
+    is_extra,
     matches,
     modules,
 )
@@ -145,6 +147,8 @@ class AdapterConfig:
             return matches(self.parameters, [module])
         if module in self.empty:
             return False
+        if self.parameters and matches(self.parameters, [f"{module}.weight"]):
+            return True
         if self.targets is None:
             return True
         if self.excluded and matches(self.excluded, [module]):
@@ -303,12 +307,29 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
     of_model, adapted = modules(model), methods(model)
     by_name = {name: method for path, method in adapted.items() for name in of_model[path].values()}
     of_experts = expert_layers(model, of_model)
-    every = {name for path in of_model for name in of_model[path].values()}
-    parameters = {name for path in of_experts for name in of_model[path].values()}
-    targets, of_parameters = [
+    every = {
+        name
+        for path in of_model
+        for name in of_model[path].values()
+        if path in adapted or not is_extra(model, path)
+    }
+    parameters = {name for path in of_experts for name in of_model[path].values()} & every
+    is_plain = all(type(method) is LoRA for method in adapted.values())
+    taken = leaves(model) if is_plain else frozenset()
+    by_weight = {x for x in every - parameters if x.rsplit(".", 1)[-1] in taken}
+    targets, of_parameters, weights = [
         sorted(_shortest(dict.fromkeys([x for x in by_name if x in kind], True), kind))
-        for kind in (every - parameters, parameters)
+        for kind in (every - parameters - by_weight, parameters, by_weight)
     ]
+    of_parameters += [f"{name}.weight" for name in weights]
+    settings = _settings(by_name)
+    if of_parameters:
+        settings["lora_dropout"] = 0.0  # with parameters PEFT refuses it; it is of training alone
+    for field in ("rank_pattern", "alpha_pattern") if weights else ():
+        settings[field] = {
+            name + (r"(\.weight)?" if name.rsplit(".", 1)[-1] in taken else ""): value
+            for name, value in settings[field].items()
+        }
     return {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -317,7 +338,7 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
         "target_modules": targets,
         **({"target_parameters": of_parameters} if of_parameters else {}),
         "modules_to_save": saved_names(model) or None,
-        **_settings(by_name),
+        **settings,
         **_tying(model, by_name),
     }
 

@@ -24,9 +24,20 @@ from llmprep_jax.peft.adalora import AdaLoRA
 from llmprep_jax.peft.adapter import Layout, Method
 from llmprep_jax.peft.expert_format import expert_layers, expert_module, expert_tensors
 from llmprep_jax.peft.experts import experts, letters
+from llmprep_jax.peft.fused_format import PartsFile, join, join_tensors, marks, split_names
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
-from llmprep_jax.peft.targets import Place, bases, is_table, matches, modules, plain, stacked
+from llmprep_jax.peft.targets import (
+    Place,
+    bases,
+    is_extra,
+    is_table,
+    matches,
+    modules,
+    plain,
+    rows,
+    stacked,
+)
 from llmprep_jax.sharding import spec
 from llmprep_jax.weights.checkpoint import read_json
 from llmprep_jax.weights.receipt import probe_difference, save_folder
@@ -43,16 +54,16 @@ def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str,
 
     "(n h) d -> d n h" of the weight gives "r d -> d r" of LoRA's A and "(n h) r -> r n h" of its B.
     """
-    table, of_model = {}, bases(model)
+    table, of_model, names_of, shared = {}, bases(model), rows(model), marks(model)
     for path, method in methods.items():
-        name, pattern = model.weights[f"{plain(path)}.w"]
+        name, pattern = names_of[f"{plain(path)}.w"]
         module, tensors = name.removesuffix(".weight"), _names_of(path, method, of_model, pattern)
         if experts(of_model[path]):
             beside = [other for other in methods if _number(other) == _number(path)]
-            names = [model.weights[f"{plain(x)}.w"][0] for x in expert_layers(model, beside)]
+            names = [names_of[f"{plain(x)}.w"][0] for x in expert_layers(model, beside)]
             module = expert_module(name, names)
         for param, (suffix, theirs) in tensors.items():
-            row = f"{_PREFIX}{module}.{suffix}", theirs
+            row = f"{_PREFIX}{module}.{suffix}{shared.get(path, '')}", theirs
             if table.setdefault(f"{plain(path)}.{param}", row) != row:
                 raise ValueError(
                     f"layers of the list of {path} adapt experts unlike each other, for which there"
@@ -104,7 +115,7 @@ def save(
     """
     if not adapter.is_adapted(model):
         raise ValueError("the model has no adapters; save_model writes whole models")
-    base, wide = adapter.strip(model), adapter.widen(model)
+    base, wide = adapter.strip(model), join(adapter.widen(model))
     return save_folder(
         folder,
         make_config(wide, base_model),
@@ -125,7 +136,7 @@ def _shared_tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
 
 def _tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
     """Everything that a model's file holds."""
-    tensors = export(nnx.state(model, AdapterParam), trained_table(model))
+    tensors = join_tensors(export(nnx.state(model, AdapterParam), trained_table(model)))
     yield from tied.head_tensors(model, tensors, _PREFIX)
 
 
@@ -162,7 +173,7 @@ def _read_json(folder: Path) -> dict:
 
 def _open(folder: Path) -> SafetensorsFile:
     if (folder / WEIGHTS_FILE).is_file():
-        return SafetensorsFile(folder / WEIGHTS_FILE)
+        return PartsFile(folder / WEIGHTS_FILE)
     if (folder / "adapter_model.bin").is_file():
         raise ValueError(
             f"{folder} holds a pickled adapter_model.bin, which can run code when opened; where you"
@@ -208,14 +219,11 @@ def _layers(
     found: dict[str, dict[Place, Layer]] = {}
     of_model, named = bases(model), modules(model)
     of_experts = expert_layers(model, named)
-    parameters = [
-        name
-        for path in of_experts
-        for name in named[path].values()
-        if config.adapts(name, parameter=True)
-    ]
+    held = [name for path in of_experts for name in named[path].values()]
+    parameters = [name for name in held if config.adapts(name, parameter=True)]
+    table, shared = rows(model), marks(model)
     for path, modules_of_path in named.items():
-        pattern = model.weights[f"{plain(path)}.w"][1]
+        pattern = table[f"{plain(path)}.w"][1]
         for place, module in modules_of_path.items():
             if not config.adapts(module, parameter=path in of_experts):
                 continue
@@ -223,12 +231,16 @@ def _layers(
                 continue
             if config.targets is not None:
                 adapter.refuse_embedding(config.method, {path: of_model[path]})
-            method = config.method.resolve((module,))
-            tensors = _names_of(path, method, of_model, pattern)
+            method = config.method.resolve((module, f"{module}.weight"))
+            tensors = {
+                name: (f"{theirs}{shared.get(path, '')}", way)
+                for name, (theirs, way) in _names_of(path, method, of_model, pattern).items()
+            }
             keys = expert_module(module, parameters) if path in of_experts else module
             layer = Layer(module, method, _rows(keys, method, of_model[path], tensors))
-            # without target_modules, what the file holds is what is adapted
+            # without target_modules, or beside the layers, what the file holds is what is adapted
             told = config.targets is not None or path in of_experts
+            told = told and not is_extra(model, path)
             if told or any(name in file for name in layer.names):
                 found.setdefault(path, {})[place] = layer
     wanted = [layer for layers in found.values() for layer in layers.values()]
@@ -237,10 +249,8 @@ def _layers(
     expected |= tuned.shapes(whole) | tied.shapes(model, file, _PREFIX)
     expected |= biases.shapes(model, of_biases, _PREFIX)
     problems = _differences(wanted, expected, file)
-    unknown = [
-        name for name in config.parameters if not any(matches((name,), [x]) for x in parameters)
-    ]
-    if unknown:
+    known = [*parameters, *_weights(named, of_experts)]
+    if unknown := [x for x in config.parameters if not any(matches((x,), [y]) for y in known)]:
         problems += [f"the model has no experts of target_parameters {', '.join(unknown)}"]
     if problems or not wanted:
         reason = "; ".join(problems) or "its target_modules name no layer of the model"
@@ -249,6 +259,12 @@ def _layers(
             f" {CONFIG} names"
         )
     return found, of_biases
+
+
+def _weights(named: Mapping[str, Mapping[Place, str]], of_experts: Sequence[str]) -> list[str]:
+    """Names of ordinary layers' weights, which target_parameters may take too."""
+    ordinary = [layers for path, layers in named.items() if path not in of_experts]
+    return [f"{module}.weight" for layers in ordinary for module in layers.values()]
 
 
 def _rows(
@@ -276,7 +292,8 @@ def _differences(
 ) -> list[str]:
     """How a file differs from what it must hold, one phrase a kind."""
     # AdaLoRA's of layers that are pruned whole are empty
-    shape = {name: file.shape(name) for name in file.names if 0 not in file.shape(name)}
+    names = split_names(file.names, expected)
+    shape = {name: file.shape(name) for name in names if 0 not in file.shape(name)}
     unlike = {
         f"{a} is {_dims(shape[a])} and {b} is {_dims(shape[b])}": (a, b)
         for a, b in (layer.names[:2] for layer in wanted if isinstance(layer.method, LoRA))

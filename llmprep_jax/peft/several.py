@@ -56,6 +56,24 @@ class Several(Adapted):
         """
         raise self._unchosen()
 
+    @property
+    def is_by_row(self) -> bool:
+        """Whether each row of a batch has an adapter of its own."""
+        return self.rows is not None
+
+    def weight(self) -> Float[Array, "..."]:
+        """There is no one weight.
+
+        Raises:
+          ValueError: always.
+        """
+        if self.rows is None:
+            raise self._unchosen()
+        raise ValueError(
+            f"{self.base.eqn} is used by its weight, of which adapters by row have none; select one"
+            " adapter for the whole batch"
+        )
+
     def _unchosen(self) -> ValueError:
         return ValueError(
             f"the model holds several adapters: {', '.join(self.order)}; choose one by"

@@ -15,6 +15,7 @@ from typing import Any
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum, Embed, Head
+from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.quant.linear import find_layers
 from llmprep_jax.weights.table import Entry
 
@@ -42,9 +43,14 @@ def plain(path: str) -> str:
     return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
+def rows(model: nnx.Module) -> dict[str, tuple[str, str]]:
+    """The weight table, with experts as the parameters that transformers fuses them into."""
+    return {**getattr(model, "weights", {}), **getattr(model, "fused", {})}
+
+
 def modules(model: nnx.Module) -> dict[str, dict[Place, str]]:
     """Hugging Face's module names of the linear layers that the model's weight table has."""
-    table, found = getattr(model, "weights", {}), {}
+    table, found = rows(model), {}
     for path, base in bases(model).items():
         if f"{plain(path)}.w" in table:
             place = tuple(int(part) for part in path.split(".") if part.isdigit())
@@ -68,6 +74,31 @@ def is_table(base: Einsum) -> bool:
     return isinstance(base, (Embed, Head))
 
 
+def is_extra(model: nnx.Module, path: str) -> bool:
+    """Whether a layer is in a module beside the layers, which transformers' model lacks."""
+    return path.startswith(tuple(f"{name}." for name in getattr(model, "extras", ())))
+
+
+def words(model: nnx.Module) -> dict[str, tuple[str, ...]]:
+    """By path, words without which a target does not mean a layer.
+
+    PEFT adapts what is an nn.Linear in transformers: routed experts are none, and modules beside
+    the layers (multi-token prediction) are not there.
+    """
+    extras, found = getattr(model, "extras", ()), {}
+    for path, base in bases(model).items():
+        own = [name for name in extras if path.startswith(f"{name}.")]
+        found[path] = (*own, *(["experts"] if isinstance(base, ExpertWeights) else []))
+    return found
+
+
+def _meant(targets: Targets, needed: Sequence[str]) -> Targets:
+    """The targets that have every one of these words."""
+    if isinstance(targets, str):
+        return targets if all(word in targets for word in needed) else ()
+    return tuple(each for each in targets if all(word in each for word in needed))
+
+
 def matches(targets: Targets, names: Sequence[str]) -> bool:
     """Whether a layer that goes by `names` is targeted."""
     if targets == "all-linear":
@@ -82,8 +113,13 @@ def select(
     layers: Mapping[str, Sequence[Names]],
     label: str = "target",
     kind: str = "linear layer",
+    needed: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
-    """The paths that are targeted, sorted; `label` and `kind` are words of the errors.
+    """The paths that are targeted, sorted.
+
+    Args:
+      label, kind: words of the errors.
+      needed: by path, the words that a target must have to mean it, as `words` gives them.
 
     Raises:
       ValueError: a target is no regex, matches no layer, or matches some layers of a stack alone.
@@ -92,13 +128,19 @@ def select(
         raise ValueError('no targets given; "all-linear" takes every linear layer')
     if isinstance(targets, str):
         check_regex(label, targets)
+    needed = needed or {}
+
+    def takes(targets: Targets, path: str) -> set[bool]:
+        meant = _meant(targets, needed.get(path, ()))
+        return {matches(meant, names) for names in layers[path]}
+
     for target in [targets] if isinstance(targets, str) else [(each,) for each in targets]:
-        if not any(matches(target, names) for each in layers.values() for names in each):
+        if not any(True in takes(target, path) for path in layers):
             name = target if isinstance(target, str) else target[0]
             refuse_unmatched(label, name, layers, kind)
     chosen = []
     for path in sorted(layers):
-        found = {matches(targets, names) for names in layers[path]}
+        found = takes(targets, path)
         if len(found) > 1:
             raise ValueError(
                 f"{label}s {targets!r} take some layers of the stack {path} and leave others; take"

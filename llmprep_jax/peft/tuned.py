@@ -36,9 +36,15 @@ class Tuned(nnx.Module):
         """Logits, of a tied embedding."""
         return self.trained.unembed(x_BTD)
 
+    is_by_row = False
+
+    def weight(self) -> Float[Array, "..."]:
+        """The trained weight, for what uses a layer by its weight."""
+        return self.trained.weight()
+
     @property
     def w(self) -> nnx.Variable:
-        """The trained weight."""
+        """The trained weight's variable."""
         return self.trained.w
 
     @property

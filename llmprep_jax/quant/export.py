@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.linear import Einsum, Embed, Head
+from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.quant import bitsandbytes_format
 from llmprep_jax.quant.int8 import LARGEST
 from llmprep_jax.quant.linear import find_layers, packed_layers
@@ -137,6 +138,12 @@ def config_fields(model: nnx.Module, names: Table) -> dict[str, Any]:
 
 def _dense_modules(model: nnx.Module, names: Table) -> list[str]:
     """Names of linear layers that are not packed."""
-    dense = find_layers(model, lambda node: type(node) is Einsum)
-    rows = [_row(path, layer, names) for path, layer in dense.items()]
-    return [name.removesuffix(".weight") for row in rows for name in row.names().values()]
+    dense = find_layers(model, lambda node: isinstance(node, Einsum) and hasattr(node, "w"))
+    layers = {path: x for path, x in dense.items() if not isinstance(x, (Embed, Head))}
+    found: dict[str, None] = {}
+    for path, layer in layers.items():
+        for name in _row(path, layer, names).names().values():
+            # a layer's experts are one module in transformers
+            of = name.rsplit(".", 3)[0] if isinstance(layer, ExpertWeights) else name
+            found[of.removesuffix(".weight")] = None
+    return list(found)

@@ -8,9 +8,10 @@ the layers of a stack are one array, so all of them must be packed alike to stay
 
 import collections
 import functools
+import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.quant.kinds import quantize
 from llmprep_jax.quant.layouts import FLOATS, Layout, layout_of
-from llmprep_jax.quant.linear import find_layers, to_matrix
+from llmprep_jax.quant.linear import expert_spec, find_layers, is_dense, matrix_eqn, to_matrix
 from llmprep_jax.quant.packed import Packed, dequantize
 from llmprep_jax.weights.checkpoint import MISSHAPEN, MISSING, Checkpoint, dims
 from llmprep_jax.weights.table import Entry, Pack
@@ -177,18 +179,19 @@ def packers(model: nnx.Module, checkpoint: Checkpoint, kind: str | None) -> dict
                 f" as {kind}, and what both lose adds up; dtype=None keeps them as stored",
                 stacklevel=3,
             )
-    layers = find_layers(model, lambda node: type(node) is Einsum)
     return {
-        f"{path}.w": functools.partial(_pack, checkpoint, base.eqn, kind)
-        for path, base in layers.items()
+        f"{path}.w": functools.partial(_pack, checkpoint, base, kind)
+        for path, base in find_layers(model, is_dense).items()
     }
 
 
 def _pack(
-    checkpoint: Checkpoint, eqn: str, kind: str | None, row: Entry, names: list[str]
+    checkpoint: Checkpoint, base: Einsum, kind: str | None, row: Entry, names: list[str]
 ) -> Packed | None:
     """A parameter in few bits, read one tensor after the other; None: it is to be dense."""
-    stored = {}
+    stored, place = {}, _replicated()
+    if place is not None and isinstance(base, ExpertWeights):
+        place = jax.sharding.NamedSharding(place.mesh, expert_spec(row.stacked))
     if isinstance(checkpoint, PackedCheckpoint):
         stored = {name: found for name in names if (found := checkpoint.kind(name))}
     if stored and kind in (None, *stored.values()):
@@ -198,16 +201,15 @@ def _pack(
                 f"{checkpoint.path}: {next(iter(stored))} is packed and {dense} is not, but the"
                 ' layers of a stack are one array; load it with dtype="bfloat16"'
             )
-        return _stack(checkpoint, names, checkpoint.read_packed, row.stacked)
+        return _stack(checkpoint, names, checkpoint.read_packed, row.stacked, place)
     if kind is None:
         return None
-    place = _replicated()
 
     def pack(name: str) -> Packed:
-        w = to_matrix(eqn, row.to_ours(checkpoint.read(name)))
-        return _quantize(jax.device_put(w, place), kind)
+        w = to_matrix(matrix_eqn(base), row.to_ours(checkpoint.read(name)))
+        return _quantize(jax.device_put(w, _replicated()), kind)
 
-    return _stack(checkpoint, names, pack, row.stacked)
+    return _stack(checkpoint, names, pack, row.stacked, place)
 
 
 def _stack(
@@ -215,27 +217,63 @@ def _stack(
     names: list[str],
     read: Callable[[str], Packed],
     stacked: tuple[int, ...],
+    place: jax.sharding.NamedSharding | None,
 ) -> Packed:
-    """Packed weights, had one after the other, as one stack of them."""
-    first, arrays = None, {}
-    for i, name in enumerate(names):
-        packed = read(name)
-        if first is None:
-            first = packed
-            arrays = {k: _empty(len(names), v) for k, v in packed.arrays().items()}
-        if _signature(packed) != _signature(first):
-            raise ValueError(
-                f"{checkpoint.path}: {name} is not packed as {names[0]} is"
-                f" ({dict(packed.settings())}, {dict(first.settings())}), but the layers of a stack"
-                ' are one array; load it with dtype="bfloat16"'
-            )
-        for key, value in packed.arrays().items():
-            arrays[key][i] = np.asarray(value)
-    place = _replicated()
-    arrays = {
-        k: jax.device_put(v.reshape(*stacked, *v.shape[1:]), place) for k, v in arrays.items()
-    }
-    return type(first).of(first.settings(), arrays)
+    """Packed weights, had one after the other, as one stack of them, of which a device has a part.
+
+    Args:
+      place: how `stacked`, the leading dimensions, lie over devices; None: on the default device.
+    """
+    numbers = np.arange(len(names)).reshape(stacked)
+    indices = [(...,)] if place is None else place.addressable_devices_indices_map(stacked).values()
+    parts, had = {}, {}  # devices that hold the same part share it
+    for index in indices:
+        part = numbers[index]
+        if part.tobytes() not in parts:
+            read_one = functools.partial(_read_alike, checkpoint, names, read, had)
+            parts[part.tobytes()] = _joined(map(read_one, part.reshape(-1).tolist()), part.shape)
+    first = had["first"]
+
+    def array(key: str) -> jax.Array:
+        if place is None:
+            return jax.device_put(parts[numbers.tobytes()].pop(key))
+        rest = first.arrays()[key].shape
+        find = lambda index: parts[numbers[index[: len(stacked)]].tobytes()][key]  # noqa: E731
+        return jax.make_array_from_callback((*stacked, *rest), place, find)
+
+    return type(first).of(first.settings(), {key: array(key) for key in first.arrays()})
+
+
+def _read_alike(
+    checkpoint: Checkpoint,
+    names: list[str],
+    read: Callable[[str], Packed],
+    had: dict[str, Any],
+    number: int,
+) -> dict[str, np.ndarray]:
+    """The arrays of one packed weight, which must be packed as the first that was read."""
+    packed = read(names[number])
+    first, name = had.setdefault("first", packed), had.setdefault("name", names[number])
+    if _signature(packed) != _signature(first):
+        raise ValueError(
+            f"{checkpoint.path}: {names[number]} is not packed as {name} is"
+            f" ({dict(packed.settings())}, {dict(first.settings())}), but the layers of a stack"
+            ' are one array; load it with dtype="bfloat16"'
+        )
+    return {key: np.asarray(value) for key, value in packed.arrays().items()}
+
+
+def _joined(
+    each: Iterable[dict[str, np.ndarray]], stacked: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """Arrays that come one after the other as one of each name, with leading dimensions."""
+    found: dict[str, np.ndarray] = {}
+    for i, arrays in enumerate(each):
+        for key, value in arrays.items():
+            if key not in found:
+                found[key] = np.empty((math.prod(stacked), *value.shape), value.dtype)
+            found[key][i] = value
+    return {key: value.reshape((*stacked, *value.shape[1:])) for key, value in found.items()}
 
 
 def _signature(packed: Packed) -> tuple:
@@ -243,10 +281,6 @@ def _signature(packed: Packed) -> tuple:
     return type(packed), packed.settings(), arrays
 
 
-def _empty(count: int, like: Any) -> np.ndarray:
-    return np.empty((count, *like.shape), like.dtype)
-
-
-def _replicated() -> jax.sharding.Sharding | None:
+def _replicated() -> jax.sharding.NamedSharding | None:
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.P())

@@ -1,11 +1,11 @@
 """Linear layers on packed weights, and a model's dense layers turned into them and back.
 
 A `QuantEinsum` is an `Einsum` whose weight is a packed matrix [O, I], outputs by inputs as Hugging
-Face stores it, so that its bytes are those of the formats' own libraries; embeddings, norms and the
-head of a model stay as they are. Its arrays are Buffers: nothing of it is trained, and adapters go
-around it as around any layer. On a mesh packed weights are replicated. The one thing a reader would
-get wrong: a stack of layers is one QuantEinsum whose arrays have a leading axis, as an Einsum's
-weight has.
+Face stores it, so that its bytes are those of the formats' own libraries; a `QuantExperts` has one
+of each expert. Embeddings, norms and the head of a model stay as they are. The arrays are Buffers:
+nothing of them is trained, and adapters go around as around any layer. On a mesh packed weights are
+replicated, but experts lie over its expert axis. The one thing a reader would get wrong: a stack of
+layers is one QuantEinsum whose arrays have a leading axis, as an Einsum's weight has.
 """
 
 import functools
@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.linear import Einsum, contract
+from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.nn.param import Buffer, Compute
 from llmprep_jax.quant.kinds import check_kind, quantize
 from llmprep_jax.quant.packed import Packed, dequantize
@@ -35,6 +36,8 @@ class QuantEinsum(Einsum):
       packed: the weight; for a stack its arrays have a leading axis.
       dense_dtype: of the weight where it is made dense again.
     """
+
+    plain: type[Einsum] = Einsum  # what it is without the packing
 
     def __init__(self, base: Einsum, packed: Packed, dense_dtype: str | jnp.dtype):
         self.eqn, self.axes, self.out_axes = base.eqn, base.axes, base.out_axes
@@ -64,7 +67,7 @@ class QuantEinsum(Einsum):
         """A dense layer with this one's bias and another weight."""
         dtype = str(self.dense_dtype)
         make = functools.partial(
-            Einsum,
+            self.plain,
             *(self.eqn, self.layer_shape, self.axes, self.out_axes),
             bias=self.b is not None,
             compute=Compute(dtype=str(self.dtype), param_dtype=dtype),
@@ -86,6 +89,55 @@ class QuantEinsum(Einsum):
         if has_mesh():
             y = jax.reshard(y, spec(*self.out_axes, shape=y.shape))
         return y if self.b is None else y + self.b[...].astype(y.dtype)
+
+
+class QuantExperts(QuantEinsum, ExpertWeights):
+    """Packed weights of many experts: of each a matrix, so that no scale is of two of them.
+
+    All arrays have the experts before the dimensions of a matrix; on a mesh experts lie over the
+    expert axis, and nothing else of them is split. What multiplies is the dense weight of a layer.
+    """
+
+    plain = ExpertWeights
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        depth = self.codes.ndim - self.format.CODES_NDIM - 1
+        return (*self.codes.shape[:depth], *self.layer_shape)
+
+    def weight(self) -> Float[Array, "..."]:
+        """The experts' weights, dequantised, in the dtype of operands."""
+        eqn, dims = matrix_eqn(self), self.layer_shape[1:]
+        unpack = lambda packed: from_matrix(eqn, dims, dequantize(packed, self.dtype))  # noqa: E731
+        if has_mesh():
+            place = expert_spec(self.shape[: 1 - len(self.layer_shape)])
+            unpack = jax.shard_map(unpack, in_specs=place, out_specs=place)
+        return unpack(self.packed)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return contract(self.eqn, x, self.weight(), self.dtype, self.out_axes)
+
+
+def is_dense(node: Any) -> bool:
+    """Whether a part of a model is a linear layer that may be packed, and is not."""
+    return type(node) in (Einsum, ExpertWeights)
+
+
+def matrix_eqn(base: Einsum) -> str:
+    """The einsum of one matrix: a layer's own, or that of one of its experts."""
+    if not isinstance(base, ExpertWeights):
+        return base.eqn
+    return base.eqn.replace(base.eqn[0], "")
+
+
+def expert_spec(shape: tuple[int, ...]) -> jax.P | None:
+    """Where arrays of stacked experts lie, whose leading dimensions are these, experts last."""
+    return spec(*[None] * (len(shape) - 1), "expert", shape=shape)
+
+
+def _packed_layer(base: Einsum, packed: Packed, dense_dtype: str | jnp.dtype) -> QuantEinsum:
+    kind = QuantExperts if isinstance(base, ExpertWeights) else QuantEinsum
+    return kind(base, packed, dense_dtype)
 
 
 def _dims(eqn: str) -> tuple[list[int], list[int]]:
@@ -130,7 +182,7 @@ def quantize_model(model: nnx.Module, kind: str, targets: str = "all-linear") ->
       ValueError: an unknown kind, a target that is no regex or matches no dense layer.
     """
     check_kind(kind)
-    layers = find_layers(model, lambda node: type(node) is Einsum)
+    layers = find_layers(model, is_dense)
     chosen = {path: base for path, base in layers.items() if _matches(targets, path)}
     if not chosen:
         raise ValueError(
@@ -138,7 +190,7 @@ def quantize_model(model: nnx.Module, kind: str, targets: str = "all-linear") ->
             f" {', '.join(sorted(layers)) or 'none'}"
         )
     changed = {
-        path: QuantEinsum(base, _pack(base.w[...], base.eqn, kind), base.w.dtype)
+        path: _packed_layer(base, _pack_layer(base, kind), base.w.dtype)
         for path, base in chosen.items()
     }
     return _replace(model, changed)
@@ -159,12 +211,22 @@ def adopt(model: nnx.Module, dense_dtype: str) -> nnx.Module:
     """Makes layers on packed weights of those whose weight a loader has filled with a `Packed`."""
 
     def is_packed(node: Any) -> bool:
-        return type(node) is Einsum and isinstance(node.w.get_value(), Packed)
+        return is_dense(node) and isinstance(node.w.get_value(), Packed)
 
     layers = find_layers(model, is_packed)
     return _replace(
         model,
-        {path: QuantEinsum(x, x.w.get_value(), dense_dtype) for path, x in layers.items()},
+        {path: _packed_layer(x, x.w.get_value(), dense_dtype) for path, x in layers.items()},
+    )
+
+
+def _pack_layer(base: Einsum, kind: str) -> Packed:
+    packed = _pack(base.w[...], matrix_eqn(base), kind)
+    if not has_mesh() or not isinstance(base, ExpertWeights):
+        return packed
+    place = expert_spec(base.shape[: len(base.shape) - len(base.layer_shape) + 1])
+    return jax.tree.map(
+        lambda x: jax.reshard(x, jax.P(*place, *[None] * (x.ndim - len(place)))), packed
     )
 
 

@@ -1,6 +1,11 @@
-"""LoRA on Mixtral's experts against PEFT's target_parameters: what each adds to the weights."""
+"""LoRA on experts against PEFT's target_parameters: Mixtral's, and whole models of DeepSeek.
+
+The one thing a reader would get wrong: PEFT 0.21 takes DeepSeek's gate_proj, up_proj and down_proj
+in target_modules for those of experts, so dense and shared MLPs are targeted by their weights.
+"""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -10,7 +15,22 @@ from flax import nnx
 
 import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
+from llmprep_jax.peft.fused_format import join_tensors
+from llmprep_jax.peft.peft_format import trained_table
+from llmprep_jax.weights.table import export
+from tests.parity import torch_models
+from tests.parity.test_peft import (
+    QUICK,
+    TOKENS,
+    adapt,
+    assert_same,
+    forward,
+    in_peft,
+    logits_of,
+    of_file,
+)
 from tests.peft.test_experts import LAYERS, D, E, F, base
+from tests.peft.test_methods import scattered
 
 pytestmark = pytest.mark.parity
 UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
@@ -84,3 +104,92 @@ def test_loras_of_experts_add_what_pefts_do_and_fold_both_ways(settings, tmp_pat
     for key, wrapper in again.items():
         delta = wrapper.get_delta_weight("default").detach().numpy()
         np.testing.assert_allclose(deltas(moved)[key], delta, atol=2e-6)
+
+
+ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+DENSE = [f"{name}_proj.weight" for name in ("gate", "up", "down")]
+DEEPSEEK = {
+    "attention": dict(r=3, lora_alpha=6, target_modules=ATTENTION),
+    "linear": dict(r=3, lora_alpha=6, target_modules=ATTENTION, target_parameters=DENSE),
+    "experts": dict(r=2, lora_alpha=4, target_parameters=[UP, DOWN]),
+    "down": dict(
+        r=2, lora_alpha=3, use_rslora=True, target_modules=["q_b_proj"], target_parameters=[DOWN]
+    ),
+    "patterns": dict(
+        r=2,
+        lora_alpha=4,
+        target_modules=["kv_b_proj"],
+        target_parameters=[UP, DOWN, *DENSE],
+        rank_pattern={"experts.down_proj": 3, "shared_experts.down_proj.weight": 1},
+        alpha_pattern={"gate_up_proj": 1, "kv_b_proj": 7},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=["deepseek-v3", "deepseek-v2"])
+def deepseek(request, tmp_path_factory):
+    """transformers' model and ours with its weights."""
+    theirs = torch_models.make(request.param)
+    return theirs, lp.load_model(torch_models.save(theirs, tmp_path_factory.mktemp("hf")))
+
+
+def gradients_of(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Of our adapters by PEFT's names; of parts of one tensor as PEFT's is."""
+    graph, trained, frozen = nnx.split(model, AdapterParam, ...)
+
+    def loss(trained):
+        return jnp.square(nnx.merge(graph, trained, frozen)(TOKENS).logits).mean()
+
+    grads = jax.jit(jax.grad(loss), compiler_options=QUICK)(trained)
+    tensors, found = list(export(grads, trained_table(model))), {}
+    for name, array in join_tensors(tensors):
+        parts = [np.array(x) for n, x in tensors if n.startswith(f"{name}#")]
+        found[name] = sum(parts) if parts and "lora_A" in name else np.array(array)
+    return found
+
+
+@pytest.mark.parametrize("settings", DEEPSEEK.values(), ids=DEEPSEEK)
+def test_adapters_of_deepseek_agree_in_logits_gradients_and_folders_both_ways(
+    deepseek, settings, tmp_path
+):
+    theirs, ours = deepseek
+    settings = {"target_modules": [], **settings}
+    adapted = adapt(theirs, settings)
+    adapted.save_pretrained(tmp_path / "theirs")
+    model = lp.peft.load(ours, tmp_path / "theirs")
+    expected = logits_of(adapted)
+    assert np.abs(expected - logits_of(theirs)).max() > 0.02  # the adapter does something
+    assert_same(forward(model, TOKENS), expected)
+
+    adapted(torch.tensor(TOKENS)).logits.square().mean().backward()
+    wanted = {
+        of_file(key): parameter.grad.numpy()
+        for key, parameter in adapted.named_parameters()
+        if parameter.grad is not None
+    }
+    found = gradients_of(model)
+    assert found.keys() == wanted.keys()
+    for key, gradient in found.items():
+        scale = max(np.abs(wanted[key]).max(), 1e-5)
+        assert np.abs(gradient - wanted[key]).max() / scale < 1e-4, key
+
+    graph, adapters, rest = nnx.split(model, AdapterParam, ...)
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype("float32"), adapters)
+    moved = nnx.merge(graph, moved, rest)  # the A of gate and up differ now
+    again = in_peft(theirs, moved, tmp_path / "ours")
+    assert_same(logits_of(again), forward(moved, TOKENS))
+
+
+def test_every_layer_that_we_adapt_by_default_is_adapted_in_peft(deepseek, tmp_path):
+    theirs, ours = deepseek
+    model = scattered(lp.peft.inject(ours, lp.peft.LoRA(2, 4)))
+    again = in_peft(theirs, model, tmp_path / "ours")
+    assert_same(logits_of(again), forward(model, TOKENS))
+    names = {name.split(".lora_A")[0] for name, _ in again.named_parameters() if "lora_A" in name}
+    linear = {
+        f"base_model.model.{name}"
+        for name, module in theirs.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    assert {name.replace(".base_layer", "") for name in names} == linear

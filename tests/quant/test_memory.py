@@ -23,11 +23,13 @@ from llmprep_jax.weights import table
 from llmprep_jax.weights.safetensors import write_folder
 
 LINEAR, WHOLE = 2 * 106_168_320, 2 * 134_515_008  # bytes in bf16
-WEIGHTS = registry.FAMILIES[0].weights
 
 
 def smollm2():
     return registry.build(registry.preset("smollm2-135m"), rngs=nnx.Rngs(0))
+
+
+WEIGHTS = jax.eval_shape(smollm2).weights
 
 
 def num_bytes(arrays):

@@ -86,6 +86,10 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(h_BTD), cache, None
 
 
+class PairProjection(Einsum):
+    """The layer that takes two states to one; as released, it is dense where others are packed."""
+
+
 class MTP(nnx.Module):
     """One multi-token prediction module (V3, section 2.2, eq. 21 to 23).
 
@@ -95,7 +99,7 @@ class MTP(nnx.Module):
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.embed_norm, self.hidden_norm, self.norm = [_norm(cfg, rngs) for _ in range(3)]
-        self.proj = Einsum(
+        self.proj = PairProjection(
             "BTI,ID->BTD",
             (2 * cfg.dim, cfg.dim),
             (None, "embed"),
@@ -141,6 +145,7 @@ class Model(nnx.Module):
     """Tokens to logits."""
 
     stacks = ("dense_layers", "moe_layers")
+    extras = ("mtp",)  # beside the layers, and not in transformers' model
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -162,6 +167,11 @@ class Model(nnx.Module):
     def weights(self) -> dict[str, tuple[str, str]]:
         """The table of tensor names."""
         return weights.table(self.cfg)
+
+    @property
+    def fused(self) -> dict[str, tuple[str, str]]:
+        """The table of experts' parameters as transformers holds them."""
+        return weights.fused(self.cfg)
 
     def __call__(
         self,

@@ -68,6 +68,27 @@ def table(cfg: Config) -> dict[str, tuple[str, str]]:
     }
 
 
+# in transformers all experts of a layer are two parameters, of which the first is gate and then up
+_FUSED = {
+    "gate.w": ("gate_up_proj", "e f d -> e d f"),
+    "up.w": ("gate_up_proj", "e f d -> e d f"),
+    "down.w": ("down_proj", "e d f -> e f d"),
+}
+
+
+def fused(cfg: Config) -> dict[str, tuple[str, str]]:
+    """The table of experts as transformers holds them, which is how adapters are stored.
+
+    Parameters of one name are its parts, one after the other along the outputs.
+    """
+    moe = [layer for layer in range(cfg.num_layers) if cfg.is_moe[layer]]
+    mtp = range(cfg.num_layers, cfg.num_layers + cfg.num_mtp)
+    return {
+        **_below("moe_layers.mlp.experts", f"{_layer(moe)}.mlp.experts", _FUSED),
+        **_below("mtp.block.mlp.experts", f"{_layer(mtp)}.mlp.experts", _FUSED),
+    }
+
+
 def _layer(numbers: Sequence[int]) -> str:
     return f"model.layers.{{l:{','.join(map(str, numbers))}}}"
 
