@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.generate import layout, speculative
+from llmprep_jax.generate.prompt import read_prompt
 from llmprep_jax.generate.sampler import Sampling, draw, shape_logits
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.types import Array
@@ -171,7 +172,7 @@ def _prefill(model, tokens_BT, mask_BT, key, sampling, max_new_tokens, pad_id) -
     B, T = tokens_BT.shape
     V = model.cfg.vocab_size
     cache = model.init_cache(B, T + max_new_tokens)
-    x_BTD, cache = model.features(tokens_BT, mask=mask_BT, cache=cache)
+    x_B1D, cache = read_prompt(model, tokens_BT, mask_BT, cache, last_only=True)
     seen_BV = None
     if sampling.repetition_penalty != 1.0:
         # padding is sent beyond the vocabulary, where a scatter drops it
@@ -179,7 +180,7 @@ def _prefill(model, tokens_BT, mask_BT, key, sampling, max_new_tokens, pad_id) -
         seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], ids_BT].set(True, mode="drop")
     return State(
         cache,
-        model.unembed(x_BTD[:, -1:])[:, 0],
+        model.unembed(x_B1D)[:, 0],
         jnp.int32(0),
         jnp.zeros(B, bool),
         seen_BV,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llmprep_jax.generate.prompt import read_prompt
 from llmprep_jax.generate.sampler import Sampling, draw, shape_logits
 from llmprep_jax.nn.attention import Tokens
 from llmprep_jax.nn.cache import KVCache
@@ -126,7 +127,7 @@ def prefill(model, tokens_BT, mask_BT, key, sampling, max_new_tokens, pad_id) ->
     # a step fills as many slots as the row that keeps most; the last writes up to 2 M beyond
     slots = T + min(B, 1 + M) * (max_new_tokens - 1) + 2 * M
     cache = model.init_cache(B, slots), model.init_mtp_cache(B, slots)
-    hidden_BTD, main = model.features(tokens_BT, mask=mask_BT, cache=cache[0])
+    hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0])
     logits_BV = model.unembed(hidden_BTD[:, -1:])[:, 0]
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(B))
     num_B = jnp.zeros(B, jnp.int32)

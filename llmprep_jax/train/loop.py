@@ -138,9 +138,8 @@ def fit(
     del model
     loss_fn = with_orthogonality(loss_fn, ranks)
     tx = make_optimizer(cfg.optim, split.params, cfg.steps, ranks)
-    schedule = make_schedule(cfg.optim, cfg.steps)
-    rates = dict(ema_decay=cfg.ema_decay, bias_rate=make_bias_schedule(cfg.optim, cfg.steps))
-    train_step = make_train_step(split.graphdef, tx, loss_fn, schedule, **rates)
+    schedules = make_schedule(cfg.optim, cfg.steps), make_bias_schedule(cfg.optim, cfg.steps)
+    train_step = make_train_step(split.graphdef, tx, loss_fn, *schedules, ema_decay=cfg.ema_decay)
     state = create_state(split.params, tx, seed=cfg.seed, ema=cfg.ema_decay is not None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(out))

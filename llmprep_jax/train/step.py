@@ -32,24 +32,22 @@ def make_train_step(
     tx: optax.GradientTransformation,
     loss_fn: LossFn,
     schedule: optax.Schedule,
+    bias_rate: optax.Schedule | None = None,
     *,
     ema_decay: float | None = None,
-    bias_rate: optax.Schedule | None = None,
 ) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Makes `train_step(state, frozen, batch) -> (state, metrics)`.
 
     The batch's arrays are [A, B / A, T] (`place_batch`): A microbatches, one after another. Metrics
     are scalars on the device: loss (mean over tokens), tokens (with a target), input_tokens,
-    grad_norm (before clipping), param_norm, lr, finite; with a mixture of experts max_vio,
-    load_entropy (`nn.balance.load_metrics`), dropped, and the parts of the loss.
+    grad_norm (before clipping), param_norm, lr, finite; of experts `load_metrics` and dropped.
 
     Args:
       graphdef: of the model, from `split_model`.
       loss_fn: `loss_fn(model, microbatch, key) -> LossSum`.
       schedule: the learning rate, for the metrics.
+      bias_rate: the step by which routers' biases follow the load; None: they stay.
       ema_decay: of the running average, where the state has one.
-      bias_rate: by how much routers' biases among the parameters follow the load of a step; None:
-        they stay.
     """
 
     def loss_of(params, frozen, micro, key):
@@ -66,8 +64,7 @@ def make_train_step(
         old_opt_state, grads = fetch(state.opt_state, grads)
         updates, opt_state = tx.update(grads, old_opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        if bias_rate is not None:
-            params = _follow_load(params, stats.get("loads", {}), bias_rate(state.step))
+        params = _follow_load(params, stats, bias_rate and bias_rate(state.step))
         ema = _average(state.ema, params, state.step, ema_decay)
         # a batch without targets moves nothing either: its zero gradient would still decay weights
         params, opt_state, ema = _choose(
@@ -114,8 +111,11 @@ def _sum_gradients(loss_of, params, frozen, batch, key):
     return jax.lax.scan(body, start, (batch, jax.random.split(key, num_micro)))[0]
 
 
-def _follow_load(params, loads, rate):
+def _follow_load(params, stats, rate):
     """The parameters with the biases of routers moved towards experts with little load."""
+    loads = stats.get("loads")
+    if rate is None or not loads:
+        return params
 
     def move(path, value):
         counts = loads.get(path_name(path).removesuffix(".bias"))

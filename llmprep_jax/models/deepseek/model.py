@@ -8,16 +8,17 @@ the cache, count both.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.models.deepseek import weights
+from llmprep_jax.models.deepseek import loss, weights
 from llmprep_jax.models.deepseek.config import Config
+from llmprep_jax.models.deepseek.loss import SumLosses, Terms
 from llmprep_jax.nn.attention import Tokens, place_tokens
 from llmprep_jax.nn.balance import Load
 from llmprep_jax.nn.cache import KVCache
@@ -31,8 +32,6 @@ from llmprep_jax.nn.stack import scan, stack, take
 from llmprep_jax.types import Array, Bool, Float, Int
 
 Rope = tuple[Array, Array]
-SumLosses = Callable[[Array, Array, Array], Array]
-Terms = tuple[Array, Array, dict[str, Any]]  # total, count, statistics
 
 
 class Output(NamedTuple):
@@ -130,11 +129,6 @@ class MTP(nnx.Module):
         x_BTD = self.proj(jnp.concatenate(pair, axis=-1))
         x_BTD, cache, load = self.block(x_BTD, tokens, rope, cache, layer)
         return self.norm(x_BTD), cache, load
-
-
-def _ahead(x_BT: Array, num: int) -> Array:
-    """What stands `num` tokens further on; zeros at the end."""
-    return jnp.pad(x_BT[:, num:], ((0, 0), (0, num)))
 
 
 def _norm(cfg: Config, rngs: nnx.Rngs) -> RMSNorm:
@@ -237,34 +231,8 @@ class Model(nnx.Module):
         return self.norm(x_BTD), cache, loads
 
     def training_terms(self, batch: Mapping[str, Array], sum_losses: SumLosses) -> Terms:
-        """The sums that make up the loss: next token, balance, and further tokens (V3, eq. 24, 25).
-
-        Args:
-          batch: as `train.losses.next_token_loss`.
-          sum_losses: (hidden states, targets, weights) -> weighted sum of their cross-entropies.
-        """
-        ids, segments_BT = batch["tokens"], batch.get("segment_ids")
-        place, _ = place_tokens(ids, batch.get("positions"), segments_BT, None)
-        x_BTD, _, load = self.run(ids, place)
-        weights_BT = batch["loss_mask"].astype(jnp.float32)
-        count = jnp.sum(weights_BT)
-        main = sum_losses(x_BTD, batch["targets"], weights_BT)
-        loads = {"moe_layers.mlp.router": load.counts_E}
-        balance, dropped = jnp.sum(load.loss), jnp.sum(load.dropped)
-        further = jnp.zeros(())
-        for depth, module in enumerate(self.mtp, 1):
-            next_BTD = self.embed(_ahead(batch["targets"], depth - 1))
-            x_BTD, _, load = module(x_BTD, next_BTD, place, self.rope(place))
-            targets_BT, weights_BT = _ahead(batch["targets"], depth), _ahead(weights_BT, 1)
-            if segments_BT is not None:
-                weights_BT = weights_BT * (segments_BT == _ahead(segments_BT, depth))
-            further += sum_losses(x_BTD, targets_BT, weights_BT) / len(self.mtp)
-            loads[f"mtp.{depth - 1}.block.mlp.router"] = load.counts_E
-            balance, dropped = balance + load.loss, dropped + load.dropped
-        total = main + self.cfg.mtp_weight * further + count * balance
-        parts = {"next_token_loss": main, "balance_loss": count * balance}
-        parts |= {"mtp_loss": further} if self.cfg.num_mtp else {}
-        return total, count, {"parts": parts, "loads": loads, "dropped": dropped}
+        """What the model is trained by, see `loss.training_terms`."""
+        return loss.training_terms(self, batch, sum_losses)
 
     def rope(self, place: Tokens) -> Rope:
         """cos and sin of the tokens' positions."""

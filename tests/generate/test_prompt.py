@@ -1,0 +1,30 @@
+"""A prompt read in blocks is the prompt read whole."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from llmprep_jax.generate.prompt import read_prompt
+from tests.models.tiny import make_model, make_tokens
+
+
+@pytest.mark.parametrize("name", ["gemma3", "deepseek-v3"])
+@pytest.mark.parametrize("block", [4, 7])  # with an odd block before, and without
+def test_blocks_change_neither_hidden_states_nor_what_is_decoded_after_them(name, block):
+    model, tokens, mask = make_model(name), make_tokens(), np.ones((2, 14), bool)
+    mask[1, :6] = False  # a block without a token of the second row
+
+    @functools.partial(jax.jit, static_argnames=("block", "last_only"))
+    def run(model, block, last_only=False):
+        cache = model.init_cache(2, 16)
+        x, cache = read_prompt(model, tokens, mask, cache, block=block, last_only=last_only)
+        return x, model.features(tokens[:, :1], cache=cache)[0]
+
+    whole, after = run(model, 14)
+    found, after_blocks = run(model, block)
+    np.testing.assert_allclose(found[mask], whole[mask], atol=1e-5)
+    np.testing.assert_allclose(after_blocks, after, atol=1e-5)
+    last, _ = run(model, block, last_only=True)
+    np.testing.assert_allclose(last, whole[:, -1:], atol=1e-5)
