@@ -33,10 +33,13 @@ def check_numbers(cfg: Any) -> None:
     counted one by one.
     """
     sizes = ("vocab_size", "dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "window")
+    sizes += ("expert_dim", "q_rank", "kv_rank", "nope_dim", "rope_dim", "value_dim", "moe_every")
     most = dict.fromkeys(sizes, 2**24) | {"num_layers": 10_000, "max_seq_len": 2**31 - 1}
     least = dict.fromkeys(most, 1) | dict.fromkeys(("rope_base", "norm_eps", "query_scale"), 0)
+    most |= {"num_shared": 1_000, "num_dense": 10_000, "num_mtp": 100, "num_experts": 10_000}
+    least |= {"num_shared": 0, "num_dense": 0, "num_mtp": 0, "num_experts": 1}
     for name, bound in least.items():
-        value = getattr(cfg, name, None)
+        value = getattr(cfg, name, getattr(getattr(cfg, "routing", None), name, None))
         if value is not None and not bound <= value <= most.get(name, math.inf):
             raise ValueError(f"config.json gives {name} as {value}, which no model has; check it")
 

@@ -13,7 +13,8 @@ import llmprep_jax as lp
 from llmprep_jax.weights.safetensors import write_file
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-WHOLE = [json.loads((GOLDEN / f"{name}.json").read_text()) for name in ("llama", "qwen2", "gemma3")]
+NAMES = ("llama", "qwen2", "gemma3", "deepseek_v2", "deepseek_v3")
+WHOLE = [json.loads((GOLDEN / f"{name}.json").read_text()) for name in NAMES]
 WHOLE.append({"model_type": "gemma3", "text_config": {k: WHOLE[2][k] for k in list(WHOLE[2])[:30]}})
 SCALED = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
 WHOLE.append(WHOLE[0] | {"rope_scaling": SCALED, "rope_theta": 1e4, "rope_parameters": None})
@@ -106,3 +107,20 @@ def test_a_whole_config_is_refused_for_its_weights_only(folder, number):
 def test_a_number_that_no_model_has_is_refused(folder, field, value):
     config = WHOLE[0] | {"rope_parameters": None, field: value}
     assert "strange" not in refusal_of(folder, json.dumps(config).encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n_routed_experts", 2**31),
+        ("num_experts_per_tok", 99),
+        ("n_group", 3),
+        ("moe_layer_freq", 0),
+        ("first_k_dense_replace", -1),
+        ("qk_rope_head_dim", 5),
+        ("topk_method", "random"),
+        ("routed_scaling_factor", "large"),
+    ],
+)
+def test_a_number_that_no_deepseek_has_is_refused(folder, field, value):
+    assert "strange" not in refusal_of(folder, json.dumps(WHOLE[4] | {field: value}).encode())
