@@ -10,8 +10,10 @@ from llmprep_jax.generate.prompt import read_prompt
 from tests.models.tiny import make_model, make_tokens
 
 
-@pytest.mark.parametrize("name", ["gemma3", "deepseek-v3"])
-@pytest.mark.parametrize("block", [4, 7])  # with an odd block before, and without
+@pytest.mark.parametrize(
+    ("name", "block"),  # with an odd block before, and without
+    [("deepseek-v3", 4), pytest.param("gemma3", 7, marks=pytest.mark.slow)],
+)
 def test_blocks_change_neither_hidden_states_nor_what_is_decoded_after_them(name, block):
     model, tokens, mask = make_model(name), make_tokens(), np.ones((2, 14), bool)
     mask[1, :6] = False  # a block without a token of the second row

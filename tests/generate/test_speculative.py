@@ -25,7 +25,8 @@ NEW, NOWHERE = 24, 96  # the latter is a stop id outside the vocabulary: program
 PROMPTS = make_tokens(50, 11)
 MASK = np.arange(11) < np.random.default_rng(0).integers(1, 12, 50)[:, None]
 SAMPLED = dict(temperature=1.5, top_k=40)
-modules = pytest.mark.parametrize("num_mtp", [1, 2])
+# two modules are the harder case; one more compiles for ten seconds
+modules = pytest.mark.parametrize("num_mtp", [pytest.param(1, marks=pytest.mark.slow), 2])
 
 
 @functools.cache
@@ -70,6 +71,7 @@ def test_a_stop_id_among_accepted_drafts_ends_the_row(num_mtp):
     np.testing.assert_array_equal(account.tokens, np.where(ends > 1, ends, account.tokens))
 
 
+@pytest.mark.slow  # compiles for ten seconds
 def test_one_row_with_a_penalty_is_answered_as_without_drafts():
     settings = dict(repetition_penalty=1.3, max_new_tokens=60)
     expected, _ = plain(PROMPTS[:1], **settings)
@@ -100,6 +102,7 @@ def by_full_reads(model, text_BT):
     return found
 
 
+@pytest.mark.slow  # compiles for ten seconds
 def test_modules_draft_from_the_whole_text_however_it_was_accepted():
     state, sampling = start()
     assert len({*state.num_B.tolist()}) > 1

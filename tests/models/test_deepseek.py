@@ -121,7 +121,7 @@ def biases(params) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_step_moves_each_bias_by_the_rate_towards_experts_with_little_load(accumulate):
     parts, tx, step = make_step(0.01)
     batch = make_batch(4)

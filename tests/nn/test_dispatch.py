@@ -125,18 +125,23 @@ def test_without_a_mesh_tokens_are_sorted_and_put_back(active):
     assert_dispatch_is_the_loop(None, None, active=active)
 
 
+def slow(*values):
+    """A case that `make test` leaves to the slow tests: each compiles for two seconds."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("transport", RUNNABLE)
-@pytest.mark.parametrize("mesh", ["expert2", "expert8", "fsdp2-expert2-tensor2"])
+@pytest.mark.parametrize("mesh", [slow("expert2"), "expert8", slow("fsdp2-expert2-tensor2")])
 def test_on_every_mesh_the_sum_is_that_of_the_loop(mesh, transport):
     assert_dispatch_is_the_loop(mesh_of(mesh), transport)
 
 
-@pytest.mark.parametrize("mesh", ["expert1", "expert4", "fsdp4-tensor2"])
+@pytest.mark.parametrize("mesh", [slow("expert1"), slow("expert4"), "fsdp4-tensor2"])
 def test_by_default_the_sum_is_that_of_the_loop(mesh):
     assert_dispatch_is_the_loop(mesh_of(mesh), None)
 
 
-@pytest.mark.parametrize("transport", RUNNABLE)
+@pytest.mark.parametrize("transport", ["emulated", slow("ring"), slow("capacity")])
 @pytest.mark.parametrize(
     "draws",
     [dict(experts=(5,), active=1), dict(experts=(0, 3, 6), active=3)],
@@ -150,7 +155,7 @@ def test_a_token_may_go_to_more_experts_than_a_device_has():
     assert_dispatch_is_the_loop(mesh_of("expert8"), "emulated", active=5, length=1)
 
 
-@pytest.mark.parametrize("mesh", ["expert8", "fsdp2-expert2-tensor2"])
+@pytest.mark.parametrize("mesh", [slow("expert8"), "fsdp2-expert2-tensor2"])
 def test_tokens_that_devices_do_not_divide_are_computed_on_all_of_them(mesh):
     assert_dispatch_is_the_loop(mesh_of(mesh), None, rows=3)
 

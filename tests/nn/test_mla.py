@@ -1,6 +1,7 @@
 """Latent attention: its forms are one function, and its scale is the released one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,12 @@ def rope_of(positions: np.ndarray) -> tuple:
     return rope_angles(jnp.asarray(positions), *rope_frequencies(SIZES["rope_dim"], 1e4))
 
 
-@pytest.mark.parametrize("q_rank", [None, 14])
-@pytest.mark.parametrize("interleaved", [True, False])
+@functools.partial(jax.jit, static_argnums=2)
+def attend(mla: MLA, args: tuple, absorbed: bool) -> jax.Array:
+    return mla.attend(*args, absorbed=absorbed)
+
+
+@pytest.mark.parametrize(("q_rank", "interleaved"), [(None, True), (14, False)])
 def test_naive_and_absorbed_forms_agree(q_rank, interleaved):
     mla = make(q_rank, interleaved=interleaved)
     x = jax.random.normal(jax.random.key(1), (2, S, D))
@@ -40,9 +45,9 @@ def test_naive_and_absorbed_forms_agree(q_rank, interleaved):
     last = place.block(S - T, S)
     q = [z[:, S - T :] for z in mla.queries(x, rope)]
     args = (*q, mla.latents(x, rope), visible(last, place))
-    naive, absorbed = [mla.attend(*args, absorbed=form) for form in (False, True)]
+    naive, absorbed = [attend(mla, args, form) for form in (False, True)]
     np.testing.assert_allclose(naive, absorbed, atol=1e-5)
-    whole, _ = mla(x, place, rope)
+    whole, _ = jax.jit(lambda mla, x: mla(x, place, rope))(mla, x)
     np.testing.assert_allclose(naive, whole[:, S - T :], atol=1e-5)
 
 
@@ -52,13 +57,17 @@ def test_both_forms_over_a_cache_equal_the_whole(monkeypatch, absorbed):
     mla, x = make(), jax.random.normal(jax.random.key(1), (2, S, D))
     positions = jnp.tile(jnp.arange(S), (2, 1))
     whole, _ = mla(x, Tokens(positions), rope_of(positions))
-    cache = KVCache.create(1, 2, S + 3, 1, 24, value_dim=0)
-    found = []
+    cache, found = KVCache.create(1, 2, S + 3, 1, 24, value_dim=0), []
+
+    @jax.jit
+    def step(mla, x, place, rope, cache):
+        y, cache = mla(x, place, rope, cache)
+        return y, cache.end()
+
     for part in (slice(0, 4), slice(4, 5), slice(5, S)):
         place = Tokens(positions[:, part], jnp.ones_like(positions[:, part]))
         cache = cache.begin(place.positions_BT, place.segments_BT)
-        y, cache = mla(x[:, part], place, rope_of(positions[:, part]), cache)
-        cache = cache.end()
+        y, cache = step(mla, x[:, part], place, rope_of(positions[:, part]), cache)
         found.append(y)
     np.testing.assert_allclose(jnp.concatenate(found, 1), whole, atol=1e-5)
 
@@ -72,7 +81,8 @@ def test_gradients_of_the_forms_agree():
         out = mla.attend(*mla.queries(x, rope), mla.latents(x, rope), seen, absorbed=absorbed)
         return jnp.square(out).sum()
 
-    grads = [jax.grad(loss, argnums=(0, 1))(mla, x, form) for form in (True, False)]
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    grads = [grad(mla, x, form) for form in (True, False)]
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 

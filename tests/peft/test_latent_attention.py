@@ -113,6 +113,7 @@ def test_every_adapter_gets_a_gradient_and_an_expert_only_where_a_token_goes():
             assert np.all(moved_LX.any(1)), path
 
 
+@pytest.mark.slow  # compiles for ten seconds
 def test_rows_with_adapters_of_their_own_decode_as_alone():
     attention = r".*_layers\.attn\..*"
     each = {

@@ -140,7 +140,9 @@ def test_heads_that_a_mesh_does_not_divide_are_replicated(name, mesh_name):
     assert jax.typeof(layers.mlp.up.w[...]).sharding.spec[2] == divided(64)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x == "deepseek-v3")) for x in CONFIGS]
+)
 def test_a_batch_that_the_mesh_does_not_divide_is_replicated(name):
     expected, _ = alone(name, 3)
     model = build(name, "fsdp4-tensor2")
