@@ -34,7 +34,12 @@ from llmprep_jax.models import registry
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.train.losses import next_token_loss
 
-COLUMNS = ("modules", "loss of the next byte", "tokens a verifying pass", "speed against plain")
+COLUMNS = (
+    "prediction modules",
+    "loss of the next byte",
+    "tokens a verifying pass",
+    "speed against plain",
+)
 PROMPTS, PROMPT, NEW = 8, 64, 64
 
 
@@ -70,7 +75,7 @@ def main(arguments: list[str]) -> cli.Outputs:
     text = read_texts(None)["A"]
     tests, results = held_out(text, 64, cfg.length), {}
     for num_mtp in (0, 1):
-        result = results[str(num_mtp)] = Result()
+        result = results["one" if num_mtp else "none"] = Result()
         model_cfg = dataclasses.replace(TINY, num_mtp=num_mtp, mtp_weight=cfg.weight)
         for seed, (model, series) in enumerate(train(model_cfg, cfg, text, cfg.rate)):
             result.loss.append(float(evaluate(model, tests)))
@@ -126,7 +131,7 @@ def report(cfg: Settings, results: dict[str, Result]) -> cli.Outputs:
     }
     write_numbers(outputs["numbers"], cfg, {name: vars(each) for name, each in results.items()})
     write_table(outputs["table"], COLUMNS, [[name, *r.cells()] for name, r in results.items()])
-    curves = {f"{name} modules: {spread(r.loss)}": r.by_step for name, r in results.items()}
+    curves = {f"{name}, held out {spread(r.loss)}": r.by_step for name, r in results.items()}
     draw_curves(outputs["figure"], curves, "loss of the next byte (nats)")
     return outputs
 
