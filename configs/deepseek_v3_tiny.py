@@ -10,6 +10,7 @@ import pathlib
 
 from configs.smollm2_lora import DATA, find_smollm2
 from llmprep_jax.data import DataConfig
+from llmprep_jax.models.deepseek.presets import V3_TINY
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.train.checkpoint import CheckpointConfig
 from llmprep_jax.train.optim import OptimConfig
@@ -18,10 +19,11 @@ from llmprep_jax.train.run import RunConfig
 
 def get_config() -> RunConfig:
     return RunConfig(
-        architecture="deepseek-v3-tiny",
+        architecture=V3_TINY,
         tokenizer=find_smollm2(),
         data=DataConfig(paths=(str(DATA),), seq_len=128, batch_size=8, holdout=0.05),
-        optim=OptimConfig(lr=3e-3, warmup_steps=20, schedule="wsd"),
+        # a short run: the biases move ten times as far a step as in V3's long one
+        optim=OptimConfig(lr=3e-3, warmup_steps=20, schedule="wsd", router_bias_rate=0.01),
         compute=Compute(matmul_dtype="bfloat16"),
         steps=300,
         eval_every=100,
