@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -370,7 +371,8 @@ def read_params(
         _compare(path, manager, item, abstract)
         with _readable(path):
             args = ocp.args.Composite(**{item: _restore_arrays(abstract)})
-            return manager.restore(int(path.name), args=args)[item]
+            # without a sharding, Orbax restores numpy arrays
+            return jax.tree.map(jnp.asarray, manager.restore(int(path.name), args=args)[item])
 
 
 def _checkpoint_path(out: pathlib.Path, step: int | None) -> pathlib.Path:

@@ -130,6 +130,14 @@ def test_pre_training_writes_all_its_outputs(files, run_folder, tmp_path):
     assert nll == pytest.approx(evaluations[1]["eval_loss"], rel=1e-6)
 
 
+def test_the_folder_of_a_run_is_a_model_that_generates_and_is_saved(run_folder, tmp_path):
+    model, prompt = lp.load_model(run_folder), np.array([[1, 2, 3]])
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model))
+    expected = lp.generate_tokens(model, prompt, max_new_tokens=5)
+    again = lp.load_model(lp.save_model(model, tmp_path / "saved"))
+    np.testing.assert_array_equal(lp.generate_tokens(again, prompt, max_new_tokens=5), expected)
+
+
 def with_adapter(files, method: str = "DoRA") -> list[str]:
     keys = ["architecture=none", f"model={files / 'model'}", "tokenizer=none"]
     keys += [f"adapter._type={method}", "adapter.rank=2"]
