@@ -55,17 +55,33 @@ def case(request, tmp_path_factory):
 
 
 def layer_of(model, number):
-    return jax.tree.map(lambda x: x[number], model.layers)
+    """A layer by its number in the checkpoint, whatever stack it is in."""
+    if len(model.stacks) == 1:
+        return at(model.layers, number)
+    kinds = model.cfg.is_moe
+    stack = model.moe_layers if kinds[number] else model.dense_layers
+    return at(stack, kinds[:number].count(kinds[number]))
+
+
+def at(stack, place):
+    return jax.tree.map(lambda x: x[place], stack)
 
 
 def modules(model, suffix):
-    """(our module, transformers' name) for each row of the weights table whose path ends so."""
+    """(our module, transformers' name) for each row of the weights table whose path ends so.
+
+    Without routed experts and their routers, which transformers runs in one module each.
+    """
     for path, row in entries(model, model.weights).items():
+        stack, *steps, _ = path.split(".")
         if not path.endswith(suffix) or path in ("embed.w", "head.w"):
             continue
+        if "experts" in steps or "router" in steps:
+            continue
         for place, name in row.names().items():
-            module = layer_of(model, *place) if place else model
-            for step in path.split(".")[len(place) : -1]:
+            module = getattr(model, stack)
+            module = at(module, place[0]) if place else module
+            for step in steps:
                 module = getattr(module, step)
             yield module, name.removesuffix(".weight")
 
@@ -93,11 +109,18 @@ def test_projections_agree(case):
         x, expected = trace.of(name)
         x_dims, w_dims = module.eqn.split("->")[0].split(",")
         shared = [size for dim, size in zip(w_dims, module.w.shape, strict=True) if dim in x_dims]
-        found = module(jnp.asarray(x).reshape(*x.shape[:2], *shared))
+        found = module(jnp.asarray(x).reshape(len(x), -1, *shared))
         if differ(found.reshape(expected.shape), expected):
             failures.append(name)
     assert not failures
-    assert len(checked) == 7 * ours.cfg.num_layers
+    assert len(checked) == num_projections(ours.cfg)
+
+
+def num_projections(cfg):
+    if not hasattr(cfg, "kv_rank"):
+        return 7 * cfg.num_layers
+    mlps = cfg.num_layers if cfg.num_shared else cfg.is_moe.count(False)
+    return (4 if cfg.q_rank is None else 5) * cfg.num_layers + 3 * mlps
 
 
 def ropes_of(cfg):
@@ -112,11 +135,14 @@ def test_rotations_agree(case):
     trace, ours = case
     positions, ropes = jnp.arange(24)[None], ropes_of(ours.cfg)
     kinds = set()
-    for (_, _, *kind), (cos, sin) in trace.calls["model.rotary_emb"]:
+    width = getattr(ours.cfg, "rope_dim", None) or ours.cfg.head_dim
+    for (_, _, *kind), output in trace.calls["model.rotary_emb"]:
         kind = kind[0] if kind else None
         kinds.add(kind)
-        found = rope_angles(positions, *rope_frequencies(ours.cfg.head_dim, *ropes[kind]))
-        for ours_BTR, theirs_BTH in zip(found, (cos, sin), strict=True):
+        if isinstance(output, torch.Tensor):  # V2: complex numbers, one for each pair
+            output = [part.repeat(1, 1, 2) for part in (output.real, output.imag)]
+        found = rope_angles(positions, *rope_frequencies(width, *ropes[kind]))
+        for ours_BTR, theirs_BTH in zip(found, output, strict=True):
             expected = np.split(theirs_BTH.numpy()[:1], 2, axis=-1)
             np.testing.assert_allclose(ours_BTR, expected[0], atol=2e-6)
             np.testing.assert_array_equal(*expected)
@@ -134,6 +160,8 @@ def layer_call(model, number, tokens):
         local, full = model._kinds(where)
         is_local = cfg.local_layers()[number]
         return (where, *(local if is_local else full)), (where, local, full, None, is_local, 0)
+    if hasattr(cfg, "kv_rank"):
+        return ((where, model.rope(where)),) * 2
     rope = rope_angles(
         where.positions_BT, *rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
     )
@@ -153,7 +181,8 @@ def test_layers_agree(case, part):
             found = layer.attn(trace.of(name)[0], *attention)[0]
         elif part == "mlp":
             name += ".mlp"
-            found = layer.mlp(trace.of(name)[0])
+            found = layer.mlp(jnp.asarray(trace.of(name)[0]))
+            found = found[0] if isinstance(found, tuple) else found  # and the load of experts
         else:
             found = layer(trace.of(name)[0], *block)[0]
         if differ(found, trace.of(name)[1]):
