@@ -1,4 +1,4 @@
-"""A DeepSeek-V3 of 13.6 M parameters from random weights: latent attention, 16 experts, MTP.
+"""A DeepSeek-V3 of 15.6 M parameters from random weights: latent attention, 16 experts, MTP.
 
 Four layers, the first of them dense; 4 of 16 experts and a shared one a token, kept in balance by
 biases without a loss to speak of; one module that predicts a token further. Hardware: two CPU

@@ -60,10 +60,8 @@ def take(layers: nnx.Module | nnx.List, start: int, stop: int) -> nnx.Module | n
     return build(jax.tree.map(lambda x: x[start:stop], each))
 
 
-def depth(layers: nnx.Module | nnx.List) -> int:
-    """The number of layers in a stack or list."""
-    if isinstance(layers, nnx.List):
-        return len(layers)
+def depth(layers: nnx.Module) -> int:
+    """The number of layers in a stack."""
     return jax.tree.leaves(part(layers)[0])[0].shape[0]
 
 

@@ -122,5 +122,5 @@ def settle(cfg: Config, names: Sequence[str]) -> Config:
 
     transformers writes that there is a module, and leaves it out.
     """
-    held = {name.split(".")[2] for name in names if name.endswith(".eh_proj.weight")}
-    return cfg if held else dataclasses.replace(cfg, num_mtp=0)
+    has_module = any(name.endswith(".eh_proj.weight") for name in names)
+    return cfg if has_module else dataclasses.replace(cfg, num_mtp=0)
