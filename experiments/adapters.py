@@ -24,8 +24,8 @@ import llmprep_jax as lp
 from configs.smollm2_lora import find_smollm2
 from experiments.adapter_study.methods import at_budget, methods
 from experiments.adapter_study.report import Row, write_report
-from experiments.adapter_study.text import Batch, held_out, read_texts
 from experiments.adapter_study.trainer import Trainer
+from experiments.study.text import Batch, held_out, read_texts
 from llmprep_jax import cli, peft
 from llmprep_jax.config import UsageError, override, split_arguments
 from llmprep_jax.models import registry

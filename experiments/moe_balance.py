@@ -17,16 +17,9 @@ import jax
 import rich
 from flax import nnx
 
-from experiments.adapter_study.text import Batch, held_out, read_texts
-from experiments.moe_study.training import (
-    TINY,
-    Sizes,
-    draw_curves,
-    spread,
-    train,
-    write_numbers,
-    write_table,
-)
+from experiments.study.moe import TINY, Sizes, train
+from experiments.study.report import draw_curves, spread, table, write_numbers
+from experiments.study.text import Batch, held_out, read_texts
 from llmprep_jax import cli
 from llmprep_jax.config import UsageError, override, split_arguments
 from llmprep_jax.nn.balance import Balance, load_metrics
@@ -91,7 +84,7 @@ def report(cfg: Settings, results: dict[str, Result]) -> cli.Outputs:
     names = {"numbers": "balance.json", "table": "balance.md", "figure": "balance.png"}
     outputs = {what: cfg.out / name for what, name in names.items()}
     write_numbers(outputs["numbers"], cfg, {name: vars(each) for name, each in results.items()})
-    write_table(outputs["table"], COLUMNS, [[name, *r.cells()] for name, r in results.items()])
+    outputs["table"].write_text(table(COLUMNS, [[name, *r.cells()] for name, r in results.items()]))
     curves = {f"{name}: loss {spread(r.loss)}": r.by_step for name, r in results.items()}
     draw_curves(outputs["figure"], curves, "MaxVio of the batch, mean over layers")
     return outputs

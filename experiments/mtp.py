@@ -18,16 +18,9 @@ import rich
 from flax import nnx
 
 import llmprep_jax as lp
-from experiments.adapter_study.text import Batch, held_out, read_texts
-from experiments.moe_study.training import (
-    TINY,
-    Sizes,
-    draw_curves,
-    spread,
-    train,
-    write_numbers,
-    write_table,
-)
+from experiments.study.moe import TINY, Sizes, train
+from experiments.study.report import draw_curves, spread, table, write_numbers
+from experiments.study.text import Batch, held_out, read_texts
 from llmprep_jax import cli
 from llmprep_jax.config import UsageError, override, split_arguments
 from llmprep_jax.models import registry
@@ -130,7 +123,7 @@ def report(cfg: Settings, results: dict[str, Result]) -> cli.Outputs:
         for what, end in dict(numbers="json", table="md", figure="png").items()
     }
     write_numbers(outputs["numbers"], cfg, {name: vars(each) for name, each in results.items()})
-    write_table(outputs["table"], COLUMNS, [[name, *r.cells()] for name, r in results.items()])
+    outputs["table"].write_text(table(COLUMNS, [[name, *r.cells()] for name, r in results.items()]))
     curves = {f"{name}, held out {spread(r.loss)}": r.by_step for name, r in results.items()}
     draw_curves(outputs["figure"], curves, "loss of the next byte (nats)")
     return outputs

@@ -1,1 +1,1 @@
-"""The parts of `experiments.adapters`: its texts and its report."""
+"""The parts of `experiments.adapters`: its methods, training and report."""

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.study.report import spread, table
 from llmprep_jax import cli
 
 COLUMNS = ("method", "trained", "learning rate", "loss on B", "forgotten of A", "step", "peak",
@@ -40,8 +41,8 @@ class Row:
             self.method,
             f"{self.trainable:,}",
             f"{self.lr:g}",
-            _spread(self.loss),
-            _spread(self.forgetting),
+            spread(self.loss),
+            spread(self.forgetting),
             f"{self.step_seconds * 1e3:.0f} ms",
             f"{self.peak_bytes / 2**20:,.1f} MiB",
             f"{self.merge_error:.0e}" if self.merge_error else "",
@@ -53,12 +54,6 @@ class Row:
         )
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
-
-
 def write_report(
     out: pathlib.Path, rows: Sequence[Row], settings: dict[str, Any], budget: int
 ) -> cli.Outputs:
@@ -68,8 +63,8 @@ def write_report(
     rounds = list(dict.fromkeys(row.round for row in rows))
     parts = [f"Loss on B of the base: {rows[0].before:.3f} nats a token."]
     for title in rounds:
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *(r.cells() for r in rows if r.round == title)]
-        parts += [f"## {title.capitalize()}", "\n".join(f"| {' | '.join(x)} |" for x in lines)]
+        lines = [row.cells() for row in rows if row.round == title]
+        parts += [f"## {title.capitalize()}", table(COLUMNS, lines).rstrip()]
     (out / "adapters.md").write_text("\n\n".join(parts) + "\n")
     names = {"numbers": "adapters.json", "table": "adapters.md", "figure": "adapters.png"}
     _draw(out / names["figure"], rows, rounds)

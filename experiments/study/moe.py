@@ -1,17 +1,13 @@
-"""What the studies of DeepSeek-V3 share: a small model of bytes, its training, and reports."""
+"""What the studies of DeepSeek-V3 share: a small model of bytes, and its training."""
 
 import dataclasses
-import json
-import pathlib
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from flax import nnx
 
-from experiments.adapter_study.text import draw_batch
+from experiments.study.text import draw_batch
 from llmprep_jax.models import registry
 from llmprep_jax.models.deepseek.config import Config
 from llmprep_jax.nn.balance import Balance
@@ -71,41 +67,3 @@ def train(
         values = jax.device_get(history)
         series = {name: [float(m[name]) for m in values] for name in values[0]}
         yield merge(parts.graphdef, state.params, parts.frozen), series
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
-
-
-def write_table(path: pathlib.Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    lines = [columns, ["---"] * len(columns), *rows]
-    path.write_text("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-
-
-def write_numbers(path: pathlib.Path, settings: Any, results: Any) -> None:
-    numbers = {"settings": dataclasses.asdict(settings), "results": results}
-    path.write_text(json.dumps(numbers, indent=2, default=str) + "\n")
-
-
-def draw_curves(
-    path: pathlib.Path, curves: Mapping[str, Sequence[Sequence[float]]], ylabel: str
-) -> None:
-    """A line for each name: the mean of its runs by step, smoothed over 20 steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, runs in curves.items():
-        mean = np.mean(runs, axis=0)
-        window = min(20, len(mean))
-        smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
-        panel.plot(np.arange(window, len(mean) + 1), smooth, label=name)
-    panel.set(xlabel="step", ylabel=ylabel)
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
-    figure.savefig(path, dpi=150)
