@@ -27,7 +27,7 @@ from experiments.adapter_study.report import Row, write_report
 from experiments.adapter_study.trainer import Trainer
 from experiments.study.text import Batch, held_out, read_texts
 from llmprep_jax import cli, peft
-from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.config import UsageError, only_overrides, override
 from llmprep_jax.models import registry
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
@@ -59,10 +59,7 @@ class Settings:
 
 
 def main(arguments: list[str]) -> cli.Outputs:
-    positional, overrides = split_arguments(arguments)
-    if positional:
-        raise UsageError(f"settings are written name=value, not {positional[0]!r}")
-    cfg = override(Settings(), overrides)
+    cfg = override(Settings(), only_overrides(arguments))
     known = methods(cfg.steps)
     unknown = set(cfg.methods) - set(known)
     if unknown:

@@ -21,7 +21,7 @@ import numpy as np
 
 from configs.smollm2_lora import DATA, find_smollm2
 from llmprep_jax import cli
-from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.config import only_overrides, override
 from llmprep_jax.evaluate import contest
 
 
@@ -110,10 +110,7 @@ def write_gguf(source: str, target: pathlib.Path, dtype: Literal["F32", "BF16"])
 
 
 def main(arguments: list[str]) -> cli.Outputs:
-    positional, overrides = split_arguments(arguments)
-    if positional:
-        raise UsageError(f"settings are written name=value, not {positional[0]!r}")
-    settings = override(Settings(), overrides)
+    settings = override(Settings(), only_overrides(arguments))
     model = settings.model or find_smollm2()
     rows, prompt, new = SIZES[settings.work]
     what = dict(tokens=prompts(model, rows, prompt), new=new)
@@ -129,12 +126,9 @@ def main(arguments: list[str]) -> cli.Outputs:
                 contenders[f"llama.cpp, {dtype}"] = (llama_cpp, dict(what, path=path))
         scores = contest.compete(contenders, rounds=settings.rounds)
     tokens = rows * (prompt if settings.work == "prefill" else new)
-    result = (f"{settings.work}: {rows} x {prompt} tokens in, {new} out", tokens, scores)
-    contest.show(*result)
-    if settings.out is None:
-        return {}
-    contest.save(settings.out, *result)
-    return {"scores": settings.out}
+    return contest.report(
+        settings.out, f"{settings.work}: {rows} x {prompt} tokens in, {new} out", tokens, scores
+    )
 
 
 def prompts(model: str, rows: int, length: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 from configs.smollm2_lora import find_smollm2
 from experiments.bench_generate import write_folder
 from llmprep_jax import cli
-from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.config import only_overrides, override
 from llmprep_jax.evaluate import contest
 
 
@@ -60,22 +60,14 @@ def safetensors(folder: str) -> Callable[[], Any]:
 
 
 def main(arguments: list[str]) -> cli.Outputs:
-    positional, overrides = split_arguments(arguments)
-    if positional:
-        raise UsageError(f"settings are written name=value, not {positional[0]!r}")
-    settings = override(Settings(), overrides)
+    settings = override(Settings(), only_overrides(arguments))
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_folder(settings.model or find_smollm2(), pathlib.Path(temporary) / "float32")
         size = sum(file.stat().st_size for file in pathlib.Path(folder).glob("*.safetensors")) / 1e6
         makers = {"ours": ours, "transformers": transformers, "safetensors": safetensors}
         contenders = {name: (make, dict(folder=folder)) for name, make in makers.items()}
         scores = contest.compete(contenders, rounds=settings.rounds)
-    result = (f"loading {size:.0f} MB of float32", size, scores, "MB")
-    contest.show(*result)
-    if settings.out is None:
-        return {}
-    contest.save(settings.out, *result)
-    return {"scores": settings.out}
+    return contest.report(settings.out, f"loading {size:.0f} MB of float32", size, scores, "MB")
 
 
 if __name__ == "__main__":

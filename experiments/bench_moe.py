@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.bench_step import training_call
 from llmprep_jax import cli
-from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.config import only_overrides, override
 from llmprep_jax.evaluate import contest
 
 ROWS, LENGTH, NEW = 8, 128, 64
@@ -131,18 +131,10 @@ def contenders_of(work: str) -> dict[str, tuple[Callable, dict[str, str]]]:
 
 
 def main(arguments: list[str]) -> cli.Outputs:
-    positional, overrides = split_arguments(arguments)
-    if positional:
-        raise UsageError(f"settings are written name=value, not {positional[0]!r}")
-    settings = override(Settings(), overrides)
+    settings = override(Settings(), only_overrides(arguments))
     scores = contest.compete(contenders_of(settings.work), rounds=settings.rounds)
     tokens = ROWS * LENGTH if settings.work == "step" else NEW
-    result = (f"{PRESET}, {settings.work}", tokens, scores)
-    contest.show(*result)
-    if settings.out is None:
-        return {}
-    contest.save(settings.out, *result)
-    return {"scores": settings.out}
+    return contest.report(settings.out, f"{PRESET}, {settings.work}", tokens, scores)
 
 
 if __name__ == "__main__":

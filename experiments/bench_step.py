@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llmprep_jax import cli
-from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.config import only_overrides, override
 from llmprep_jax.evaluate import contest
 
 
@@ -121,10 +121,7 @@ def theirs(settings: Settings, dtype: str) -> Callable[[], Any]:
 
 
 def main(arguments: list[str]) -> cli.Outputs:
-    positional, overrides = split_arguments(arguments)
-    if positional:
-        raise UsageError(f"settings are written name=value, not {positional[0]!r}")
-    settings = override(Settings(), overrides)
+    settings = override(Settings(), only_overrides(arguments))
     contenders = {
         "ours, float32": (ours, dict(settings=settings, operands="float32")),
         "ours, bf16 operands": (ours, dict(settings=settings, operands="bfloat16")),
@@ -134,12 +131,7 @@ def main(arguments: list[str]) -> cli.Outputs:
     }
     scores = contest.compete(contenders, rounds=settings.rounds)
     title = f"{settings.work}: {settings.batch} x {settings.seq} tokens a step"
-    result = (title, settings.batch * settings.seq, scores)
-    contest.show(*result)
-    if settings.out is None:
-        return {}
-    contest.save(settings.out, *result)
-    return {"scores": settings.out}
+    return contest.report(settings.out, title, settings.batch * settings.seq, scores)
 
 
 if __name__ == "__main__":

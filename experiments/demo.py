@@ -19,7 +19,7 @@ import llmprep_jax as lp
 from configs.smollm2_lora import get_config
 from experiments.train import open_data, train
 from llmprep_jax import cli
-from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.config import only_overrides, override
 from llmprep_jax.train.metrics import read_jsonl
 from llmprep_jax.train.monitor import METRICS_FILE
 from llmprep_jax.train.run import claim_folder
@@ -28,10 +28,7 @@ QUESTION = [{"role": "user", "content": "Define politics."}]
 
 
 def main(arguments: list[str]) -> cli.Outputs:
-    positional, overrides = split_arguments(arguments)
-    if positional:
-        raise UsageError(f"settings are written name=value, not {positional[0]!r}")
-    cfg = override(get_config(), ["out=runs/demo", "eval_batches=None", *overrides])
+    cfg = override(get_config(), ["out=runs/demo", "eval_batches=None", *only_overrides(arguments)])
     claim_folder(cfg)
 
     rich.print("[bold]1. Load[/] SmolLM2-135M-Instruct")

@@ -21,7 +21,7 @@ from experiments.study.moe import TINY, Sizes, train
 from experiments.study.report import draw_curves, spread, table, write_numbers
 from experiments.study.text import Batch, held_out, read_texts
 from llmprep_jax import cli
-from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.config import only_overrides, override
 from llmprep_jax.nn.balance import Balance, load_metrics
 from llmprep_jax.train.losses import training_loss
 
@@ -51,10 +51,7 @@ class Result:
 
 
 def main(arguments: list[str]) -> cli.Outputs:
-    positional, overrides = split_arguments(arguments)
-    if positional:
-        raise UsageError(f"settings are written name=value, not {positional[0]!r}")
-    cfg = override(Settings(), overrides)
+    cfg = override(Settings(), only_overrides(arguments))
     cfg.out.mkdir(parents=True, exist_ok=True)
     text = read_texts(None)["A"]
     tests = held_out(text, 64, cfg.length)

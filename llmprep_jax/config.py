@@ -120,6 +120,18 @@ def split_arguments(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
     return positional, overrides
 
 
+def only_overrides(arguments: Iterable[str]) -> list[str]:
+    """The overrides of a command line that has nothing else.
+
+    Raises:
+      UsageError: there is something else.
+    """
+    positional, overrides = split_arguments(arguments)
+    if positional:
+        raise UsageError(f"settings are written name=value, not {positional[0]!r}")
+    return overrides
+
+
 def override(config: Any, overrides: Iterable[str]) -> Any:
     """Replaces fields of a tree of dataclasses.
 

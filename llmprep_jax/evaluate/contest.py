@@ -115,8 +115,23 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def report(
+    out: pathlib.Path | None,
+    title: str,
+    amount: float,
+    scores: Mapping[str, Score],
+    unit: str = "tokens",
+) -> dict[str, pathlib.Path]:
+    """Prints the scores of calls that do so much, and writes them to `out` if it is given."""
+    show(title, amount, scores, unit)
+    if out is None:
+        return {}
+    save(out, title, amount, scores, unit)
+    return {"scores": out}
+
+
 def show(title: str, amount: float, scores: Mapping[str, Score], unit: str = "tokens") -> None:
-    """Prints the scores of calls that do so much, each beside every peer: those not "ours"."""
+    """Prints scores, each beside every peer: those not "ours"."""
     peers = [name for name in scores if not name.startswith("ours")]
     table = rich.table.Table(title=title)
     table.add_column("")
