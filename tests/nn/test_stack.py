@@ -10,7 +10,7 @@ from flax import nnx
 
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.param import Compute, Shared
-from llmprep_jax.nn.stack import scan, stack, unstack
+from llmprep_jax.nn.stack import scan, stack, take, unstack
 from tests.random_modules import random_module
 
 make_layer = functools.partial(GatedMlp, 8, 16, compute=Compute())
@@ -114,3 +114,12 @@ def test_what_layers_share_is_sliced_by_none_of_them(listed):
         expected = expected + scale * factor * up(expected)
     found = run(unstack(layers) if listed else layers, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_some_layers_of_a_stack_or_list_are_those_layers():
+    layers, x = make_layers(), draw()
+    expected = list(unstack(layers))[1:3]
+    for some in (take(layers, 1, 3), take(unstack(layers), 1, 3)):
+        found = scan(lambda layer, x: layer(x), some, x, compute=Compute())
+        np.testing.assert_allclose(found, expected[1](expected[0](x)), atol=1e-6)
+    assert take(layers, 0, 4) is layers
