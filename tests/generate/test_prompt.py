@@ -24,7 +24,12 @@ def test_blocks_change_neither_hidden_states_nor_what_is_decoded_after_them(name
         x, cache = read_prompt(model, tokens, mask, cache, block=block, last_only=last_only)
         return x, model.features(tokens[:, :1], cache=cache)[0]
 
-    whole, after = run(model, 14)
+    @jax.jit
+    def run_whole(model):
+        x, cache = model.features(tokens, mask=mask, cache=model.init_cache(2, 16))
+        return x, model.features(tokens[:, :1], cache=cache)[0]
+
+    whole, after = run_whole(model)
     found, after_blocks = run(model, block)
     np.testing.assert_allclose(found[mask], whole[mask], atol=1e-5)
     np.testing.assert_allclose(after_blocks, after, atol=1e-5)

@@ -131,6 +131,11 @@ def test_a_float_dtype_makes_all_dense_and_saving_writes_what_was_read(folder, t
         np.testing.assert_array_equal(found.read(name), expected, strict=True)
 
 
+def test_a_routers_bias_is_float32_whatever_the_dtype_of_the_rest(folder):
+    router = lp.load_model(folder, dtype="bfloat16").moe_layers.mlp.router
+    assert (router.w.dtype, router.bias.dtype) == (jnp.bfloat16, jnp.float32)
+
+
 MESH = {"expert": 4, "fsdp": 2}
 
 

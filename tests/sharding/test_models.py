@@ -18,7 +18,7 @@ from llmprep_jax.models import registry
 from llmprep_jax.models.gemma3.config import Config as Gemma3Config
 from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.balance import Balance
-from llmprep_jax.sharding import make_mesh, use_mesh
+from llmprep_jax.sharding import make_mesh, spec, use_mesh
 from llmprep_jax.train.losses import training_loss
 from tests.models import tiny
 from tests.models.tiny import forward, random_model
@@ -149,6 +149,14 @@ def test_a_batch_that_the_mesh_does_not_divide_is_replicated(name):
     with use_mesh(make_mesh(MESHES["fsdp4-tensor2"])):
         found = forward(model, make_batch(3)["tokens"])
     np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "axes"), [(16, ("fsdp", "expert")), (4, "fsdp"), (6, None)], ids=str
+)
+def test_rows_are_laid_over_the_first_axes_that_divide_them(rows, axes):
+    with use_mesh(make_mesh({"fsdp": 4, "expert": 2})):
+        assert spec("batch", "seq", shape=(rows, 3)) == jax.P(axes, None)
 
 
 @on_pairs
