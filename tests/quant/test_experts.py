@@ -195,6 +195,17 @@ def test_experts_are_packed_one_by_one(kind, bits):
     assert 8 * size / (2 * 8 * 3 * 256 * 128) == pytest.approx(bits, rel=0.02)
 
 
+def test_nf4_takes_v2_lite_from_31_4_to_8_7_gb():
+    compute = Compute(dtype="bfloat16", param_dtype="bfloat16")
+    cfg = dataclasses.replace(registry.preset("deepseek-v2-lite"), compute=compute)
+    build = lambda: registry.build(cfg, rngs=nnx.Rngs(0))  # noqa: E731
+    sizes = [
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(jax.eval_shape(make))))
+        for make in (build, lambda: quantize_model(build(), "nf4"))
+    ]
+    assert [round(size / 1e9, 1) for size in sizes] == [31.4, 8.7]
+
+
 def test_packing_a_dense_folder_packs_what_packing_the_model_does(tmp_path):
     config = registry.family_of(model()).to_hf(model().cfg)
     (tmp_path / "config.json").write_text(json.dumps(config))
