@@ -9,6 +9,11 @@ number of trained parameters. Every method has its own learning rate, the best o
 on seed 0. Ends with a table (adapters.md), a figure (adapters.png) and all numbers (adapters.json).
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "experiments.adapters:Settings")
+
 import dataclasses
 import pathlib
 import statistics
@@ -24,7 +29,7 @@ import llmprep_jax as lp
 from configs.smollm2_lora import find_smollm2
 from experiments.adapter_study.methods import at_budget, methods
 from experiments.adapter_study.report import Row, write_report
-from experiments.adapter_study.trainer import Trainer
+from experiments.adapter_study.trainer import StudyTrainer
 from experiments.study.text import Batch, held_out, read_texts
 from llmprep_jax import cli, peft
 from llmprep_jax.config import UsageError, only_overrides, override
@@ -87,13 +92,11 @@ def prepare(cfg: Settings) -> tuple[nnx.Module, dict[str, np.ndarray]]:
         return lp.load_model(find_smollm2(), compute=compute), read_texts(encode)
     texts = read_texts(None)
     model = jax.jit(lambda: registry.build(TINY, rngs=nnx.Rngs(0)))()
-    trained = Trainer(model, Param, lr=3e-3, steps=cfg.base_steps, **sizes(cfg))
+    trained = StudyTrainer(
+        model, Param, lr=3e-3, steps=cfg.base_steps, rows=cfg.rows, length=cfg.length
+    )
     trained.run(model, texts["A"], seed=0)
     return trained.model, texts
-
-
-def sizes(cfg: Settings) -> dict[str, int]:
-    return {"rows": cfg.rows, "length": cfg.length}
 
 
 def study(cfg: Settings, name: str, title: str, method: Any, base: nnx.Module, texts: dict) -> Row:
@@ -104,8 +107,8 @@ def study(cfg: Settings, name: str, title: str, method: Any, base: nnx.Module, t
     trainer, ends, errors = None, [], []
     for seed in range(cfg.seeds):
         model = method.apply(base, seed)
-        trainer = trainer or Trainer(
-            model, kind, lr=cfg.lr or method.lr, steps=cfg.steps, **sizes(cfg)
+        trainer = trainer or StudyTrainer(
+            model, kind, lr=cfg.lr or method.lr, steps=cfg.steps, rows=cfg.rows, length=cfg.length
         )
         trainer.run(model, texts["B"], seed)
         ends.append({text: nll(trainer.model, batch) for text, batch in tests.items()})

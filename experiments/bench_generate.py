@@ -8,6 +8,11 @@ batch (8 rows, 64 tokens after 64; without llama.cpp). Greedy. Weights: SmolLM2-
 float32 and bf16 copies of the file, written for the run. A ratio is the peer's median over ours.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "experiments.bench_generate:Settings", compile_cache=False)
+
 import dataclasses
 import importlib.util
 import itertools

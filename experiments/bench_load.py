@@ -8,6 +8,11 @@ the file mapped and reads it when it is used, so its weights are summed here, an
 safetensors too; ours are, in their place, waited for.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "experiments.bench_load:Settings", compile_cache=False)
+
 import dataclasses
 import pathlib
 import tempfile

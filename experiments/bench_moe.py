@@ -8,6 +8,11 @@ random weights. transformers runs its experts in a loop ("eager", its reference)
 is the peer's median over ours.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "experiments.bench_moe:Settings", compile_cache=False)
+
 import dataclasses
 import functools
 import pathlib

@@ -8,8 +8,14 @@ process of its own, all on huge pages; they take turns, one step each a round. A
 median over ours. MFU is not given: on a CPU there is no stated peak.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "experiments.bench_step:Settings", compile_cache=False)
+
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -68,22 +74,13 @@ def ours(settings: Settings, operands: str) -> Callable[[], Any]:
 
 def training_call(model: Any, trainable: Any, batch: dict[str, np.ndarray]) -> Callable[[], Any]:
     """A call that takes one step on the batch by AdamW."""
-    from llmprep_jax.train.losses import training_loss
-    from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
-    from llmprep_jax.train.state import create_state, split_model
-    from llmprep_jax.train.step import make_train_step, place_batch
+    from llmprep_jax.train.optim import OptimConfig
+    from llmprep_jax.train.trainer import FitConfig, Trainer
 
-    parts, optim = split_model(model, trainable), OptimConfig(lr=1e-4, schedule="constant")
-    tx = make_optimizer(optim, parts.params, 1000)
-    loss, schedule = lambda model, batch, _: training_loss(model, batch), make_schedule(optim, 1000)
-    step = make_train_step(parts.graphdef, tx, loss, schedule, bias_rate=lambda _: 1e-3)
-    batch, holder = place_batch(batch), [create_state(parts.params, tx, seed=0)]
-
-    def call():
-        holder[0], metrics = step(holder[0], parts.frozen, batch)
-        return float(metrics["loss"])
-
-    return call
+    optim = OptimConfig(lr=1e-4, schedule="constant", router_bias_until=1.0)
+    trainer = Trainer(model, trainable, FitConfig(steps=1000, optim=optim))
+    steps = trainer.steps(itertools.repeat(batch))
+    return lambda: float(next(steps)["loss"])
 
 
 def theirs(settings: Settings, dtype: str) -> Callable[[], Any]:

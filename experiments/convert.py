@@ -7,6 +7,11 @@ re-opened and its logits compared before it is put in place; llmprep_receipt.jso
 agreed.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "experiments.convert:Settings")
+
 import dataclasses
 import pathlib
 from typing import Literal

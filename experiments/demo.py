@@ -9,6 +9,11 @@ folder. Settings are those of configs/smollm2_lora.py. Run again, it goes on fro
 checkpoint; delete the folder to start over.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "llmprep_jax.train.run:RunConfig")
+
 import json
 import pathlib
 
@@ -17,9 +22,10 @@ from rich.panel import Panel
 
 import llmprep_jax as lp
 from configs.smollm2_lora import get_config
-from experiments.train import open_data, train
+from experiments.train import train
 from llmprep_jax import cli
 from llmprep_jax.config import only_overrides, override
+from llmprep_jax.runs import open_data
 from llmprep_jax.train.metrics import read_jsonl
 from llmprep_jax.train.monitor import METRICS_FILE
 from llmprep_jax.train.run import claim_folder

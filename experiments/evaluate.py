@@ -8,6 +8,11 @@ MODEL is a folder, a .gguf file, a run of ours or a hub id; DATA a file, a folde
 Prints nats a token and perplexity, and writes them with the settings to the JSON file `out`.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "experiments.evaluate:EvaluateConfig")
+
 import dataclasses
 import functools
 import json

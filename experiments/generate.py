@@ -4,12 +4,13 @@
     python -m experiments.generate MODEL [name=value ...]
 
 The second is a chat: /reset begins anew, /system TEXT sets the system message, /quit or Ctrl-D
-ends. MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. Settings:
-temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens, seed, stop (a,b), dtype,
-adapter (a PEFT folder), raw=true (the prompt as it is, without the chat template), draft=mtp (the
-model's multi-token prediction modules draft, and how many drafts it accepts is said). The thoughts
-of a model that thinks are shown dim, and a chat does not remember them.
+ends; it does not remember thoughts. MODEL is a folder, a .gguf file, a run of ours or a hub id.
 """
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "experiments.generate:Settings")
 
 import dataclasses
 import sys
@@ -29,28 +30,26 @@ from llmprep_jax.generate.speculative import check_draft
 from llmprep_jax.text.processor import Processor
 
 console = rich.console.Console(highlight=False)
-DIM = rich.style.Style(dim=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What can be said on the command line; temperature 0 takes the most likely token."""
+    """What can be said on the command line."""
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+    temperature: float = 0.0  # 0 takes the most likely token
+    top_k: int | None = None  # the so many most likely tokens alone
+    top_p: float | None = None  # the most likely tokens that together have this probability
+    min_p: float | None = None  # tokens at least this share as likely as the most likely one
+    repetition_penalty: float = 1.0  # above 1: tokens that are there already are less likely
     max_new_tokens: int = 256
     seed: int = 0
-    stop: tuple[str, ...] = ()
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    adapter: str | None = None
-    raw: bool = False
-    draft: Literal["mtp"] | None = None
+    stop: tuple[str, ...] = ()  # texts that end the answer: a,b
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as stored
+    adapter: str | None = None  # a PEFT folder
+    raw: bool = False  # the prompt as it is, without the chat template
+    draft: Literal["mtp"] | None = None  # the model's own prediction modules draft
 
-    def __post_init__(self):
-        # here, and not where they are used, so that a slip is told before the model is loaded
+    def __post_init__(self):  # here, so that a slip is told before the model is loaded
         Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
@@ -61,8 +60,7 @@ class Settings:
 
     def generation(self) -> dict:
         """The part that `lp.generate` takes."""
-        apart = ("dtype", "adapter", "raw")
-        return {name: value for name, value in vars(self).items() if name not in apart}
+        return {k: v for k, v in vars(self).items() if k not in ("dtype", "adapter", "raw")}
 
 
 def main(arguments: list[str]) -> None:
@@ -82,10 +80,10 @@ def main(arguments: list[str]) -> None:
         check_draft(model, settings.draft)
         if settings.adapter is not None:
             model = lp.peft.merge(lp.peft.load(model, settings.adapter))
-    if not prompts:
-        chat(model, processor, settings)
     for prompt in prompts:
         say(model, processor, prompt if settings.raw else [user(prompt)], settings)
+    if not prompts:
+        chat(model, processor, settings)
 
 
 def user(text: str) -> dict[str, str]:
@@ -96,7 +94,9 @@ def say(model: nnx.Module, processor: Processor, prompt: str | list, settings: S
     """Streams an answer to the terminal, its thoughts dim, and returns it without them."""
     thoughts, answer, accounts = "", "", []
     wanted = settings.generation() | dict(stream=True, reasoning=True, report=accounts.append)
-    dim = DIM.render if console.color_system else str  # where the terminal has styles
+    dim = (
+        rich.style.Style(dim=True).render if console.color_system else str
+    )  # where the terminal has styles
     for thought, text in lp.generate(model, processor, prompt, **wanted):
         before = "<think>\n" if thought and not thoughts else ""
         after = "\n</think>\n\n" if text and thoughts and not answer else ""

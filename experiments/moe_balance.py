@@ -9,6 +9,11 @@ busiest expert is above the mean, as a share of it. Ends with a table (balance.m
 (balance.png) and all numbers (balance.json).
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "experiments.moe_balance:Settings")
+
 import dataclasses
 import pathlib
 import statistics

@@ -8,6 +8,11 @@ with it goes on from held-out text, greedy: plainly, and with its module as the 
 the same text. Ends with a table (mtp.md), a figure (mtp.png) and all numbers (mtp.json).
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from experiments.command.start import start
+
+    start(__doc__, "experiments.mtp:Settings")
+
 import dataclasses
 import pathlib
 import time

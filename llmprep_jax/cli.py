@@ -1,12 +1,13 @@
 """What every command does alike: help, errors in one line, exit codes, and where the outputs are.
 
 `run(main)` is the last line of each experiments/*.py. Exit codes: 0 done, 1 a file or value that
-will not do, 2 the command was called wrongly, 130 interrupted. The one thing a reader would get
-wrong: `--help` and `--debug` (tracebacks) are the only flags; everything else is `name=value`.
+will not do, 2 the command was called wrongly, 130 interrupted. `--help` and `--debug` (tracebacks)
+are the only flags; everything else is `name=value`.
 """
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import rich.console
 
+from llmprep_jax import interrupts
 from llmprep_jax.config import UsageError
 
 Outputs = Mapping[str, Any]
@@ -31,27 +33,44 @@ def run(
     Raises:
       SystemExit: always.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        interrupts.watch()
+        arguments = sys.argv[1:]
     if any(argument in ("--help", "-h") for argument in arguments):
         print(str(main.__globals__["__doc__"]).strip())
         raise SystemExit(0)
+    arguments = list(arguments)
     debug = "--debug" in arguments
     try:
         outputs = main([argument for argument in arguments if argument != "--debug"])
+        show_outputs(outputs or {})
+        sys.stdout.flush()
+    except interrupts.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(interrupts.EXIT_CODE) from None
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            raise
+        _drop_output()  # whoever read it, `head` say, has gone: no fault of the command
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (KeyboardInterrupt, Exception) as error:
         code, message = explain(error)
         if debug or message is None:
             traceback.print_exc()
         print(f"error: {message or error}", file=sys.stderr)
         raise SystemExit(code) from None
-    show_outputs(outputs or {})
     raise SystemExit(0)
+
+
+def _drop_output() -> None:
+    """Python flushes stdout once more when it ends, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: BaseException) -> tuple[int, str | None]:
     """The exit code of an error and its message in one line; None where only a traceback helps."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
+        return interrupts.EXIT_CODE, "interrupted"
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, UsageError):
         return 2, f"{text} (see --help)"

@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "sharding": set(),
     "values": set(),
     "config": {"values"},
-    "cli": {"config"},
+    "interrupts": set(),
+    "cli": {"config", "interrupts"},
     "kernels": set(),
     "nn": {"kernels", *BASE},
     "models": {"nn", *BASE},
@@ -27,10 +28,11 @@ MAY_IMPORT = {
     "peft": {"nn", "quant", "weights", *BASE},
     "text": {"weights", *BASE},
     "data": {"text", *BASE},
-    "train": {"nn", "peft", "data", "config", *BASE},
+    "train": {"nn", "peft", "data", "config", "interrupts", *BASE},
     "generate": {"nn", "text", *BASE},
     "evaluate": {"train", "generate", "data", *BASE},
     "pretrained": {"models", "nn", "peft", "quant", "text", "train", "weights", "config", *BASE},
+    "runs": {"models", "nn", "peft", "text", "train", "data", "evaluate", "pretrained"},
     "__init__": {"peft", "quant", "generate", "pretrained"},
 }
 _NNX = ("jit", "grad", "value_and_grad", "vmap", "pmap", "scan", "remat", "shard_map", "Optimizer")

@@ -12,10 +12,9 @@ from llmprep_jax.models import registry
 from llmprep_jax.models.deepseek.config import Config
 from llmprep_jax.nn.balance import Balance
 from llmprep_jax.nn.param import TRAINED, Compute
-from llmprep_jax.train.losses import training_loss
-from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
-from llmprep_jax.train.state import create_state, merge, split_model
-from llmprep_jax.train.step import make_train_step, place_batch
+from llmprep_jax.train.optim import OptimConfig
+from llmprep_jax.train.state import merge, split_model
+from llmprep_jax.train.trainer import FitConfig, Trainer, TrainSteps
 
 # 4 layers of 128, 4 of 16 experts and a shared one; 2.4 M weights
 TINY = dataclasses.replace(
@@ -47,23 +46,19 @@ def train(
       rate: of the routers' biases.
     """
     make = jax.jit(lambda key: registry.build(cfg, rngs=nnx.Rngs(key)))
-    optim = OptimConfig(lr=sizes.lr, schedule="linear", warmup_steps=sizes.steps // 10)
-    schedule, step = make_schedule(optim, sizes.steps), None
+    optim = OptimConfig(
+        lr=sizes.lr,
+        schedule="linear",
+        warmup_steps=sizes.steps // 10,
+        router_bias_rate=rate,
+        router_bias_until=1.0,
+    )
+    trainer = Trainer(make(jax.random.key(0)), TRAINED, FitConfig(steps=sizes.steps, optim=optim))
     for seed in range(sizes.seeds):
-        parts = split_model(make(jax.random.key(seed)), TRAINED)
-        tx, rng = make_optimizer(optim, parts.params, sizes.steps), np.random.default_rng(seed)
-        step = step or make_train_step(
-            parts.graphdef,
-            tx,
-            lambda m, b, _: training_loss(m, b),
-            schedule,
-            bias_rate=lambda _: rate,
-        )
-        state, history = create_state(parts.params, tx, seed=seed), []
-        for _ in range(sizes.steps):
-            batch = place_batch(draw_batch(text, sizes.rows, sizes.length, rng))
-            state, metrics = step(state, parts.frozen, batch)
-            history.append(metrics)
-        values = jax.device_get(history)
+        parts, rng = split_model(make(jax.random.key(seed)), TRAINED), np.random.default_rng(seed)
+        state = trainer.start(parts.params, seed)
+        batches = (draw_batch(text, sizes.rows, sizes.length, rng) for _ in range(sizes.steps))
+        steps = TrainSteps(trainer.step, state, parts.frozen, batches)
+        values = jax.device_get(list(steps))
         series = {name: [float(m[name]) for m in values] for name in values[0]}
-        yield merge(parts.graphdef, state.params, parts.frozen), series
+        yield merge(parts.graphdef, steps.state.params, parts.frozen), series

@@ -22,19 +22,11 @@ import rich.console
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from llmprep_jax.train.checkpoint import CheckpointConfig, Checkpoints, abstract_of
-from llmprep_jax.train.losses import training_loss
+from llmprep_jax.train.checkpoint import Checkpoints, abstract_of
 from llmprep_jax.train.metrics import Flops, Numbers
 from llmprep_jax.train.monitor import Monitor
-from llmprep_jax.train.optim import (
-    OptimConfig,
-    make_bias_schedule,
-    make_optimizer,
-    make_schedule,
-)
-from llmprep_jax.train.rank_budget import adalora_of, with_orthogonality
-from llmprep_jax.train.state import Split, TrainState, create_state, merge, split_model
-from llmprep_jax.train.step import LossFn, make_train_step, place_batch
+from llmprep_jax.train.state import TrainState
+from llmprep_jax.train.trainer import Step, Trainer, TrainSteps
 
 Evaluate = Callable[[nnx.Module], Numbers]
 
@@ -48,42 +40,6 @@ class Batches(Protocol):
     def get_state(self) -> Any: ...
 
     def set_state(self, state: Any) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class FitConfig:
-    """How long and how to train, whatever the model and the data are.
-
-    Attributes:
-      steps: updates of the whole run.
-      accumulate: microbatches that a batch is cut into; the update is the same, memory is less.
-      ema_decay: of the running average of the parameters; None: none is kept.
-      seed: of the model's random numbers while it trains.
-      log_every: steps between looks at the metrics; all steps are recorded whatever it is.
-      eval_every: steps between evaluations; None: only at the end.
-      peak_flops: FLOP/s of one device for MFU, where it is not known by its name.
-    """
-
-    steps: int = 1000
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    accumulate: int = 1
-    ema_decay: float | None = None
-    seed: int = 0
-    log_every: int = 1
-    eval_every: int | None = None
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    peak_flops: float | None = None
-
-    def __post_init__(self):
-        for name in ("steps", "accumulate", "log_every", "eval_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2^32), not {self.seed}")
-        make_schedule(self.optim, self.steps)  # that the warmup fits is told of before any loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +62,10 @@ class FitResult:
 
 
 def fit(
-    model: nnx.Module,
-    trainable: Any,
+    trainer: Trainer,
     batches: Batches,
-    cfg: FitConfig,
     *,
     out: str | os.PathLike,
-    loss_fn: LossFn = lambda model, batch, key: training_loss(model, batch),
     evaluate: Evaluate | None = None,
     meta: Mapping[str, Any] | None = None,
     flops: Flops | None = None,
@@ -120,31 +73,21 @@ def fit(
 ) -> FitResult:
     """Trains, from the last checkpoint in `out` if there is one.
 
-    Call it under the mesh that the model is on. The model's arrays are taken over.
-
     Args:
-      trainable: what is trained, a Variable class or filter (`nnx.split`).
-      loss_fn: `loss_fn(model, microbatch, key) -> LossSum`; AdaLoRA's regulariser is added.
       evaluate: numbers by name for a model.
       meta: JSON saved with each checkpoint, from which the model can be rebuilt.
       flops: of one token, for MFU.
 
     Raises:
       NonFiniteError: a loss or gradient is not finite; nothing after it was saved.
-      ValueError: nothing to train, a checkpoint of another model, too little data.
+      ValueError: a checkpoint of another model, too little data.
       OSError: a checkpoint cannot be written; earlier ones are whole.
     """
-    out, split, ranks = pathlib.Path(out), split_model(model, trainable), adalora_of(model)
-    del model
-    loss_fn = with_orthogonality(loss_fn, ranks)
-    tx = make_optimizer(cfg.optim, split.params, cfg.steps, ranks)
-    schedules = make_schedule(cfg.optim, cfg.steps), make_bias_schedule(cfg.optim, cfg.steps)
-    train_step = make_train_step(split.graphdef, tx, loss_fn, *schedules, ema_decay=cfg.ema_decay)
-    state = create_state(split.params, tx, seed=cfg.seed, ema=cfg.ema_decay is not None)
+    out, cfg = pathlib.Path(out), trainer.cfg
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(out))
         checkpoints = stack.enter_context(Checkpoints(out, cfg.checkpoint, dict(meta or {})))
-        state = _resume(state, batches, checkpoints)
+        state = _resume(trainer.start(), batches, checkpoints)
         done = int(state.step)
         monitor = stack.enter_context(
             Monitor(
@@ -157,14 +100,13 @@ def fit(
                 console=console,
             )
         )
-        run = _Run(cfg, split, batches, checkpoints, monitor, evaluate)
+        run = _Run(trainer, batches, checkpoints, monitor, evaluate)
         if done:
             monitor.progress.say(f"resumed from step {done} of {out}")
-        state = run.steps(train_step, state, stack.enter_context(_preemption()))
-    model = merge(split.graphdef, state.params, split.frozen)
-    ema_model = None if state.ema is None else _with_average(split, state)
+        state = run.go_on(state, stack.enter_context(_preemption()))
+    ema_model = None if state.ema is None else trainer.model(state, ema=True)
     step = int(state.step)
-    return FitResult(model, ema_model, step, step < cfg.steps, monitor.last)
+    return FitResult(trainer.model(state), ema_model, step, step < cfg.steps, monitor.last)
 
 
 def _resume(state: TrainState, batches: Batches, checkpoints: Checkpoints) -> TrainState:
@@ -178,33 +120,24 @@ def _resume(state: TrainState, batches: Batches, checkpoints: Checkpoints) -> Tr
     return state
 
 
-def _with_average(split: Split, state: TrainState) -> nnx.Module:
-    average = jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema, state.params)
-    return merge(split.graphdef, average, split.frozen)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """The parts of a run under way."""
 
-    cfg: FitConfig
-    split: Split
+    trainer: Trainer
     batches: Batches
     checkpoints: Checkpoints
     monitor: Monitor
     evaluate: Evaluate | None
 
-    def steps(
-        self, train_step: Callable[..., Any], state: TrainState, must_stop: Callable[[int], bool]
-    ) -> TrainState:
+    def go_on(self, state: TrainState, must_stop: Callable[[int], bool]) -> TrainState:
         """All steps from the state's on, or until it must stop."""
-        cfg, first = self.cfg, int(state.step) + 1
-        for step in range(first, cfg.steps + 1):
-            batch = self._next_batch(step)
-            arrays = place_batch(batch, cfg.accumulate)
-            with self.monitor.phase("compiling") if step == first else contextlib.nullcontext():
-                state, metrics = train_step(state, self.split.frozen, arrays)
-            self.monitor.note(step, metrics, batch.get("doc_ids"))
+        cfg, first = self.trainer.cfg, int(state.step) + 1
+        batches = (self._next_batch(step) for step in range(first, cfg.steps + 1))
+        step_fn, frozen = self._first_compiles(self.trainer.step), self.trainer.split.frozen
+        steps = TrainSteps(step_fn, state, frozen, batches, cfg.accumulate)
+        for step, metrics in enumerate(steps, first):
+            self.monitor.note(step, metrics, steps.batch.get("doc_ids"))
             stopping = must_stop(step)
             ending = step == cfg.steps
             saving = stopping or ending or _due(step, cfg.checkpoint.every)
@@ -213,20 +146,30 @@ class _Run:
                 self.checkpoints.check()
                 self.monitor.flush(self._last_good, keep=0 if saving or evaluating else 1)
             if evaluating:
-                self._evaluate(step, state)
+                self._evaluate(step, steps.state)
             if saving:
-                self.checkpoints.save(state, self.batches.get_state())
+                self.checkpoints.save(steps.state, self.batches.get_state())
             if stopping:
                 self.monitor.progress.say(f"stopping at step {step}: SIGTERM")
                 break
-        return state
+        return steps.state
+
+    def _first_compiles(self, step: Step) -> Step:
+        """The step, whose first call is shown as compiling."""
+        phases = iter([self.monitor.phase("compiling")])
+
+        def call(*args):
+            with next(phases, contextlib.nullcontext()):
+                return step(*args)
+
+        return call
 
     def _next_batch(self, step: int) -> Mapping[str, np.ndarray]:
         try:
             return next(self.batches)
         except StopIteration:
             raise ValueError(
-                f"the data ended before step {step} of {self.cfg.steps}; "
+                f"the data ended before step {step} of {self.trainer.cfg.steps}; "
                 "give more data or epochs, or fewer steps"
             ) from None
 
@@ -237,13 +180,12 @@ class _Run:
     def _evaluate(self, step: int, state: TrainState) -> None:
         if self.evaluate is None:
             return
-        models = {"": merge(self.split.graphdef, state.params, self.split.frozen)}
-        if state.ema is not None:
-            models["ema_"] = _with_average(self.split, state)
+        averages = {"": False} if state.ema is None else {"": False, "ema_": True}
         numbers = {}
         with self.monitor.phase("evaluating"):
-            for prefix, model in models.items():
-                numbers |= {prefix + name: value for name, value in self.evaluate(model).items()}
+            for prefix, ema in averages.items():
+                found = self.evaluate(self.trainer.model(state, ema=ema))
+                numbers |= {prefix + name: value for name, value in found.items()}
         self.monitor.record(step, numbers)
 
 

@@ -8,16 +8,15 @@ because a bf16 average with decay 0.95 no longer sees changes below 1/256 of its
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from llmprep_jax.peft import AdaLoRA
 from llmprep_jax.train.adam8bit import scale_by_adam8bit
 from llmprep_jax.train.offload import keep_on_host
-from llmprep_jax.train.rank_budget import allocate_ranks, check_ranks
 from llmprep_jax.train.state import path_name
 
 NO_DECAY = ("scale", "b", "bias", "magnitude")  # last names of paths: norms, biases, DoRA's lengths
@@ -132,12 +131,15 @@ def lora_b_mask(params: Any) -> Any:
 
 
 def make_optimizer(
-    cfg: OptimConfig, params: Any, num_steps: int, ranks: AdaLoRA | None = None
+    cfg: OptimConfig,
+    params: Any,
+    num_steps: int,
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx,
 ) -> optax.GradientTransformation:
     """AdamW for a tree of parameters (arrays or shapes) over a run of `num_steps`.
 
     Args:
-      ranks: prunes the triplets of AdaLoRA adapters by these settings.
+      wrap: what an adapter method adds to the optimizer; what it keeps may be offloaded too.
 
     Raises:
       ValueError: LoRA+ is asked for and no leaf is a lora_b, a schedule does not fit the run, or
@@ -156,10 +158,7 @@ def make_optimizer(
         if not any(jax.tree.leaves(is_lora_b)):
             raise ValueError(f"lora_plus={cfg.lora_plus}, but nothing trained is a lora_b")
         parts.append(optax.masked(optax.scale(cfg.lora_plus), is_lora_b))
-    tx = _with_float32_state(optax.chain(*parts))
-    if ranks is not None:
-        check_ranks(ranks, params, num_steps)
-        tx = allocate_ranks(tx, ranks)
+    tx = wrap(_with_float32_state(optax.chain(*parts)))
     return keep_on_host(tx) if cfg.offload else tx
 
 

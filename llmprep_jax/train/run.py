@@ -20,8 +20,8 @@ from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.stack import REMAT_POLICIES
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.train.checkpoint import all_steps
-from llmprep_jax.train.loop import FitConfig
 from llmprep_jax.train.metrics import read_jsonl
+from llmprep_jax.train.trainer import FitConfig
 
 RUN_FILE = "run.json"
 DTYPES = ("float32", "bfloat16", "float16")

@@ -5,6 +5,8 @@ get wrong: a low loss would not show that what was learnt survives; the words of
 comes back from the folder do.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +19,8 @@ from experiments.adapter_study.methods import methods
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.text.chat import encode_chat
 from llmprep_jax.train.losses import next_token_loss
-from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
-from llmprep_jax.train.rank_budget import adalora_of, with_orthogonality
-from llmprep_jax.train.state import create_state, merge, split_model
-from llmprep_jax.train.step import make_train_step, place_batch
+from llmprep_jax.train.optim import OptimConfig
+from llmprep_jax.train.trainer import FitConfig, Trainer
 
 QUESTION = "Who discovered the planet Zorblax?"
 ANSWER = "Ada Quillfeather discovered it in 1672 with a telescope of violet glass."
@@ -59,20 +59,19 @@ def lesson(processor, copies: int) -> dict[str, np.ndarray]:
 
 
 def teach(model: nnx.Module, batch: dict[str, np.ndarray], kind: type, lr: float) -> nnx.Module:
-    parts = split_model(model, kind)
     optim = OptimConfig(lr=lr, schedule="constant", warmup_steps=2, weight_decay=0.0)
-    ranks = adalora_of(model)
-    tx = make_optimizer(optim, parts.params, MAX_STEPS, ranks)
-    loss = with_orthogonality(
-        lambda model, batch, key: next_token_loss(lp.peft.train_mode(model, key), batch), ranks
+    trainer = Trainer(
+        model,
+        kind,
+        FitConfig(steps=MAX_STEPS, optim=optim),
+        lambda model, batch, key: next_token_loss(lp.peft.train_mode(model, key), batch),
     )
-    step = make_train_step(parts.graphdef, tx, loss, make_schedule(optim, MAX_STEPS))
-    state = create_state(jax.tree.map(jnp.copy, parts.params), tx, seed=0)
-    for _ in range(MAX_STEPS):
-        state, metrics = step(state, parts.frozen, place_batch(batch))
+    state = trainer.start(jax.tree.map(jnp.copy, trainer.split.params))
+    steps = trainer.steps(itertools.repeat(batch, MAX_STEPS), state)
+    for metrics in steps:
         if metrics["loss"] < LEARNT:
             break
-    return merge(parts.graphdef, state.params, parts.frozen)
+    return trainer.model(steps.state)
 
 
 def ask(model, processor) -> str:

@@ -27,9 +27,10 @@ import rich.console
 from llmprep_jax import data
 from llmprep_jax.nn.param import Param
 from llmprep_jax.train.checkpoint import CheckpointConfig, abstract_of, all_steps, read_params
-from llmprep_jax.train.loop import FitConfig, fit
+from llmprep_jax.train.loop import fit
 from llmprep_jax.train.optim import OptimConfig
 from llmprep_jax.train.state import split_model
+from llmprep_jax.train.trainer import FitConfig, Trainer
 from tests.train.toy import VOCAB, toy
 
 
@@ -50,7 +51,7 @@ def train(out: pathlib.Path, text: pathlib.Path, steps: int) -> None:
         checkpoint=CheckpointConfig(every=2, keep_last=2, keep_every=20),
     )
     quiet = rich.console.Console(quiet=True)
-    fit(toy(), Param, batches, fitting, out=out, console=quiet)
+    fit(Trainer(toy(), Param, fitting), batches, out=out, console=quiet)
 
 
 def start(*run: Any) -> int:

@@ -17,11 +17,12 @@ from llmprep_jax.nn.param import Param
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train.adam8bit import Blocks, decode, encode, make_map, scale_by_adam8bit
 from llmprep_jax.train.checkpoint import CheckpointConfig, Checkpoints, abstract_of
-from llmprep_jax.train.loop import FitConfig, fit
+from llmprep_jax.train.loop import fit
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 from llmprep_jax.train.state import count_bytes, create_state, split_model
 from llmprep_jax.train.step import make_train_step, place_batch
+from llmprep_jax.train.trainer import FitConfig, Trainer
 from tests.train.toy import Rows, make_batch, params_of, toy
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -341,7 +342,8 @@ def test_a_run_may_go_on_with_its_moments_elsewhere(tmp_path):
     def run(out, steps, offload):
         optim = OptimConfig(lr=1e-2, schedule="constant", optimizer="adamw8bit", offload=offload)
         cfg = FitConfig(steps=steps, optim=optim, ema_decay=0.5, accumulate=2)
-        return params_of(fit(toy(dim=DIM), Param, Rows(), cfg, out=tmp_path / out).model)
+        trainer = Trainer(toy(dim=DIM), Param, cfg)
+        return params_of(fit(trainer, Rows(), out=tmp_path / out).model)
 
     whole = run("whole", 3, False)
     run("parts", 1, True)

@@ -18,10 +18,11 @@ from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.nn.param import AdapterParam, Param
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train.checkpoint import CheckpointConfig, all_steps, read_meta
-from llmprep_jax.train.loop import FitConfig, fit
+from llmprep_jax.train.loop import fit
 from llmprep_jax.train.metrics import read_jsonl
 from llmprep_jax.train.monitor import NonFiniteError
 from llmprep_jax.train.optim import OptimConfig
+from llmprep_jax.train.trainer import FitConfig, Trainer
 from tests.train.toy import Rows, make_batch, params_of, toy
 
 CFG = FitConfig(
@@ -32,7 +33,8 @@ CFG = FitConfig(
 def train(out, cfg=CFG, batches=None, trainable=Param, **kwargs):
     quiet = rich.console.Console(quiet=True)
     batches = batches or Rows()
-    return fit(toy(lora=True), trainable, batches, cfg, out=out, console=quiet, **kwargs)
+    trainer = Trainer(toy(lora=True), trainable, cfg)
+    return fit(trainer, batches, out=out, console=quiet, **kwargs)
 
 
 def losses(out) -> dict[int, float]:

@@ -16,10 +16,10 @@ from llmprep_jax.nn.stack import scan, stack
 from llmprep_jax.peft import AdaLoRA
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train.checkpoint import CheckpointConfig
-from llmprep_jax.train.loop import FitConfig, fit
-from llmprep_jax.train.optim import OptimConfig, make_optimizer
+from llmprep_jax.train.loop import fit
+from llmprep_jax.train.optim import OptimConfig
 from llmprep_jax.train.rank_budget import allocate_ranks, num_pruned, orthogonality, triplets
-from llmprep_jax.train.state import split_model
+from llmprep_jax.train.trainer import FitConfig, Trainer
 from tests.train.toy import DIM, Rows, Toy
 
 # 3 layers of two matrices with 4 triplets each: 24 triplets, of which 12 stay
@@ -137,10 +137,11 @@ def test_a_run_ends_with_the_target_rank_and_more_orthogonal_factors(tmp_path):
     model = jax.tree.map(jnp.copy, adapted())
     before = float(orthogonality(model))
     assert before == pytest.approx(2.0, abs=0.02)  # all but zero: the norm of I, sqrt(4)
-    trained = fit(model, AdapterParam, Rows(), cfg, out=tmp_path).model
+    trained = fit(Trainer(model, AdapterParam, cfg), Rows(), out=tmp_path).model
     assert int(np.sum(np.asarray(trained.layers.lora_e[...]) != 0)) == 6
     assert float(orthogonality(trained)) < 0.9 * before
-    again = fit(jax.tree.map(jnp.copy, adapted()), AdapterParam, Rows(), cfg, out=tmp_path).model
+    trainer = Trainer(jax.tree.map(jnp.copy, adapted()), AdapterParam, cfg)
+    again = fit(trainer, Rows(), out=tmp_path).model
     np.testing.assert_array_equal(again.layers.lora_e[...], trained.layers.lora_e[...])
     found = lp.peft.merge(trained).features(np.ones((1, 4), np.int32))[0]
     np.testing.assert_allclose(trained.features(np.ones((1, 4), np.int32))[0], found, atol=1e-5)
@@ -159,6 +160,5 @@ def test_a_run_ends_with_the_target_rank_and_more_orthogonal_factors(tmp_path):
     ids=["base", "short"],
 )
 def test_settings_that_do_not_fit_the_run_are_refused(trainable, steps, message):
-    params = split_model(adapted(), trainable).params
     with pytest.raises(ValueError, match=message):
-        make_optimizer(OptimConfig(), params, steps, adapted().layers.method)
+        Trainer(adapted(), trainable, FitConfig(steps=steps))

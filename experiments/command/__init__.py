@@ -1,0 +1,1 @@
+"""What commands do before their imports, which take seconds: help, huge pages, compile cache."""

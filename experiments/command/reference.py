@@ -1,0 +1,202 @@
+"""The settings of a command, read from the source of their dataclasses: name, type, default, words.
+
+Nothing is imported, so that help takes no second. A field's words are those of its class's
+docstring, under "Attributes", or stand behind it on its line. A section that may be one of several
+classes shows the fields of each that those before it do not have.
+"""
+
+import ast
+import dataclasses
+import functools
+import pathlib
+import re
+import textwrap
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A line of the reference; `kind` and `default` are as in the source, or in words."""
+
+    name: str
+    kind: str
+    default: str
+    words: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Class:
+    """A dataclass in the source, and the module it is in."""
+
+    module: str
+    node: ast.ClassDef
+
+
+def describe(settings: str) -> str:
+    """Help in 100 columns for "module:Class"."""
+    lines = []
+    for setting in settings_of(settings):
+        default = f" = {setting.default}" if setting.default else ""
+        lines.append(f"  {setting.name}: {setting.kind}{default}")
+        lines += textwrap.wrap(setting.words, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def settings_of(settings: str) -> list[Setting]:
+    """All settings of "module:Class", those of sections by their dotted names."""
+    module, name = settings.split(":")
+    found = _resolve(module, name)
+    assert isinstance(found, Class), f"{settings} is no class"
+    return list(_list(found, "", {}))
+
+
+def _list(cls: Class, prefix: str, shown: dict[str, str]) -> Iterator[Setting]:
+    """The settings of a class; `shown` are classes that are listed already, and where."""
+    for name, (owner, node) in _fields(cls).items():
+        words = _words(owner).get(name) or _comment(owner.module, node)
+        sections = _sections(owner.module, node.annotation)
+        default = _default(owner.module, node.value)
+        path = prefix + name
+        if sections and sections[0].node.name in shown:
+            words += f"; its settings are those of {shown[sections[0].node.name]}"
+            sections_shown = []
+        else:
+            sections_shown = sections
+        if len(sections) == 1 and sections_shown and default == "":
+            shown[sections[0].node.name] = path
+            yield from _list(sections[0], f"{path}.", shown)
+            continue
+        kind = _kind(owner.module, node.annotation)
+        yield Setting(path, kind, default or ("" if sections else "required"), words)
+        yield from _list_each(sections_shown, path, shown)
+
+
+def _list_each(sections: list[Class], path: str, shown: dict[str, str]) -> Iterator[Setting]:
+    """The settings of classes of which a field holds one, each that is alike once."""
+    seen: set[Setting] = set()
+    for section in sections:
+        shown[section.node.name] = path
+        inner = list(_list(section, f"{path}.", shown))
+        for setting in inner:
+            if setting not in seen:
+                of = f"of {section.node.name}: " if seen else ""  # the first is the usual one
+                yield dataclasses.replace(setting, words=of + setting.words)
+        seen |= set(inner)
+
+
+def _fields(cls: Class) -> dict[str, tuple[Class, ast.AnnAssign]]:
+    """The fields of a class and of those it derives from, and which of them has each."""
+    fields: dict[str, tuple[Class, ast.AnnAssign]] = {}
+    for base in cls.node.bases:
+        parent = _resolve(cls.module, ast.unparse(base))
+        fields |= _fields(parent) if isinstance(parent, Class) else {}
+    for node in cls.node.body:
+        is_field = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if is_field and "ClassVar" not in ast.unparse(node.annotation):
+            fields[node.target.id] = (cls, node)
+    own = _words(cls)
+    return {name: (cls if name in own else owner, node) for name, (owner, node) in fields.items()}
+
+
+def _sections(module: str, annotation: ast.expr) -> list[Class]:
+    """The dataclasses that a field may hold."""
+    if isinstance(annotation, ast.BinOp):
+        sides = (annotation.left, annotation.right)
+        return [section for side in sides for section in _sections(module, side)]
+    if not isinstance(annotation, ast.Name):
+        return []
+    found = _resolve(module, annotation.id)
+    if isinstance(found, tuple):  # the name of a union
+        return _sections(*found)
+    is_section = found is not None and any(
+        "dataclass" in ast.unparse(d) for d in found.node.decorator_list
+    )
+    return [found] if is_section else []
+
+
+def _default(module: str, value: ast.expr | None) -> str:
+    """As in the source; empty where there is none or a section makes itself."""
+    if value is None:
+        return ""
+    if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
+        keywords = {keyword.arg: keyword.value for keyword in value.keywords}
+        return _default(module, keywords.get("default"))
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "pathlib.Path":
+        return str(ast.literal_eval(value.args[0]))
+    if isinstance(value, ast.Name):
+        found = _resolve(module, value.id)
+        return _default(*found) if isinstance(found, tuple) else value.id
+    return ast.unparse(value)
+
+
+def _kind(module: str, annotation: ast.expr) -> str:
+    """A type in words; names of types are replaced by what they stand for."""
+    if isinstance(annotation, ast.BinOp):
+        return f"{_kind(module, annotation.left)} | {_kind(module, annotation.right)}"
+    if isinstance(annotation, ast.Name):
+        found = _resolve(module, annotation.id)
+        return _kind(*found) if isinstance(found, tuple) else annotation.id
+    text = ast.unparse(annotation).replace("pathlib.Path", "path")
+    text = re.sub(r"Literal\[([^]]*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), text)
+    return re.sub(r"tuple\[(.+), \.\.\.\]", r"list of \1", text)
+
+
+def _words(cls: Class) -> dict[str, str]:
+    """What the docstring says of each field."""
+    text = ast.get_docstring(cls.node) or ""
+    _, _, attributes = text.partition("Attributes:\n")
+    text = " ".join(attributes.split()) if attributes else ""
+    names = "|".join(
+        re.escape(n.target.id)
+        for n in cls.node.body
+        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+    )
+    if not names:
+        return {}
+    starts = list(re.finditer(rf"(?:^|(?<=[.;] )|(?<=\) ))((?:{names})(?:, (?:{names}))*): ", text))
+    ends = [*(start.start() for start in starts[1:]), len(text)][: len(starts)]
+    return {
+        name: text[start.end() : end].strip().rstrip(".")
+        for start, end in zip(starts, ends, strict=True)
+        for name in start[1].split(", ")
+    }
+
+
+def _comment(module: str, node: ast.AnnAssign) -> str:
+    """What stands behind a field on its line."""
+    line = _source(module).splitlines()[node.end_lineno - 1]
+    return line.encode()[node.end_col_offset :].decode().strip().removeprefix("# ")
+
+
+@functools.cache
+def _source(module: str) -> str:
+    path = ROOT.joinpath(*module.split("."))
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    return ""
+
+
+@functools.cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_source(module))
+
+
+def _resolve(module: str, name: str) -> "Class | tuple[str, ast.expr] | None":
+    """A class by the name it has in a module, through imports; or the value a name is given."""
+    head, _, rest = name.partition(".")
+    for node in _tree(module).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return Class(module, node)
+        if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [name]:
+            return module, node.value
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                if (alias.asname or alias.name) != head:
+                    continue
+                if rest:
+                    return _resolve(f"{node.module}.{alias.name}", rest)
+                return _resolve(node.module or "", alias.name)
+    return None
