@@ -13,6 +13,7 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,8 @@ import rich.console
 import rich.text
 import rich.tree
 
-from llmprep_jax.values import Mismatch, check, describe, members, parse
+from llmprep_jax.near_names import suggest
+from llmprep_jax.values import NONE_WORDS, Mismatch, check, describe, members, parse
 
 TYPE_KEY = "_type"
 
@@ -46,11 +48,25 @@ def load_config(path: str | pathlib.Path, overrides: Iterable[str] = ()) -> Any:
     config = _run_config_file(path)
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise UsageError(f"{path}: get_config() returned a {type(config).__name__}, no dataclass")
+    config = look_up(override(config, overrides))
     try:
         check_fields(config)
     except Mismatch as error:
         raise UsageError(f"{path}: {error}") from None
-    return override(config, overrides)
+    return config
+
+
+def look_up(config: Any) -> Any:
+    """The config with the functions among its fields called."""
+    new = {}
+    for name in field_types(type(config)):
+        value = getattr(config, name)
+        if isinstance(value, types.FunctionType):
+            new[name] = value()
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found = look_up(value)
+            new |= {} if found is value else {name: found}
+    return dataclasses.replace(config, **new) if new else config
 
 
 def _is_file(path: pathlib.Path) -> bool:
@@ -135,7 +151,9 @@ def only_overrides(arguments: Iterable[str]) -> list[str]:
 def override(config: Any, overrides: Iterable[str]) -> Any:
     """Replaces fields of a tree of dataclasses.
 
-    X
+    A section that is None comes into being when a field of it is set; a section of one of several
+    classes is chosen by the class's name, `adapter=QLoRA`, or `adapter._type=QLoRA`.
+
     Args:
       config: a dataclass instance.
       overrides: texts `a.b=c`; `a.0.b=c` reaches into a tuple; of two for one key the last wins.
@@ -150,23 +168,48 @@ def override(config: Any, overrides: Iterable[str]) -> Any:
         if not equals or not key:
             raise UsageError(f"{text!r} is no setting; write key=value")
         _plan(changes, key.split("."), value)
-    return _apply(config, type(config), changes, ())
+    try:
+        return _apply(config, type(config), changes, ())
+    except _UnknownKey as error:
+        keys = list(_dotted_keys(config, type(config)))
+        hint = suggest(keys, error.path, error.key) or f"the keys are {', '.join(error.known)}"
+        name = ".".join((*error.path, error.key))
+        raise UsageError(f"unknown key {name}; {hint}") from None
+
+
+class _UnknownKey(Exception):
+    """A section has no such key, but those known."""
+
+    def __init__(self, path: tuple[str, ...], key: str, known: Iterable[str]):
+        super().__init__(key)
+        self.path, self.key, self.known = path, key, list(dict.fromkeys(known))
 
 
 def _plan(changes: dict[str, Any], path: Sequence[str], value: str) -> None:
     """Notes a change in a tree of dicts by key, whose leaves are the texts as typed."""
     for depth, part in enumerate(path[:-1], 1):
-        changes = changes.setdefault(part, {})
-        if not isinstance(changes, dict):
-            raise UsageError(f"{'.'.join(path[:depth])} is set as a whole and in part")
+        inner = changes.setdefault(part, {})
+        if not isinstance(inner, dict):
+            inner = changes[part] = {TYPE_KEY: _class_name(inner, path[:depth])}
+        changes = inner
     if isinstance(changes.get(path[-1]), dict):
+        changes[path[-1]][TYPE_KEY] = _class_name(value, path)
+    else:
+        changes[path[-1]] = value
+
+
+def _class_name(text: str, path: Sequence[str]) -> str:
+    """What a section is set to as a whole while parts of it are set too: a class at most."""
+    if not text.isidentifier() or text.lower() in NONE_WORDS:
         raise UsageError(f"{'.'.join(path)} is set as a whole and in part")
-    changes[path[-1]] = value
+    return text
 
 
 def _apply(value: Any, kind: Any, changes: str | dict[str, Any], path: tuple[str, ...]) -> Any:
     """`value`, of declared type `kind`, with the planned changes made."""
     name = ".".join(path)
+    if isinstance(changes, str) and changes in _classes(kind):
+        changes = {TYPE_KEY: changes}
     if isinstance(changes, str):
         try:
             return parse(changes, kind)
@@ -175,7 +218,7 @@ def _apply(value: Any, kind: Any, changes: str | dict[str, Any], path: tuple[str
     if TYPE_KEY in changes:
         return _change_class(value, kind, dict(changes), path)
     if value is None:
-        value = _make_section(kind, path, next(iter(changes)))
+        return _make_section(kind, path, changes)
     if isinstance(value, tuple):
         return _apply_to_tuple(value, kind, changes, path)
     if not dataclasses.is_dataclass(value):
@@ -191,10 +234,14 @@ def _new_fields(
 ) -> dict[str, Any]:
     """The changed fields of a section of this class, whose others are those of `value`."""
     kinds, new = field_types(cls), {}
+    likes = {field.name: field.metadata.get("like") for field in dataclasses.fields(cls)}
     for key, change in changes.items():
         if key not in kinds:
-            raise _unknown_key(path, key, kinds)
-        new[key] = _apply(getattr(value, key, None), kinds[key], change, (*path, key))
+            raise _UnknownKey(path, key, kinds)
+        old = getattr(value, key, None)
+        if old is None and likes[key] is not None and isinstance(change, dict):
+            old = getattr(value, likes[key])
+        new[key] = _apply(old, kinds[key], change, (*path, key))
     return new
 
 
@@ -221,7 +268,7 @@ def _item_type(kind: Any, index: int) -> Any:
 def _change_class(value: Any, kind: Any, changes: dict[str, Any], path: tuple[str, ...]) -> Any:
     """A section of another class that its declared type allows; what both have is kept."""
     name = changes.pop(TYPE_KEY)
-    classes = {member.__name__: member for member in members(kind) if _is_section(member)}
+    classes = _classes(kind)
     if name not in classes:
         known = ", ".join(classes) or "none, it is no section"
         raise UsageError(f"{'.'.join((*path, TYPE_KEY))}={name}; the classes are {known}")
@@ -235,19 +282,25 @@ def _is_section(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind)
 
 
-def _make_section(kind: Any, path: tuple[str, ...], key: str) -> Any:
-    """What a section that is None becomes when its field `key` is set."""
-    name = ".".join(path)
-    sections = [member for member in members(kind) if _is_section(member)]
-    if not sections:
+def _classes(kind: Any) -> dict[str, type]:
+    """The sections that a type allows, by name."""
+    return {member.__name__: member for member in members(kind) if _is_section(member)}
+
+
+def _make_section(kind: Any, path: tuple[str, ...], changes: Mapping[str, Any]) -> Any:
+    """What a section that is None becomes when these keys of it are set: the first that has all."""
+    name, classes = ".".join(path), list(_classes(kind).values())
+    if not classes:
         raise UsageError(f"{name} is None, no section; set {name}=... as a whole")
-    having = [section for section in sections if key in field_types(section)]
-    if not having:
-        raise _unknown_key(path, key, [k for section in sections for k in field_types(section)])
-    if len(having) > 1:
-        names = " or ".join(section.__name__ for section in having)
-        raise UsageError(f"{name} is None and could be {names}; choose by {name}.{TYPE_KEY}=NAME")
-    return _construct(having[0], path, {})
+    for cls in classes:
+        if set(changes) <= set(field_types(cls)):
+            new = _new_fields(cls, None, changes, path)
+            return _construct(lambda cls=cls, new=new: cls(**new), path, new)
+    known = [key for cls in classes for key in field_types(cls)]
+    unknown = [key for key in changes if key not in known]
+    if unknown:
+        raise _UnknownKey(path, unknown[0], known)
+    raise UsageError(f"{name}: no class has all of {', '.join(changes)}; choose one by {name}=NAME")
 
 
 def _construct(make: Callable[[], Any], path: tuple[str, ...], new: Mapping[str, Any]) -> Any:
@@ -261,11 +314,14 @@ def _construct(make: Callable[[], Any], path: tuple[str, ...], new: Mapping[str,
         raise UsageError(f"{where}: {_one_line(error)}".removeprefix(": ")) from error
 
 
-def _unknown_key(path: tuple[str, ...], key: str, known: Iterable[str]) -> UsageError:
-    known = list(dict.fromkeys(known))
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(known)}"
-    return UsageError(f"unknown key {'.'.join((*path, key))}; {hint}")
+def _dotted_keys(value: Any, kind: Any) -> Iterator[str]:
+    """All keys of a section and of those in it, also of ones that are None."""
+    classes = [type(value)] if _is_section(type(value)) else list(_classes(kind).values())
+    for cls in classes:
+        for name, inner in field_types(cls).items():
+            yield name
+            keys = dict.fromkeys(_dotted_keys(getattr(value, name, None), inner))
+            yield from (f"{name}.{key}" for key in keys)
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -316,14 +372,14 @@ def from_dict(kind: Any, data: Any) -> Any:
       UsageError: a class, a field or a value that the type does not have.
     """
     if isinstance(data, Mapping) and TYPE_KEY in data:
-        classes = {k.__name__: k for k in members(kind) if _is_section(k)}
+        classes = _classes(kind)
         name = " ".join(str(data[TYPE_KEY]).split())
         if name not in classes:
             raise UsageError(f"a {name} is saved where {describe(kind)} is wanted")
         kinds = field_types(classes[name])
         unknown = [key for key in data if key not in kinds and key != TYPE_KEY]
         if unknown:
-            raise _unknown_key((name,), unknown[0], kinds)
+            raise UsageError(f"unknown key {name}.{unknown[0]}; the keys are {', '.join(kinds)}")
         new = {key: from_dict(kinds[key], item) for key, item in data.items() if key != TYPE_KEY}
         return _construct(lambda: classes[name](**new), (name,), new)
     if isinstance(data, list):

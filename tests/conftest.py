@@ -8,6 +8,7 @@ pytest` runs on a GPU; tests that need several devices then use what there is.
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["LLMPREP_COMPILE_CACHE"] = "off"  # commands that tests start leave the user's alone
 
 import jax
 import pytest

@@ -73,6 +73,8 @@ class Run:
     heads: Heads = Heads()
     adapter: LoRA | DoRA | None = None
     sources: tuple[Source, ...] = (Source("a.txt"),)
+    source: Source = Source("a.txt")
+    held_out: Source | None = dataclasses.field(default=None, metadata={"like": "source"})
     model: Any = None
     sizes: tuple[int, ...] = ()
 
@@ -103,7 +105,11 @@ def set_one(text: str) -> Run:
         ("adapter.targets=q,v", "adapter", LoRA(targets=("q", "v"))),
         ("adapter.targets=all-linear", "adapter", LoRA(targets="all-linear")),
         ("adapter.targets='a,b'", "adapter", LoRA(targets="a,b")),
+        ("adapter.rank=4", "adapter", LoRA(rank=4)),
         ("adapter.magnitude=false", "adapter", DoRA(magnitude=False)),
+        ("adapter=DoRA", "adapter", DoRA()),
+        ("held_out.path=b.txt", "held_out", Source("b.txt")),
+        ("held_out.weight=2", "held_out", Source("a.txt", 2.0)),
         ("model=some/folder", "model", "some/folder"),
     ],
 )
@@ -118,8 +124,8 @@ def test_an_override_is_read_by_the_declared_type(text, key, value):
     ("text", "message"),
     [
         ("stepz=1", "unknown key stepz; did you mean steps?"),
-        ("optim.learning_rat=1", "unknown key optim.learning_rat; the keys are lr, betas"),
-        ("optim.schedul=wsd", "did you mean schedule?"),
+        ("optim.learning_rat=1", "unknown key optim.learning_rat; did you mean optim.lr?"),
+        ("optim.schedul=wsd", "did you mean optim.schedule?"),
         ("steps=1.5", "steps=1.5: wanted a whole number"),
         ("steps=ten", "wanted a whole number"),
         ("steps=none", "wanted a whole number"),
@@ -132,8 +138,13 @@ def test_an_override_is_read_by_the_declared_type(text, key, value):
         ("optim=1", "wanted Optim"),
         ("optim.lr.x=1", "optim.lr is 0.001, no section"),
         ("name.x=1", "name is None, no section"),
-        ("adapter.rank=4", "adapter is None and could be LoRA or DoRA"),
-        ("adapter.rang=4", "did you mean rank?"),
+        ("adapter.rang=4", "did you mean adapter.rank?"),
+        ("adapter.zzz=4", "unknown key adapter.zzz; the keys are rank, targets, magnitude"),
+        ("learning_rate=1", "unknown key learning_rate; did you mean optim.lr?"),
+        ("lr=1", "unknown key lr; did you mean optim.lr?"),
+        ("lora_r=1", "unknown key lora_r; did you mean adapter.rank?"),
+        ("heads.rank=1", "unknown key heads.rank; did you mean adapter.rank?"),
+        ("qqq=1", "unknown key qqq; the keys are steps, name, out"),
         ("adapter._type=DORA", "adapter._type=DORA; the classes are LoRA, DoRA"),
         ("steps._type=LoRA", "steps._type=LoRA; the classes are none, it is no section"),
         ("sources.1.weight=1", "sources has 1 items"),
@@ -164,6 +175,27 @@ def test_the_last_setting_of_a_key_wins():
 def test_a_section_is_not_set_as_a_whole_and_in_part(texts):
     with pytest.raises(UsageError, match="as a whole and in part"):
         override(Run(), texts)
+
+
+@pytest.mark.parametrize(
+    "texts", [["adapter=DoRA", "adapter.rank=4"], ["adapter.rank=4", "adapter=DoRA"]]
+)
+def test_a_section_is_chosen_by_its_class_and_changed_at_once(texts):
+    assert override(Run(), texts).adapter == DoRA(rank=4)
+
+
+def test_what_an_override_replaces_is_never_looked_up(tmp_path):
+    body = """
+def find():
+    raise FileNotFoundError("not installed")
+
+def get_config():
+    return Run(name=find)
+"""
+    path = write(tmp_path, body)
+    assert load_config(path, ["name=here"]).name == "here"
+    with pytest.raises(FileNotFoundError, match="not installed"):
+        load_config(path)
 
 
 def test_a_section_can_be_switched_off():

@@ -57,7 +57,7 @@ def _list(cls: Class, prefix: str, shown: dict[str, str]) -> Iterator[Setting]:
     for name, (owner, node) in _fields(cls).items():
         words = _words(owner).get(name) or _comment(owner.module, node)
         sections = _sections(owner.module, node.annotation)
-        default = _default(owner.module, node.value)
+        default = _default(owner.module, _assigned(node))
         path = prefix + name
         if sections and sections[0].node.name in shown:
             words += f"; its settings are those of {shown[sections[0].node.name]}"
@@ -121,7 +121,7 @@ def _default(module: str, value: ast.expr | None) -> str:
     if value is None:
         return ""
     if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
-        keywords = {keyword.arg: keyword.value for keyword in value.keywords}
+        keywords = {keyword.arg: _assigned(keyword) for keyword in value.keywords}
         return _default(module, keywords.get("default"))
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "pathlib.Path":
         return str(ast.literal_eval(value.args[0]))
@@ -129,6 +129,12 @@ def _default(module: str, value: ast.expr | None) -> str:
         found = _resolve(module, value.id)
         return _default(*found) if isinstance(found, tuple) else value.id
     return ast.unparse(value)
+
+
+def _assigned(node: ast.AST) -> ast.expr | None:
+    """What a name, a field or a keyword is given; None for a field without a default."""
+    *others, last = ast.iter_child_nodes(node)
+    return None if isinstance(node, ast.AnnAssign) and len(others) < 2 else last
 
 
 def _kind(module: str, annotation: ast.expr) -> str:
@@ -191,7 +197,7 @@ def _resolve(module: str, name: str) -> "Class | tuple[str, ast.expr] | None":
         if isinstance(node, ast.ClassDef) and node.name == name:
             return Class(module, node)
         if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [name]:
-            return module, node.value
+            return module, _assigned(node)
         if isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:
                 if (alias.asname or alias.name) != head:
