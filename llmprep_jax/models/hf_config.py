@@ -6,6 +6,7 @@ thing a reader would get wrong: `type` is an old alias of `rope_type`.
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,40 +62,90 @@ def refuse_unsupported(hf: Mapping[str, Any], **allowed: tuple) -> None:
 def read_rope(
     hf: Mapping[str, Any], max_seq_len: int, default_base: float = 10_000.0
 ) -> tuple[float, RopeScaling | None]:
-    """The RoPE base and scaling of a config.json, from either spelling."""
-    new = hf.get("rope_parameters") or {}
-    old = hf.get("rope_scaling") or {}
-    bases = (new.get("rope_theta"), hf.get("rope_theta"), old.get("rope_theta"), default_base)
-    base = next(base for base in bases if base)
-    return float(base), read_scaling(new or old, max_seq_len)
+    """The RoPE base and scaling of a config.json, from either spelling.
+
+    As in transformers 5, `rope_scaling` takes the place of `rope_parameters` as a whole, and the
+    base is the `rope_theta` inside the one that counts, else the one beside it.
+    """
+    refuse_unsupported(hf, partial_rotary_factor=(None, 1.0))
+    new, old = (rope_fields(hf, name) for name in ("rope_parameters", "rope_scaling"))
+    fields = old or new
+    by_layer = [name for name, value in fields.items() if isinstance(value, Mapping)]
+    if by_layer:
+        raise ValueError(f"config.json has RoPE by kind of layer ({', '.join(by_layer)}); give one")
+    base = fields.get("rope_theta") or hf.get("rope_theta") or default_base
+    replaced = new.get("rope_theta")
+    if old and replaced and replaced != base:
+        warnings.warn(
+            "config.json has a rope_scaling, which takes the place of rope_parameters and of the"
+            f" rope_theta {replaced} in it: the base is {base}, as in transformers; give rope_theta"
+            " in rope_scaling if another is meant",
+            stacklevel=2,
+        )
+    # what stands beside both counts for more, in transformers too
+    original = hf.get("original_max_position_embeddings")
+    if original is not None:
+        fields["original_max_position_embeddings"] = original
+    return float(base), read_scaling(fields, max_seq_len)
+
+
+def rope_fields(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A copy of `rope_scaling`, `rope_parameters` or a part of it; null is as good as absent."""
+    fields = hf.get(name) or {}
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"config.json has {name}={fields!r}; it must hold RoPE fields by name")
+    return dict(fields)
+
+
+# fields that a kind of scaling uses
+_SCALING_FIELDS = {
+    "linear": (),
+    "ntk": (),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+}
+# the softmax of latent attention uses these whatever the kind
+_TEMPERATURES = ("mscale", "mscale_all_dim")
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def rope_kind(fields: Mapping[str, Any]) -> str:
+    """The kind of scaling, by its new name or its old one."""
+    return fields.get("rope_type") or fields.get("type") or "default"
 
 
 def read_scaling(fields: Mapping[str, Any], max_seq_len: int) -> RopeScaling | None:
     """A `RopeScaling` from `rope_scaling`'s or `rope_parameters`' fields; None for plain RoPE."""
     refuse_unsupported(fields, partial_rotary_factor=(None, 1.0))
-    kind = fields.get("rope_type") or fields.get("type") or "default"
+    kind = rope_kind(fields)
     if kind == "default":
         return None
-    if kind not in ("linear", "ntk", "llama3", "yarn"):
+    if kind not in _SCALING_FIELDS:
         raise ValueError(
-            f"config.json asks for RoPE scaling {kind!r}; supported: linear, ntk, llama3, yarn"
+            f"config.json asks for RoPE scaling {kind!r}; supported: {', '.join(_SCALING_FIELDS)}"
         )
-    optional = {
-        "low_freq_factor": fields.get("low_freq_factor"),
-        "high_freq_factor": fields.get("high_freq_factor"),
-        "beta_fast": fields.get("beta_fast"),
-        "beta_slow": fields.get("beta_slow"),
-        "attention_factor": fields.get("attention_factor"),
-        "mscale": fields.get("mscale"),
-        "mscale_all_dim": fields.get("mscale_all_dim"),
-        "truncate": fields.get("truncate"),
-    }
-    return RopeScaling(
-        kind=kind,
-        factor=float(fields["factor"]),
-        original_max_seq_len=fields.get("original_max_position_embeddings") or max_seq_len,
-        **{name: value for name, value in optional.items() if value is not None},
-    )
+    has_context = kind in ("llama3", "yarn")
+    original = (fields.get(_ORIGINAL) or max_seq_len) if has_context else max_seq_len
+    if not _is_size(original):
+        raise ValueError(f"config.json has {_ORIGINAL}={original!r}; it must be a positive number")
+    factor = fields.get("factor")
+    if factor is None and kind == "yarn" and "factor" in fields:
+        factor = max_seq_len / original  # what null means to transformers
+    if not _is_number(factor) or not factor > 0:
+        given = "no factor" if factor is None else f"the factor {factor!r}"
+        raise ValueError(
+            f"config.json asks for RoPE scaling {kind!r} with {given}; say by how many times the"
+            ' context grows, e.g. "factor": 4.0'
+        )
+    own = {name: fields.get(name) for name in (*_SCALING_FIELDS[kind], *_TEMPERATURES)}
+    # yarn's borders of 0 turns are its defaults too
+    given = {name: x for name, x in own.items() if x is not None and (x or "beta" not in name)}
+    given = {name: float(x) if _is_number(x) else x for name, x in given.items()}
+    return RopeScaling(kind, float(factor), original, **given)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
@@ -103,28 +154,35 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
         return {"rope_type": "default"}
     fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind in ("llama3", "yarn"):
-        fields["original_max_position_embeddings"] = scaling.original_max_seq_len
-    if scaling.kind == "llama3":
-        fields["low_freq_factor"] = scaling.low_freq_factor
-        fields["high_freq_factor"] = scaling.high_freq_factor
-    if scaling.kind == "yarn":
-        fields |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-        fields |= {"truncate": scaling.truncate}
-        if scaling.attention_factor is not None:
-            fields["attention_factor"] = scaling.attention_factor
-        if scaling.mscale:
-            fields |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
-    return fields
+        fields[_ORIGINAL] = scaling.original_max_seq_len
+    own = {name: getattr(scaling, name) for name in _SCALING_FIELDS[scaling.kind]}
+    fields |= {name: value for name, value in own.items() if value is not None}
+    temperatures = {name: getattr(scaling, name) for name in _TEMPERATURES}
+    return fields | {name: value for name, value in temperatures.items() if value}
 
 
-def write_rope(base: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """RoPE in both spellings."""
+def write_rope(base: float, scaling: RopeScaling | None, head_dim: int) -> dict[str, Any]:
+    """RoPE in both spellings.
+
+    Args:
+      head_dim: of the part of a head that is rotated.
+    """
+    base, scaling = released_rope(base, scaling, head_dim)
     fields = write_scaling(scaling)
     return {
         "rope_theta": base,
         "rope_scaling": None if scaling is None else fields,
         "rope_parameters": {**fields, "rope_theta": base},
     }
+
+
+def released_rope(
+    base: float, scaling: RopeScaling | None, head_dim: int
+) -> tuple[float, RopeScaling | None]:
+    """Base and scaling that transformers has names for: NTK's scaling is a larger base."""
+    if scaling is None or scaling.kind != "ntk":
+        return base, scaling
+    return base * scaling.factor ** (head_dim / (head_dim - 2)), None
 
 
 def token_ids_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,10 +32,11 @@ class Family:
     Attributes:
       name: of its folder. model_types: Hugging Face's names for it.
       model: the nnx module class, called as `model(cfg, rngs=...)`.
-      from_hf, to_hf: config.json to Config and back.
+      from_hf: config.json to Config. write_config: the inverse; call `to_hf`, which checks it.
       settle: the Config of a checkpoint, given the one of its config.json and its tensors' names.
       renames, ignored: spellings and tensors outside the model's `weights`, its table of names.
       copies: names under which a folder holds a tensor once more, with its own name.
+      unsaved: fields of the Config that config.json does not hold and a model's logits do not need.
     """
 
     name: str
@@ -43,12 +44,41 @@ class Family:
     model: type[nnx.Module]
     config: type
     from_hf: Callable[[Mapping[str, Any]], Any]
-    to_hf: Callable[[Any], dict[str, Any]]
+    write_config: Callable[[Any], dict[str, Any]]
     presets: Mapping[str, Any]
     renames: tuple[tuple[str, str], ...] = ()
     ignored: Callable[[Any], tuple[str, ...]] = lambda cfg: ()
     settle: Callable[[Any, Sequence[str]], Any] = lambda cfg, names: cfg
     copies: Callable[[Any], Mapping[str, str]] = lambda cfg: {}
+    unsaved: tuple[str, ...] = ("compute",)
+
+    def to_hf(self, cfg: Any) -> dict[str, Any]:
+        """The config.json of a Config, from which it is read back as the same model.
+
+        Raises:
+          ValueError: config.json has no way to say what the Config does; the fields are named.
+        """
+        hf = self.write_config(cfg)
+        scaling, unsaved = cfg.rope_scaling, self.unsaved
+        if scaling is not None and scaling.kind == "ntk" and not scaling.mscale_all_dim:
+            unsaved = (*unsaved, "rope_base", "rope_scaling")  # written as the base it amounts to
+        try:
+            again = self.from_hf(hf)
+        except ValueError as error:
+            raise ValueError(
+                f"a config.json of model_type {cfg.model_type!r} cannot hold this config: {error}"
+            ) from error
+        lost = [
+            f"{name}={getattr(cfg, name)!r}"
+            for name in (field.name for field in dataclasses.fields(cfg))
+            if name not in unsaved and getattr(again, name) != getattr(cfg, name)
+        ]
+        if lost:
+            raise ValueError(
+                f"a config.json of model_type {cfg.model_type!r} cannot hold {', '.join(lost)};"
+                " transformers has no such model"
+            )
+        return hf
 
 
 FAMILIES = (
@@ -71,6 +101,8 @@ FAMILIES = (
         gemma3_config.PRESETS,
         gemma3_weights.RENAMES,
         lambda cfg: gemma3_weights.IGNORED,
+        # `layer_types` say which layers are local, and `local_layers` again when it is read
+        unsaved=("compute", "multimodal", "is_local"),
     ),
     Family(
         "deepseek",
@@ -83,6 +115,7 @@ FAMILIES = (
         ignored=deepseek_weights.ignored,
         settle=deepseek_weights.settle,
         copies=deepseek_weights.copies,
+        unsaved=("compute", "mtp_weight", "balance", "transport", "capacity_factor"),
     ),
 )
 

@@ -1,13 +1,12 @@
 """config.json as released, in every spelling, and what is refused rather than computed wrongly."""
 
-import dataclasses
-
+import numpy as np
 import pytest
 
 from llmprep_jax.models import registry
 from llmprep_jax.models.gemma3.config import Config as Gemma3Config
 from llmprep_jax.models.llama.config import Config as LlamaConfig
-from llmprep_jax.nn.rope import RopeScaling
+from llmprep_jax.nn.rope import RopeScaling, rope_frequencies
 
 LLAMA = {
     "model_type": "llama",
@@ -85,6 +84,68 @@ def test_both_spellings_of_rope_are_read(rope):
     cfg = read(LLAMA, **rope)
     assert cfg.rope_base == 500_000.0
     assert cfg.rope_scaling == RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("rope", "base"),
+    [
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_type": "default"}}, 1e6),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e6}}, 1e6),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 1e6),
+        ({"rope_scaling": {**YARN, "rope_theta": 5e5}, "rope_theta": 1e6}, 5e5),
+        ({"rope_parameters": None}, 1e4),
+    ],
+)
+def test_a_rope_scaling_added_by_hand_takes_the_place_of_rope_parameters(rope, base):
+    cfg = read(QWEN | {"rope_theta": None, "rope_scaling": YARN} | rope)
+    assert (cfg.rope_base, cfg.rope_scaling) == (base, RopeScaling("yarn", 4.0, 64))
+
+
+def test_a_base_that_goes_with_the_fields_it_stood_in_is_told_of():
+    rope = {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN}
+    with pytest.warns(UserWarning, match=r"rope_theta 1000000.0 in it: the base is 10000"):
+        assert read(QWEN, **rope).rope_base == 1e4
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"original_max_position_embeddings": None}, 131072),
+        ({"original_max_position_embeddings": 4096}, 4096),
+    ],
+)
+def test_a_context_that_stands_beside_the_scaling_counts_for_more(fields, expected):
+    assert read(QWEN, rope_scaling=YARN | fields).rope_scaling.original_max_seq_len == expected
+    cfg = read(QWEN, rope_scaling=YARN | fields, original_max_position_embeddings=32)
+    assert cfg.rope_scaling.original_max_seq_len == 32
+
+
+def test_a_factor_of_null_is_that_of_the_two_contexts_for_yarn():
+    cfg = read(QWEN, rope_scaling=YARN | {"factor": None})
+    assert cfg.rope_scaling.factor == 131072 / 64
+
+
+def test_zero_turns_are_yarns_usual_borders():
+    cfg = read(QWEN, rope_scaling=YARN | {"beta_fast": 0, "beta_slow": 0})
+    assert (cfg.rope_scaling.beta_fast, cfg.rope_scaling.beta_slow) == (32.0, 1.0)
+
+
+def test_gemmas_rope_scaling_is_laid_over_that_of_global_layers():
+    kinds = {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}
+    for scaling in ({"rope_type": "linear", "factor": 8.0}, {"type": "linear", "factor": 8.0}):
+        cfg = read(GEMMA["text_config"], rope_parameters=kinds, rope_scaling=scaling)
+        assert (cfg.rope_base, cfg.rope_scaling) == (5e5, RopeScaling("linear", 8.0, 131072))
+    local = {"sliding_attention": {"rope_theta": 2e4}}
+    cfg = read(GEMMA["text_config"], rope_parameters=local, rope_theta=3e5, rope_scaling=None)
+    assert (cfg.rope_base, cfg.rope_local_base, cfg.rope_scaling) == (3e5, 2e4, None)
+
+
+def test_a_token_id_of_null_is_none():
+    cfg = read(GEMMA["text_config"], bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    assert (cfg.bos_id, cfg.eos_ids, cfg.pad_id) == (None, (), None)
 
 
 def test_llama_is_read_with_its_defaults():
@@ -189,6 +250,22 @@ def test_gemmas_pattern_may_be_another_or_said_layer_by_layer():
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25"),
         (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic'"),
+        (LLAMA, {"rope_scaling": {"type": "yarn"}}, "'yarn' with no factor; say by how many"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": None}}, "'linear' with no factor"),
+        (LLAMA, {"rope_scaling": {"type": "yarn", "factor": "4"}}, "the factor '4'"),
+        (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 0.0}}, "the factor 0.0"),
+        (LLAMA, {"rope_scaling": "yarn"}, "rope_scaling='yarn'; it must hold RoPE fields"),
+        (LLAMA, {"rope_parameters": {"full_attention": {}}}, "by kind of layer .full_attention"),
+        (
+            LLAMA,
+            {"rope_scaling": YARN | {"original_max_position_embeddings": -1}},
+            "original_max_position_embeddings=-1",
+        ),
+        (
+            GEMMA["text_config"],
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+            "factor, rope_type in rope_parameters, which are by kind of layer",
+        ),
         (LLAMA, {"num_key_value_heads": 5}, "no multiple of num_kv_heads"),
         (LLAMA, {"hidden_size": "4096"}, "hidden_size='4096'"),
         (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers=0"),
@@ -241,15 +318,32 @@ def test_missing_sizes_are_named_together():
             },
         ),
         read(LLAMA, rope_scaling={"type": "yarn", "factor": 4.0, "attention_factor": 1.25}),
+        read(LLAMA, rope_scaling={"type": "yarn", "factor": 4.0, "mscale_all_dim": 0.707}),
         read(LLAMA, rope_scaling={"type": "linear", "factor": 2.0}, eos_token_id=None),
         read(QWEN, use_sliding_window=True),
         read(GEMMA["text_config"], final_logit_softcapping=30.0, query_pre_attn_scalar=168),
     ],
-    ids=["llama3", "biases", "yarn", "yarn-factor", "linear", "qwen-window", "gemma3"],
+    ids=[
+        "llama3",
+        "biases",
+        "yarn",
+        "yarn-factor",
+        "one-mscale",
+        "linear",
+        "qwen-window",
+        "gemma3",
+    ],
 )
 def test_a_config_survives_the_way_to_config_json_and_back(cfg):
     family = registry.family_of(cfg)
-    again = family.from_hf(family.to_hf(cfg))
-    if family.name == "gemma3":
-        cfg = dataclasses.replace(cfg, is_local=cfg.local_layers())
-    assert again == cfg
+    assert family.from_hf(family.to_hf(cfg)) == cfg
+
+
+def test_an_ntk_scaling_is_written_as_the_base_that_it_amounts_to():
+    cfg = read(LLAMA, rope_scaling={"type": "ntk", "factor": 4.0})
+    again = registry.family_of(cfg).from_hf(registry.family_of(cfg).to_hf(cfg))
+    assert again.rope_scaling is None
+    ours, theirs = (
+        rope_frequencies(cfg.head_dim, c.rope_base, c.rope_scaling)[0] for c in (cfg, again)
+    )
+    np.testing.assert_array_equal(ours, theirs)

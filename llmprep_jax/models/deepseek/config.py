@@ -188,7 +188,7 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
         ep_size=(1, None),
         seq_aux=(True, None),
         pretraining_tp=(1,),
-        **({} if is_v3 else {"norm_topk_prob": (False,)}),
+        **({} if is_v3 else {"norm_topk_prob": (False,), "rope_interleave": (True,)}),
     )
     require(hf, *_SIZES)
     max_seq_len = hf["max_position_embeddings"]
@@ -207,7 +207,7 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
         rope_dim=hf["qk_rope_head_dim"],
         value_dim=hf["v_head_dim"],
         num_shared=hf["n_shared_experts"] or 0,
-        num_dense=min(hf["first_k_dense_replace"] or 0, hf["num_hidden_layers"]),
+        num_dense=hf["first_k_dense_replace"] or 0,
         moe_every=hf["moe_layer_freq"],
         max_seq_len=max_seq_len,
         rope_base=rope_base,
@@ -280,7 +280,7 @@ def to_hf(cfg: Config) -> dict[str, Any]:
         "tie_word_embeddings": cfg.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        **write_rope(cfg.rope_base, cfg.rope_scaling),
+        **write_rope(cfg.rope_base, cfg.rope_scaling, cfg.rope_dim),
         **token_ids_to_hf(cfg.bos_id, cfg.eos_ids, cfg.pad_id),
     }
     if is_v3:

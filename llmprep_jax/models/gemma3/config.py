@@ -6,13 +6,16 @@ scores by 168^-0.5, which is neither its head width nor what the other sizes do.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmprep_jax.models.hf_config import (
     read_scaling,
     refuse_unsupported,
+    released_rope,
     require,
+    rope_fields,
+    rope_kind,
     token_ids_from_hf,
     token_ids_to_hf,
     write_scaling,
@@ -113,7 +116,10 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
         # the multimodal class caps no logits, whatever its text part says
         text = {**text, "final_logit_softcapping": None}
         hf = {**text, **{name: hf[name] for name in _OUTER if hf.get(name) is not None}}
-    hf = {**_DEFAULTS, **{name: value for name, value in hf.items() if value is not None}}
+    # of token ids null has a meaning: there is none
+    ids = {name: value for name, value in hf.items() if name.endswith("_token_id")}
+    given = {name: value for name, value in hf.items() if value is not None}
+    hf = {**_DEFAULTS, **given, **ids}
     refuse_unsupported(
         hf,
         hidden_activation=("gelu_pytorch_tanh",),
@@ -142,7 +148,7 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
         query_scale=float(hf["query_pre_attn_scalar"]),
         window=hf["sliding_window"],
         global_every=every,
-        is_local=None if kinds is None else tuple(kind == "sliding_attention" for kind in kinds),
+        is_local=_unlike_the_pattern(kinds, every, hf["num_hidden_layers"]),
         norm_eps=hf["rms_norm_eps"],
         tie_embeddings=hf["tie_word_embeddings"],
         logits_soft_cap=hf.get("final_logit_softcapping"),
@@ -151,23 +157,46 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
     )
 
 
+def _unlike_the_pattern(
+    kinds: Sequence[str] | None, every: int, num_layers: int
+) -> tuple[bool, ...] | None:
+    """Which layers are local, where that is not as every `every`-th one being global."""
+    is_local = None if kinds is None else tuple(kind == "sliding_attention" for kind in kinds)
+    if is_local is None or len(is_local) != num_layers:  # too many, or few, are refused later
+        return is_local
+    pattern = tuple((layer + 1) % every != 0 for layer in range(num_layers))
+    return None if is_local == pattern else is_local
+
+
 def _read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None, float]:
-    """(global base, global scaling, local base) from either spelling."""
+    """(global base, global scaling, local base) from either spelling.
+
+    As in transformers 5, `rope_scaling` overrides what `rope_parameters` say of global layers,
+    field by field, and the bases beside them are for those that have none.
+    """
+    refuse_unsupported(hf, partial_rotary_factor=(None, 1.0))
+    by_kind, old = (rope_fields(hf, name) for name in ("rope_parameters", "rope_scaling"))
+    full, local = (rope_fields(by_kind, name) for name in ("full_attention", "sliding_attention"))
+    flat = set(by_kind) - {"full_attention", "sliding_attention"}
+    if flat:
+        raise ValueError(
+            f"config.json has {', '.join(sorted(map(str, flat)))} in rope_parameters, which are by"
+            " kind of layer in Gemma 3: full_attention and sliding_attention"
+        )
+    if old:
+        full |= old | {"rope_type": rope_kind(old)}
     max_seq_len = hf["max_position_embeddings"]
-    new = hf.get("rope_parameters") or {}
-    if "full_attention" in new:
-        full, local = new["full_attention"], new.get("sliding_attention") or {}
-        if read_scaling(local, max_seq_len) is not None:
-            raise ValueError(f"config.json scales the RoPE of local layers ({local}); Gemma 3 none")
-        base, local_base = full.get("rope_theta", 1e6), local.get("rope_theta", 1e4)
-        return float(base), read_scaling(full, max_seq_len), float(local_base)
-    scaling = read_scaling(hf.get("rope_scaling") or {}, max_seq_len)
-    return float(hf.get("rope_theta", 1e6)), scaling, float(hf.get("rope_local_base_freq", 1e4))
+    if read_scaling(local, max_seq_len) is not None:
+        raise ValueError(f"config.json scales the RoPE of local layers ({local}); Gemma 3 none")
+    base = full.get("rope_theta") or hf.get("rope_theta") or 1e6
+    local_base = local.get("rope_theta") or hf.get("rope_local_base_freq") or 1e4
+    return float(base), read_scaling(full, max_seq_len), float(local_base)
 
 
 def to_hf(cfg: Config) -> dict[str, Any]:
     """The config.json of the text model, as transformers' Gemma3ForCausalLM reads it."""
     kinds = ["sliding_attention" if local else "full_attention" for local in cfg.local_layers()]
+    base, scaling = released_rope(cfg.rope_base, cfg.rope_scaling, cfg.head_dim)
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
@@ -182,22 +211,28 @@ def to_hf(cfg: Config) -> dict[str, Any]:
         "max_position_embeddings": cfg.max_seq_len,
         "rms_norm_eps": cfg.norm_eps,
         "sliding_window": cfg.window,
+        "sliding_window_pattern": cfg.global_every,
         "layer_types": kinds,
-        "query_pre_attn_scalar": int(cfg.query_scale),  # transformers takes whole numbers only
+        "query_pre_attn_scalar": _whole(cfg.query_scale),
         "attention_bias": False,
         "attention_dropout": 0.0,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": cfg.logits_soft_cap,
         "tie_word_embeddings": cfg.tie_embeddings,
-        "rope_theta": cfg.rope_base,
+        "rope_theta": base,
         "rope_local_base_freq": cfg.rope_local_base,
-        "rope_scaling": None if cfg.rope_scaling is None else write_scaling(cfg.rope_scaling),
+        "rope_scaling": None if scaling is None else write_scaling(scaling),
         "rope_parameters": {
-            "full_attention": {**write_scaling(cfg.rope_scaling), "rope_theta": cfg.rope_base},
+            "full_attention": {**write_scaling(scaling), "rope_theta": base},
             "sliding_attention": {"rope_type": "default", "rope_theta": cfg.rope_local_base},
         },
         **token_ids_to_hf(cfg.bos_id, cfg.eos_ids, cfg.pad_id),
     }
+
+
+def _whole(number: float) -> int | float:
+    """A whole number as such: transformers takes no other where it is one."""
+    return int(number) if number == int(number) else number
 
 
 _LONG = dict(window=1024, vocab_size=262208, rope_scaling=RopeScaling("linear", 8.0, 131072))

@@ -70,9 +70,7 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
       ValueError: a field is missing, or asks for something that this family does not compute.
     """
     kind = hf["model_type"]
-    refuse_unsupported(
-        hf, hidden_act=("silu",), pretraining_tp=(1, None), partial_rotary_factor=(1.0, None)
-    )
+    refuse_unsupported(hf, hidden_act=("silu",), pretraining_tp=(1, None))
     require(
         hf,
         "vocab_size",
@@ -141,7 +139,7 @@ def to_hf(cfg: Config) -> dict[str, Any]:
         "rms_norm_eps": cfg.norm_eps,
         "tie_word_embeddings": cfg.tie_embeddings,
         "attention_dropout": 0.0,
-        **write_rope(cfg.rope_base, cfg.rope_scaling),
+        **write_rope(cfg.rope_base, cfg.rope_scaling, cfg.head_dim),
         **token_ids_to_hf(cfg.bos_id, cfg.eos_ids, cfg.pad_id),
     }
     if qwen:

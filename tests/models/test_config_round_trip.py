@@ -1,0 +1,88 @@
+"""A config.json and a Config say the same: thousands of each, over every field of every family."""
+
+import dataclasses
+import json
+
+import hypothesis
+import jaxtyping
+import pytest
+
+from llmprep_jax.models import registry
+from llmprep_jax.models.hf_config import check_numbers
+from tests.models.config_files import OPTIONAL, configs, files
+from tests.models.tiny import CONFIGS
+
+FAMILIES = {family.name: family for family in registry.FAMILIES}
+MODEL_TYPES = [kind for family in registry.FAMILIES for kind in family.model_types]
+many = hypothesis.settings(max_examples=300, deadline=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_users_run_it():
+    """Without the tests' own check of types, which draws random numbers inside strategies."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def layers_of(cfg):
+    """Which layers are local, where a family says so in two ways."""
+    return cfg.local_layers() if hasattr(cfg, "is_local") else None
+
+
+def test_every_model_type_is_fuzzed():
+    assert set(OPTIONAL) == set(MODEL_TYPES)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@hypothesis.given(data=hypothesis.strategies.data())
+@many
+@pytest.mark.filterwarnings("ignore:config.json has a rope_scaling")
+def test_a_file_that_is_read_written_and_read_again_is_the_same_config(model_type, data):
+    family = registry.family_of_type(model_type)
+    cfg = family.from_hf(data.draw(files(model_type)))
+    check_numbers(cfg)
+    written = json.loads(json.dumps(family.to_hf(cfg)))
+    again = registry.family_of_type(written["model_type"]).from_hf(written)
+    if model_type == "gemma3":  # its language model is written
+        cfg = dataclasses.replace(cfg, multimodal=False)
+    assert again == cfg
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@hypothesis.given(data=hypothesis.strategies.data())
+@many
+def test_a_config_is_written_whole_or_refused_by_the_field(name, data):
+    family = FAMILIES[name]
+    try:
+        cfg = data.draw(configs(family.config, family.model_types))
+    except ValueError:  # no config either
+        hypothesis.reject()
+    try:
+        again = family.from_hf(family.to_hf(cfg))
+    except ValueError as error:
+        message = str(error)
+        assert f"model_type {cfg.model_type!r} cannot hold" in message
+        assert "\n" not in message
+        return
+    differ = {field.name for field in dataclasses.fields(cfg)} - {*family.unsaved}
+    differ = {name for name in differ if getattr(again, name) != getattr(cfg, name)}
+    is_ntk = cfg.rope_scaling is not None and cfg.rope_scaling.kind == "ntk"
+    assert differ <= ({"rope_base", "rope_scaling"} if is_ntk else set())
+    assert layers_of(again) == layers_of(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "lost"),
+    [
+        ("llama-tied-9-3-heads", {"window": 5}, "window=5"),
+        ("llama-tied-9-3-heads", {"qkv_bias": True}, "out_bias=False"),
+        ("qwen2-window", {"qkv_bias": False}, "qkv_bias=False"),
+        ("qwen2-window", {"mlp_bias": True}, "mlp_bias=True"),
+        ("deepseek-v3", {"model_type": "deepseek_v2"}, "topk_method='noaux_tc'"),
+    ],
+)
+def test_what_no_config_json_can_say_is_named(name, changes, lost):
+    cfg = dataclasses.replace(CONFIGS[name], **changes)
+    with pytest.raises(ValueError, match=lost):
+        registry.family_of(cfg).to_hf(cfg)
