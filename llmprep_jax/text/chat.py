@@ -4,34 +4,54 @@ Templates are Jinja programs that come with the weights, so they run in jinja2's
 data, with what transformers gives them (trim_blocks, lstrip_blocks, loop controls, raise_exception,
 strftime_now, tojson). The one thing a reader would get wrong: answers cannot be found by tokenising
 a conversation piece by piece, since BPE merges across the cuts. The conversation is rendered and
-tokenised once, answers are found as character spans, and the tokenizer's offsets carry the spans
-over to tokens.
+tokenised once, answers are found as character spans (`answers.py`), and the tokenizer's offsets
+carry the spans over to tokens.
 """
 
 import datetime
+import difflib
 import functools
 import json
 import re
-import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llmprep_jax.text.messages import Conversation, check_messages, join_parts, plain_values
+from llmprep_jax.text.answers import (
+    Ends,
+    Messages,
+    Render,
+    Span,
+    find_turn,
+    in_spans,
+    outside,
+    sentinel,
+)
+from llmprep_jax.text.messages import (
+    Conversation,
+    check_messages,
+    insert_after,
+    is_trained,
+    join_parts,
+    plain_values,
+    without_marks,
+)
 from llmprep_jax.text.vocab import one_line
 
 if TYPE_CHECKING:
     from llmprep_jax.text.tokenizer import Tokenizer
 
-Span = tuple[int, int]
-Messages = list[dict[str, Any]]
-Render = Callable[..., str]
-Ends = tuple[tuple[str, ...], tuple[str, ...]]
+# where text that spells a special token becomes that token: as in transformers; in what goes
+# through a chat template; only where the template itself writes it
+SpecialTokens = Literal["everywhere", "chat", "template"]
 _OPEN, _CLOSE = "\U000f5a5a", "\U000fa5a5"  # private use: they mark {% generation %} blocks
+_GUARD = "\U000f5aa5"  # within what messages spell like a special token
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_GIVEN = {"messages", "add_generation_prompt", "strftime_now"}  # what every template gets
 
 
 class ChatTemplate:
@@ -53,46 +73,118 @@ class ChatTemplate:
         """Pickles as its text, for data workers; what is compiled does not pickle."""
         return ChatTemplate, (self.text, self._tokens, self.source)
 
+    @functools.cached_property
+    def fields(self) -> frozenset[str]:
+        """The variables that the template reads beyond the messages: tools, enable_thinking, ..."""
+        environment = _environment(marked=False)
+        names = jinja2.meta.find_undeclared_variables(environment.parse(self.text))
+        return frozenset(names - _GIVEN - self._tokens.keys() - environment.globals.keys())
+
     def apply(
         self,
         messages: Conversation,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        now: datetime.datetime | None = None,
         **variables: Any,
     ) -> str:
         """The text of a conversation, [{"role": ..., "content": ...}, ...].
 
-        `add_generation_prompt` ends it with the header of the answer to come; `variables` (tools,
-        ...) reach the template. Raises ValueError, on one line, on malformed messages or when the
-        template refuses them (a role out of order, say).
+        `add_generation_prompt` ends it with the header of the answer to come;
+        `continue_final_message` ends it with the text of the last message, so that the model goes
+        on with it. `now` is the time that strftime_now tells; None: the clock's. `variables`
+        (tools, ...) reach the template.
+
+        Raises:
+          ValueError: on one line: malformed messages, a variable that the template does not read,
+            both ends at once, or the template refuses the messages (a role out of order, say).
         """
-        return self._renderer(variables)(self._plain(messages), add_generation_prompt)
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "add_generation_prompt opens a new message and continue_final_message goes on with"
+                " the last; give one of them"
+            )
+        render, messages = self._renderer(variables, now), self._plain(messages)
+        if continue_final_message:
+            return self._left_open(render, messages)
+        return render(messages, add_generation_prompt)
 
     def find_answers(
         self,
         messages: Conversation,
         stop_tokens: Iterable[str] = (),
         special_tokens: Iterable[str] = (),
+        now: datetime.datetime | None = None,
         **variables: Any,
     ) -> tuple[str, list[Span]]:
-        """The text of a conversation, and the [start, end) characters of each assistant turn in it.
+        """The text of a conversation, and the [start, end) characters of each answer in it.
 
-        A turn runs from where the generation prompt ends, through the token that ends it (the first
-        of `stop_tokens` after the answer, else the last of `special_tokens` that the template puts
-        there). Where the template itself marks answers by {% generation %}, its marks are taken as
-        they are.
+        An answer is a turn of the assistant, content and tool calls, that is not left out by
+        "train": false or "weight": 0. It runs from where the generation prompt ends, through the
+        token that ends the turn (the first of `stop_tokens` after the answer, else the last of
+        `special_tokens` that the template puts there). Where the template itself marks answers by
+        {% generation %}, its marks are taken as they are.
 
-        Raises ValueError when a template rewrites the conversation so that an answer cannot be told
-        from what surrounds it.
+        Raises:
+          ValueError: as `apply`, and where an answer is not shown, or cannot be told from what
+            surrounds it.
+        """
+        messages = check_messages(messages)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        learnt = [i for i, message in enumerate(messages) if is_trained(i, message)]
+        messages = self._plain(messages)
+        render = self._renderer(variables, now)
+        text = render(messages)
+        ends = Ends(tuple(stop_tokens), tuple(special_tokens))
+
+        def find(numbers: list[int]) -> list[Span]:
+            try:
+                return [find_turn(render, messages, i, text, ends) for i in numbers]
+            except ValueError as error:
+                raise ValueError(f"{self.source}: {error}") from None
+
+        if self._marked is None:
+            return text, find(learnt)
+        marked = self._renderer(variables, now, self._marked)(messages)
+        spans = self._marked_spans(marked, text)
+        if learnt and not spans:
+            raise ValueError(
+                f"{self.source}: the {{% generation %}} blocks of the chat template mark nothing in"
+                f" these messages, though message {learnt[0]} is the assistant's; put them around"
+                " its answers"
+            )
+        return text, list(outside(spans, find([i for i in turns if i not in learnt])))
+
+    def find_literals(
+        self,
+        messages: Conversation,
+        spellings: re.Pattern[str],
+        now: datetime.datetime | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Where the text of a conversation spells special tokens that its messages bring along.
+
+        Returns the first character of each in what `apply` gives; those that the template writes
+        are not among them. Raises ValueError where the template rewrites such a spelling.
         """
         messages = self._plain(messages)
-        render = self._renderer(variables)
-        text = render(messages)
-        if self._marked is not None:
-            return text, self._marked_spans(self._renderer(variables, self._marked)(messages), text)
-        ends = (tuple(stop_tokens), tuple(special_tokens))
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [self._find_turn(render, messages, i, text, ends) for i in turns]
-        return text, [span for span in spans if span is not None]
+        guarded = insert_after(spellings, _GUARD, {"messages": messages, **variables})
+        if guarded == {"messages": messages, **variables}:
+            return []
+        text = self._renderer(variables, now)(messages)
+        guarded_messages = guarded.pop("messages")
+        pieces = self._renderer(guarded, now)(guarded_messages).split(_GUARD)
+        if "".join(pieces) != text:
+            raise ValueError(
+                f"{self.source}: the chat template changes what a message spells like a special"
+                " token; take it out of the messages, or let it be that token by"
+                " special_tokens='everywhere'"
+            )
+        places, at = [], 0
+        for piece in pieces[:-1]:
+            at += len(piece)
+            places.append(at - 1)
+        return places
 
     def _compile(self, text: str, marked: bool) -> jinja2.Template:
         try:
@@ -109,16 +201,35 @@ class ChatTemplate:
         """The template with its {% generation %} blocks marked; None when it has no such block."""
         return self._compile(self.text, marked=True) if _GENERATION.search(self.text) else None
 
-    def _plain(self, messages: Conversation) -> list[dict[str, Any]]:
-        plain = check_messages(messages)
+    def _plain(self, messages: Conversation) -> Messages:
+        plain = without_marks(check_messages(messages))
         if any(isinstance(message["content"], list) for message in plain) and not self._takes_parts:
             plain = [message | {"content": join_parts(message["content"])} for message in plain]
         return plain
 
+    def _left_open(self, render: Render, messages: Messages) -> str:
+        """The text of messages through the content of the last, without what ends its turn."""
+        content, probe = messages[-1]["content"], sentinel() + " "
+        if content is None:
+            raise ValueError("the last message has no content to go on with; give it a text")
+        if isinstance(content, list):
+            open_content = [*content[:-1], content[-1] | {"text": content[-1]["text"] + probe}]
+        else:
+            open_content = content + probe
+        text = render([*messages[:-1], messages[-1] | {"content": open_content}])
+        if text.count(probe.strip()) != 1:
+            raise ValueError(
+                f"{self.source}: the chat template rewrites the last message so that there is no"
+                " going on with it; begin the answer in a text, without the template"
+            )
+        before, _, after = text.partition(probe.strip())
+        # a template that trims contents trims this one at its end too
+        return before if after.startswith(" ") else before.rstrip()
+
     @functools.cached_property
     def _takes_parts(self) -> bool:
         """Whether the template reads content as a list of parts; else it gets their joined text."""
-        probe = _sentinel()
+        probe = sentinel()
         parts = [{"type": "text", "text": probe}]
         try:
             text = self._renderer({})([{"role": "user", "content": parts}])
@@ -127,13 +238,23 @@ class ChatTemplate:
         return probe in text and repr(probe) not in text
 
     def _renderer(
-        self, variables: Mapping[str, Any], template: jinja2.Template | None = None
+        self,
+        variables: Mapping[str, Any],
+        now: datetime.datetime | None = None,
+        template: jinja2.Template | None = None,
     ) -> Render:
         """Rendering with one clock for all calls, for templates that write the date."""
+        plain = plain_values("the template's variables", variables)
+        unread = [name for name in plain if plain[name] is not None and name not in self.fields]
+        if unread:
+            near = difflib.get_close_matches(unread[0], self.fields, n=1)
+            known = ", ".join(sorted(self.fields)) or "the messages alone"
+            hint = f"did you mean {near[0]}?" if near else f"it reads {known}"
+            raise ValueError(f"{self.source}: the chat template does not read {unread[0]}; {hint}")
         template = template or self._template
-        now = datetime.datetime.now()
-        fixed = {"tools": None, "documents": None, **self._tokens, "strftime_now": now.strftime}
-        fixed |= plain_values("the template's variables", variables)
+        clock = (now or datetime.datetime.now()).strftime
+        fixed = {"tools": None, "documents": None, **self._tokens, "strftime_now": clock}
+        fixed |= plain
 
         def render(messages: Messages, add_generation_prompt: bool = False) -> str:
             try:
@@ -163,109 +284,42 @@ class ChatTemplate:
             )
         return spans
 
-    def _find_turn(
-        self, render: Render, messages: Messages, i: int, text: str, ends: Ends
-    ) -> Span | None:
-        """The span of assistant turn `i`; None when the template does not show it.
-
-        With a probe in place of the answer, what surrounds the probe surrounds the answer in
-        `text`. Where the template looks into answers (for </think>, say), so that the surroundings
-        differ, the probe is put beside the answer instead.
-        """
-        probe, content = _sentinel(), messages[i]["content"]
-        around = _cut_at(probe, render, messages, i, probe)
-        if around is None and _render_with(render, messages, i, probe) == text:
-            return None
-        beside = content.strip() if isinstance(content, str) else ""
-        head, tail = around or (None, None)
-        if beside and (tail is None or not text.endswith(tail)):
-            _, tail = _cut_at(probe, render, messages, i, content.rstrip() + probe) or (None, None)
-        if beside and (head is None or not text.startswith(head)):
-            head, _ = _cut_at(probe, render, messages, i, probe + content.lstrip()) or (None, None)
-        start = _find_prompt_end(render, messages, i, text)
-        if start is None and head is not None and text.startswith(head):
-            start = len(head)
-        if tail is None or not text.endswith(tail):
-            start = None
-        if start is None or start + len(tail) > len(text):
-            raise ValueError(
-                f"{self.source}: the chat template rewrites message {i} so that its answer is not"
-                " to be found; mark answers in the template by {% generation %} blocks"
-            )
-        own = _cut_at(probe, render, messages[: i + 1], i, probe)
-        closing = _closing(own[1], *ends) if own else ""
-        end = len(text) - len(tail)
-        return start, end + (len(closing) if tail.startswith(closing) else 0)
-
 
 def encode_chat(
-    tokenizer: "Tokenizer", messages: Conversation, **variables: Any
+    tokenizer: "Tokenizer",
+    messages: Conversation,
+    *,
+    special_tokens: SpecialTokens = "everywhere",
+    now: datetime.datetime | None = None,
+    **variables: Any,
 ) -> tuple[list[int], list[bool]]:
     """Ids of a conversation and, for each, whether the model must learn to say it.
 
     True are the tokens of the assistant's turns: what follows the generation prompt, through the
-    token that ends the turn. The ids are those of transformers' apply_chat_template. A token that
-    spans the start of an answer (a space that SentencePiece keeps with the next word) belongs to
-    the answer.
+    token that ends the turn. The ids are those of transformers' apply_chat_template, but for
+    `special_tokens="template"`: what messages spell like a special token is plain text then. A
+    token that spans the start of an answer (a space that SentencePiece keeps with the next word)
+    belongs to the answer.
 
-    Raises ValueError, on one line: no template, malformed messages, a template that refuses them.
+    Raises:
+      ValueError: on one line: no template, or what `ChatTemplate.find_answers` raises.
     """
+    chat = tokenizer.chat
     stops = [text for text in map(tokenizer.token_of, tokenizer.stop_ids) if text]
-    text, spans = tokenizer.chat.find_answers(messages, stops, tokenizer.special_texts, **variables)
-    ids, offsets = tokenizer.encode_with_offsets(text, add_special=False)
-    return ids, _in_spans(offsets, spans)
+    text, spans = chat.find_answers(messages, stops, tokenizer.special_texts, now, **variables)
+    literals = []
+    if special_tokens == "template" and tokenizer.spellings is not None:
+        literals = chat.find_literals(messages, tokenizer.spellings, now, **variables)
+    ids, offsets = tokenizer.encode_with_offsets(text, add_special=False, literals=literals)
+    return ids, in_spans(offsets, spans)
 
 
-def _in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens overlap a span; both lists are in order."""
-    inside, at = [], 0
-    for start, end in offsets:
-        while at < len(spans) and spans[at][1] <= start:
-            at += 1
-        inside.append(at < len(spans) and max(end, start + 1) > spans[at][0])
-    return inside
-
-
-def _find_prompt_end(render: Render, messages: Messages, i: int, text: str) -> int | None:
-    """Where the generation prompt of turn `i` ends in `text`; None when it is not there."""
-    try:
-        prompt = render(messages[:i], True)
-        supported = prompt != render(messages[:i], False)
-    except ValueError:  # a conversation may open with the assistant; templates refuse an empty one
-        return None
-    return len(prompt) if supported and text.startswith(prompt) else None
-
-
-def _render_with(render: Render, messages: Messages, i: int, content: str) -> str:
-    """The text with the content of message `i` replaced."""
-    if isinstance(messages[i]["content"], list):
-        content = [{"type": "text", "text": content}]
-    return render([*messages[:i], messages[i] | {"content": content}, *messages[i + 1 :]])
-
-
-def _cut_at(
-    probe: str, render: Render, messages: Messages, i: int, content: str
-) -> tuple[str, str] | None:
-    """The text around `probe` when message `i` says `content`; None unless it is there once."""
-    try:
-        pieces = _render_with(render, messages, i, content).split(probe)
-    except ValueError:
-        return None
-    return (pieces[0], pieces[1]) if len(pieces) == 2 else None
-
-
-def _closing(tail: str, stop_tokens: Sequence[str], special_tokens: Sequence[str]) -> str:
-    """The part that the model must say itself of `tail`, which follows a last answer."""
-    stops = [tail.index(token) + len(token) for token in stop_tokens if token in tail]
-    if stops:
-        return tail[: min(stops)]
-    others = [tail.rindex(token) + len(token) for token in special_tokens if token in tail]
-    return tail[: max(others)] if others else tail.rstrip()
-
-
-def _sentinel() -> str:
-    """A word that no conversation holds and no template splits, trims or puts in capitals."""
-    return f"\ue000{secrets.randbelow(10**18)}\ue001"
+def encode_completion(
+    tokenizer: "Tokenizer", text: str, start: int, parse_special: bool = True
+) -> tuple[list[int], list[bool]]:
+    """Ids of a text and, for each, whether it is of the completion, which begins at `start`."""
+    ids, offsets = tokenizer.encode_with_offsets(text, parse_special=parse_special)
+    return ids, in_spans(offsets, [(start, len(text) + 1)])
 
 
 class _Generation(Extension):

@@ -7,12 +7,14 @@ methods.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmprep_jax.text.vocab import one_line
 
 Conversation = Any  # a list of messages; `check_messages` says what is wrong with any other
+MARKS = ("train", "weight")  # keys of a message that say whether it is learnt, for no template
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
@@ -41,6 +43,48 @@ def plain_values(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return {str(key): _plain(value) for key, value in values.items()}
     except (TypeError, RecursionError) as error:
         raise ValueError(f"{name}: {one_line(error)}; give plain JSON values") from None
+
+
+def is_trained(i: int, message: Mapping[str, Any]) -> bool:
+    """Whether message `i` is the assistant's and neither "train": false nor "weight": 0.
+
+    Raises:
+      ValueError: another value of either, both at odds, or a message of another role to be learnt.
+    """
+    train, weight = (message.get(key) for key in MARKS)
+    if train not in (None, True, False):
+        raise ValueError(f'message {i} has "train": {_show(train)}; give true or false')
+    if weight not in (None, 0, 1):
+        raise ValueError(
+            f'message {i} has "weight": {_show(weight)}; an answer counts or it does not: give 1 or'
+            " 0, and repeat a document that is to count for more"
+        )
+    if None not in (train, weight) and train != weight:
+        raise ValueError(f'message {i} has both "train" and "weight", at odds; leave one out')
+    if message["role"] != "assistant":
+        if train:
+            raise ValueError(
+                f'message {i} is of role {message["role"]} and has "train": true; only what the'
+                " assistant says is learnt, or everything by mask=all"
+            )
+        return False
+    return train is not False and weight != 0
+
+
+def without_marks(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as a template sees them, without what only training reads."""
+    return [{k: v for k, v in message.items() if k not in MARKS} for message in messages]
+
+
+def insert_after(pattern: re.Pattern[str], mark: str, value: Any) -> Any:
+    """A copy of JSON values with `mark` after the first character of each match in its texts."""
+    if isinstance(value, str):
+        return pattern.sub(lambda match: match[0][0] + mark + match[0][1:], value)
+    if isinstance(value, Mapping):
+        return {key: insert_after(pattern, mark, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [insert_after(pattern, mark, item) for item in value]
+    return value
 
 
 def _check_message(i: int, message: Any) -> dict[str, Any]:

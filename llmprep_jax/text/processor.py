@@ -8,12 +8,12 @@ the model must see it.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from llmprep_jax.text.chat import ChatTemplate
+from llmprep_jax.text.chat import ChatTemplate, SpecialTokens
 from llmprep_jax.text.messages import Conversation
 from llmprep_jax.text.tokenizer import Tokenizer
 
@@ -57,22 +57,53 @@ class Processor:
         images: Any = None,
         *,
         add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        special_tokens: SpecialTokens = "everywhere",
         **variables: Any,
     ) -> Inputs:
         """`tokens` [B, T] int32 and `mask` [B, T] bool (True = real token) of a batch.
 
         Takes a text, a list of texts, a conversation (a list of messages) or a list of
         conversations. Texts get BOS as the tokenizer has it; conversations go through the chat
-        template, which writes its own. `add_generation_prompt` None ends a conversation with the
-        header of the answer unless its last message is the assistant's; `variables` reach the
-        template.
+        template, which writes its own.
 
-        Raises ValueError, on one line: images (this processor is for text), an empty batch or text,
-        malformed messages.
+        Args:
+          add_generation_prompt: end a conversation with the header of the answer; None: unless its
+            last message is the assistant's.
+          continue_final_message: leave a conversation open whose last message is the assistant's,
+            so that the model goes on with it; others end with the header.
+          special_tokens: where text that spells a special token becomes it: "everywhere", "chat"
+            (not in texts), or "template" (only where the chat template itself writes it: for what
+            users of a service send).
+          variables: for the chat template (tools, documents, enable_thinking, ...).
+
+        Raises:
+          ValueError: on one line: images (this processor is for text), an empty batch or text,
+            malformed messages, a variable that the template does not read.
         """
         if images is not None:
             raise ValueError("this model reads text only; call the processor without images")
-        rows = self._encode(messages_or_texts, add_generation_prompt, variables)
+        if special_tokens not in get_args(SpecialTokens):
+            known = ", ".join(get_args(SpecialTokens))
+            raise ValueError(f"special_tokens is {special_tokens!r}; give one of {known}")
+        items = _listed(messages_or_texts)
+        if isinstance(items[0], str):
+            if variables:
+                raise ValueError(
+                    f"{min(variables)} is for a chat template, and texts go through none; leave it"
+                    " out, or give messages"
+                )
+            if special_tokens == "everywhere":
+                rows = self.tokenizer.encode_batch(items)
+            else:
+                rows = [self.tokenizer.encode(text, parse_special=False) for text in items]
+        else:
+            rows = [
+                self._encode(
+                    item, add_generation_prompt, continue_final_message, special_tokens, variables
+                )
+                for item in items
+            ]
         for i, row in enumerate(rows):
             if not row:
                 raise ValueError(f"text {i} has no tokens; a model needs at least one")
@@ -100,31 +131,22 @@ class Processor:
 
     def _encode(
         self,
-        batch: str | Sequence[str] | Conversation,
-        prompt: bool | None,
+        messages: Conversation,
+        add_generation_prompt: bool | None,
+        continue_final_message: bool,
+        special_tokens: SpecialTokens,
         variables: Mapping[str, Any],
-    ) -> list[list[int]]:
-        items = [batch] if isinstance(batch, str) else batch
-        if isinstance(items, Mapping | bytes) or not isinstance(items, Sequence) or not items:
-            raise ValueError(
-                "give a text, a list of texts, a conversation or a list of conversations;"
-                f" got {'nothing in it' if items == [] else type(items).__name__}"
-            )
-        if all(isinstance(item, str) for item in items):
-            return self.tokenizer.encode_batch(items)
-        if any(isinstance(item, str) for item in items):
-            raise ValueError("the batch mixes texts and messages; give one kind in a call")
-        conversations = [items] if isinstance(items[0], Mapping) else items
-        texts = [self._render(conversation, prompt, variables) for conversation in conversations]
-        return self.tokenizer.encode_batch(texts, add_special=False)
-
-    def _render(
-        self, messages: Conversation, prompt: bool | None, variables: Mapping[str, Any]
-    ) -> str:
-        if prompt is None:
-            last = messages[-1] if isinstance(messages, Sequence) and len(messages) else None
-            prompt = not (isinstance(last, Mapping) and last.get("role") == "assistant")
-        return self.chat.apply(messages, prompt, **variables)
+    ) -> list[int]:
+        """The ids of one conversation."""
+        last = messages[-1] if isinstance(messages, Sequence) and len(messages) else None
+        is_answered = isinstance(last, Mapping) and last.get("role") == "assistant"
+        prompt = not is_answered if add_generation_prompt is None else add_generation_prompt
+        goes_on = continue_final_message and is_answered
+        text = self.chat.apply(messages, prompt, goes_on, **variables)
+        literals = []
+        if special_tokens == "template" and self.tokenizer.spellings is not None:
+            literals = self.chat.find_literals(messages, self.tokenizer.spellings, **variables)
+        return self.tokenizer.encode_with_offsets(text, False, literals=literals)[0]
 
     def _pad(self, rows: list[list[int]]) -> Inputs:
         width = max(map(len, rows))
@@ -136,3 +158,17 @@ class Processor:
             tokens_BT[i, at] = row
             mask_BT[i, at] = True
         return {"tokens": tokens_BT, "mask": mask_BT}
+
+
+def _listed(batch: str | Sequence[str] | Conversation) -> Sequence:
+    """The texts or the conversations of a batch. Raises ValueError on anything else."""
+    items = [batch] if isinstance(batch, str) else batch
+    if isinstance(items, Mapping | bytes) or not isinstance(items, Sequence) or not items:
+        raise ValueError(
+            "give a text, a list of texts, a conversation or a list of conversations;"
+            f" got {'nothing in it' if items == [] else type(items).__name__}"
+        )
+    are_texts = [isinstance(item, str) for item in items]
+    if any(are_texts) and not all(are_texts):
+        raise ValueError("the batch mixes texts and messages; give one kind in a call")
+    return [items] if isinstance(items[0], Mapping) else items

@@ -9,7 +9,8 @@ offsets, and answers-only masks need exact offsets.
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from llmprep_jax.text import folder as hf_folder
 from llmprep_jax.text import gguf
 from llmprep_jax.text.chat import ChatTemplate
+from llmprep_jax.text.literal import LiteralEncoder, spellings_of
 from llmprep_jax.text.stream import StreamDecoder, is_byte_piece
 from llmprep_jax.text.vocab import Parts, one_line
 
@@ -66,28 +68,42 @@ class Tokenizer:
         """Builds the tokenizer of a GGUF file. Raises ValueError when it has none we know."""
         return cls(gguf.read_tokenizer(path))
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The ids of a text.
 
         They start with BOS (and end with EOS) where the tokenizer adds it and `add_special`. Text
-        such as "<|im_end|>" becomes the special token, as in transformers.
+        such as "<|im_end|>" becomes the special token, as in transformers, unless `parse_special`
+        is False: it is read as any other text then.
         """
-        return self.encode_with_offsets(text, add_special)[0]
+        return self.encode_with_offsets(text, add_special, parse_special)[0]
 
     def encode_with_offsets(
-        self, text: str, add_special: bool = True
+        self,
+        text: str,
+        add_special: bool = True,
+        parse_special: bool = True,
+        literals: Collection[int] = (),
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and, for each, the [start, end) characters of `text` that it stands for.
 
         Tokens that share the bytes of one character each have that character; added BOS and EOS are
-        empty.
+        empty. `literals` are characters at which no special token begins, whatever is spelled.
         """
-        encoding = self._core.encode(_checked(text), add_special_tokens=False)
+        text = _checked(text)
+        spelled = []
+        if self.spellings and (literals or not parse_special):
+            spelled = list(self.spellings.finditer(text))
+        if spelled:
+            taken = [m for m in spelled if parse_special and m.start() not in literals]
+            ids, offsets = self._literal.encode(text, taken)
+        else:
+            encoding = self._core.encode(text, add_special_tokens=False)
+            ids, offsets = encoding.ids, encoding.offsets
         if not add_special:
-            return encoding.ids, encoding.offsets
+            return ids, offsets
         before = [(0, 0)] * len(self._prefix)
         after = [(len(text), len(text))] * len(self._suffix)
-        return [*self._prefix, *encoding.ids, *self._suffix], [*before, *encoding.offsets, *after]
+        return [*self._prefix, *ids, *self._suffix], [*before, *offsets, *after]
 
     def encode_batch(self, texts: Sequence[str], add_special: bool = True) -> list[list[int]]:
         """`encode` of many texts, over the machine's cores."""
@@ -143,6 +159,20 @@ class Tokenizer:
     def special_texts(self) -> tuple[str, ...]:
         """The spellings of `special_ids`."""
         return tuple(self.token_of(i) for i in sorted(self.special_ids))
+
+    @functools.cached_property
+    def spellings(self) -> re.Pattern[str] | None:
+        """A pattern of text that spells a special token; None where there is no such token."""
+        return spellings_of(self.special_texts)
+
+    @functools.cached_property
+    def _literal(self) -> LiteralEncoder:
+        return LiteralEncoder(self._core)
+
+    def stop_ids_of(self, stop: Iterable[str]) -> tuple[int, ...]:
+        """The ids of those strings that spell one special token, which decoded text leaves out."""
+        ids = {self.token_of(i): i for i in self.special_ids}
+        return tuple(ids[text] for text in dict.fromkeys(stop) if text in ids)
 
     @functools.cached_property
     def chat(self) -> ChatTemplate:

@@ -3,12 +3,15 @@
 import io
 import json
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import gguf
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from llmprep_jax.text import Tokenizer, encode_chat
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -42,6 +45,7 @@ CORPUS = (
     "system user assistant model think answer question hello there general hi how are you",
 )
 
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 SPECIALS = ("<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|header|>", "<think>")
 
 CHATML = """
@@ -268,3 +272,14 @@ def refusal(call: Callable, *args) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def bracket(tokenizer: Tokenizer, messages: list[dict], **variables) -> str:
+    """The conversation as tokens give it back, answers in ⟦⟧."""
+    ids, mask = encode_chat(tokenizer, messages, **variables)
+    assert ids == tokenizer.encode(tokenizer.chat.apply(messages, **variables), add_special=False)
+    text = ""
+    for is_answer, run in groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0]):
+        piece = tokenizer.decode([i for _, i in run], skip_special=False)
+        text += f"⟦{piece}⟧" if is_answer else piece
+    return text

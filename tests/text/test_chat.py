@@ -1,9 +1,7 @@
 """Chat templates: rendering, refusals, and the answers that a model learns from."""
 
 import datetime
-import json
 import pickle
-from itertools import groupby
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmprep_jax.text import ChatTemplate, Tokenizer, encode_chat
 from tests.text import samples
-from tests.text.samples import CHATML, refusal, train_byte_level
+from tests.text.samples import CHATML, TOKENS, bracket, refusal, train_byte_level
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TALK = [
@@ -20,32 +18,6 @@ TALK = [
     {"role": "user", "content": "more"},
     {"role": "assistant", "content": "<think>\nso</think>\nyes "},
 ]
-TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
-
-
-@pytest.fixture(scope="module")
-def with_template(tmp_path_factory):
-    """A function from a template to a small tokenizer that has it."""
-    folder = tmp_path_factory.mktemp("chat")
-    train_byte_level().save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENS))
-
-    def build(template: str) -> Tokenizer:
-        (folder / "chat_template.jinja").write_text(template)
-        return Tokenizer.from_folder(folder)
-
-    return build
-
-
-def bracket(tokenizer: Tokenizer, messages: list[dict], **variables) -> str:
-    """The conversation as tokens give it back, answers in ⟦⟧."""
-    ids, mask = encode_chat(tokenizer, messages, **variables)
-    assert ids == tokenizer.encode(tokenizer.chat.apply(messages, **variables), add_special=False)
-    text = ""
-    for is_answer, run in groupby(zip(mask, ids, strict=True), key=lambda pair: pair[0]):
-        piece = tokenizer.decode([i for _, i in run], skip_special=False)
-        text += f"⟦{piece}⟧" if is_answer else piece
-    return text
 
 
 FIRST, SECOND = "<think>hm</think>\n\nhello", "<think>\nso</think>\nyes "
@@ -141,13 +113,21 @@ def test_a_call_of_tools_is_an_answer(with_template):
     assert text.endswith('<|im_start|>assistant\n⟦[{"name": "f"}]<|im_end|>⟧\n')
 
 
-def test_a_template_may_change_case_or_leave_answers_out(with_template):
+def test_a_template_may_change_case(with_template):
     capitals = with_template(samples.PLAIN.replace("m.content", "m.content | upper"))
     assert bracket(capitals, TALK[:2]) == "user: HI\nassistant: ⟦<THINK>HM</THINK>\n\nHELLO⟧\n"
+
+
+def test_an_answer_that_the_template_does_not_show_is_an_error_with_its_number(with_template):
     questions = with_template(
         samples.PLAIN.replace("in messages", "in messages if m.role == 'user'")
     )
-    assert bracket(questions, TALK) == "user: Hi\nuser: more\n"
+    with pytest.raises(ValueError, match="the answer of message 1 cannot be found") as error:
+        encode_chat(questions, TALK)
+    assert "\n" not in str(error.value)
+    silent = [{**message, "train": False} for message in TALK if message["role"] == "assistant"]
+    talk = [TALK[0], silent[0], TALK[2], silent[1]]
+    assert bracket(questions, talk) == "user: Hi\nuser: more\n"
 
 
 @pytest.mark.parametrize("expression", ["m.content | reverse", "m.content + m.content"])

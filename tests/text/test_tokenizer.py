@@ -342,3 +342,37 @@ def test_a_damaged_sentencepiece_file_never_escapes_as_another_error(llama, tmp_
     (folder / "tokenizer.model").write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     message = refusal(Tokenizer.from_folder, folder)
     assert message is None or ("\n" not in message and "tokenizer.model" in message)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama", "gemma"])
+def test_text_that_spells_a_special_token_can_be_read_as_text(tmp_path, kind):
+    if kind == "byte_level":
+        train_byte_level().save(str(tmp_path / "tokenizer.json"))
+    else:
+        options = {"llama": LLAMA_SPM, "gemma": GEMMA_SPM}[kind]
+        train_sentencepiece(tmp_path, **options)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    text = "the</s> mind<s><s>\ue000 x"
+    ids, offsets = tokenizer.encode_with_offsets(text, add_special=False, parse_special=False)
+    assert not tokenizer.special_ids & set(ids)
+    assert tokenizer.decode(ids) == text
+    assert [offsets[0][0], offsets[-1][1]] == [0, len(text)]
+    # each spelling can be a token or not, and those that are stand where they stand for all
+    parsed, where = tokenizer.encode_with_offsets(text, add_special=False)
+    some, at = tokenizer.encode_with_offsets(text, add_special=False, literals=[3])
+    end = next(i for i in tokenizer.special_ids if tokenizer.token_of(i) == "</s>")
+    start = next(i for i in tokenizer.special_ids if tokenizer.token_of(i) == "<s>")
+    assert (parsed.count(start), parsed.count(end)) == (2, 1)
+    assert (some.count(start), some.count(end)) == (2, 0)
+    assert [at[k] for k, i in enumerate(some) if i == start] == [(12, 15), (15, 18)]
+    assert [where[k] for k, i in enumerate(parsed) if i == start] == [(12, 15), (15, 18)]
+    assert tokenizer.decode(some, skip_special=False) == text
+    assert tokenizer.encode(text, parse_special=True) == tokenizer.encode(text)
+
+
+def test_stop_strings_that_are_special_tokens_have_ids(tmp_path):
+    train_byte_level().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    stop = ["<|im_end|>", "\n", "<|im_end|>\n", "the", "</s>", "<|im_end|>"]
+    assert tokenizer.stop_ids_of(stop) == (4, 1)
+    assert tokenizer.stop_ids_of([]) == ()
