@@ -28,6 +28,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation(tmp_path_factory):
-    """Tests compile hundreds of programs and run each for a millisecond; parity overrides this."""
-    with quick_compile(tmp_path_factory.getbasetemp() / "compiled"):
+    """Tests compile hundreds of programs and run each for a millisecond; parity overrides this.
+
+    JAX_COMPILATION_CACHE_DIR keeps the programs from one run of the tests to the next.
+    """
+    kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    with quick_compile(kept or tmp_path_factory.getbasetemp() / "compiled"):
         yield

@@ -9,7 +9,7 @@ import jax
 
 
 @contextlib.contextmanager
-def quick_compile(cache: pathlib.Path) -> Iterator[None]:
+def quick_compile(cache: str | pathlib.Path) -> Iterator[None]:
     """Compiles quickly inside; several calls of `fit`, each of which jits anew, compile once."""
     settings = {
         "jax_compilation_cache_dir": str(cache),
