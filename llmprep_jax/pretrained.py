@@ -28,7 +28,7 @@ from llmprep_jax.quant import export
 from llmprep_jax.quant.folder import packers, unpacking
 from llmprep_jax.quant.kinds import KINDS
 from llmprep_jax.quant.linear import adopt, quantize_model
-from llmprep_jax.sharding import use_mesh
+from llmprep_jax.sharding import mesh_of, use_mesh
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.checkpoint import all_steps, read_meta, read_params
 from llmprep_jax.weights import hub, receipt, table
@@ -191,7 +191,7 @@ def save_model(
         _with_copies(export.tensors(model, model.weights), family.copies(model.cfg)),
         extra_files=functools.partial(_write_extras, config, processor),
         verify=lambda written: receipt.probe_difference(
-            model, load_model(written, compute=model.cfg.compute)
+            model, load_model(written, mesh=mesh_of(model), compute=model.cfg.compute)
         ),
         tolerance=tolerance,
     )

@@ -3,16 +3,17 @@
 Parameters and contractions name their dimensions by logical axes ("embed", "heads"); `spec` turns
 these into a `PartitionSpec` for the mesh in force, or into None where there is none, so one code
 runs in a unit test and on a pod. A mesh axis is used once in a spec: the first dimension that asks
-for it gets it, which is why ("batch", None, "embed") shards the batch over fsdp and ("embed",
-"mlp") the weight's rows. The one thing a reader would get wrong: a dimension that the mesh axis
-does not divide (9 heads on 2 devices) is replicated, not an error, when `shape` is given.
+for it gets it. The model dimension has two names: weights are laid out by "embed", activations by
+"act_embed", which no axis splits by default. The one thing a reader would get wrong: a dimension
+that the mesh axis does not divide (9 heads on 2 devices) is replicated, not an error, when `shape`
+is given.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,15 +21,23 @@ import numpy as np
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 MeshAxes = str | tuple[str, ...] | None
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Which mesh axes each logical axis is laid over; None replicates."""
+    """Which mesh axes each logical axis is laid over; None replicates.
+
+    Attributes:
+      batch, seq: rows and tokens of activations. embed, act_embed: the model dimension of weights
+        and of activations. heads, kv_heads, head: of attention, and the width of one. mlp, vocab,
+        expert: of both. latent: of weights.
+    """
 
     batch: MeshAxes = ("data", "fsdp", "expert")
     seq: MeshAxes = None
     embed: MeshAxes = ("fsdp", "expert")
+    act_embed: MeshAxes = None
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     head: MeshAxes = None
@@ -36,12 +45,10 @@ class ShardingRules:
     vocab: MeshAxes = "tensor"
     expert: MeshAxes = "expert"
     latent: MeshAxes = ("fsdp", "expert")
-    layers: MeshAxes = None
 
 
-_rules: contextvars.ContextVar[ShardingRules] = contextvars.ContextVar(
-    "sharding_rules", default=ShardingRules()
-)
+# a part of jit's cache key, so that other rules are another program
+_rules = jax.make_user_context(ShardingRules())
 
 
 def make_mesh(
@@ -70,30 +77,59 @@ def make_mesh(
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: jax.sharding.Mesh | None, rules: ShardingRules | None = None) -> Iterator[None]:
-    """Puts a mesh (None: no mesh) and, if given, its rules in force for a `with` block."""
-    token = _rules.set(rules or _rules.get())
+def use_mesh(mesh: AnyMesh | None, rules: ShardingRules | None = None) -> Iterator[None]:
+    """Puts a mesh (None: no mesh) and, if given, its rules in force for a `with` block.
+
+    Raises:
+      ValueError: `mesh` is something else.
+    """
+    if not isinstance(mesh, AnyMesh | None):
+        raise ValueError(f"mesh is {mesh!r}; make one by sharding.make_mesh({{'fsdp': 8}})")
+    with contextlib.nullcontext() if rules is None else _rules(rules), _enter(mesh):
+        yield
+
+
+def _enter(mesh: AnyMesh | None) -> Any:
+    """A context with this mesh in force, also while a function is traced."""
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return jax.sharding.use_abstract_mesh(mesh)
     try:
-        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-            yield
-    finally:
-        _rules.reset(token)
+        return jax.set_mesh(mesh)
+    except ValueError:  # a function is being traced, which has no devices
+        abstract = jax.sharding.AbstractMesh((), ()) if mesh is None else mesh.abstract_mesh
+        return jax.sharding.use_abstract_mesh(abstract)
+
+
+def mesh_of(tree: Any) -> AnyMesh | None:
+    """The mesh that a tree's arrays lie on; abstract where they are, None on single devices."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(leaf, jax.core.Tracer):
+            sharding = jax.typeof(leaf).sharding
+        if isinstance(sharding, jax.sharding.NamedSharding) and not sharding.mesh.empty:
+            return sharding.mesh
+    return None
+
+
+@contextlib.contextmanager
+def on_mesh_of(tree: Any) -> Iterator[None]:
+    """Puts the mesh of a model's arrays in force, unless one is or they lie on a single device."""
+    mesh = None if has_mesh() else mesh_of(tree)
+    with contextlib.nullcontext() if mesh is None else _enter(mesh):
+        yield
 
 
 @contextlib.contextmanager
 def without_axes(axes: MeshAxes) -> Iterator[None]:
     """Keeps mesh axes out of all specs inside, where a dimension laid over them is mapped over."""
     used = (axes,) if isinstance(axes, str) else axes or ()
-    rules = _rules.get()
+    rules = _rules.value
     left = {}
     for name, value in dataclasses.asdict(rules).items():
         wanted = (value,) if isinstance(value, str) else value or ()
         left[name] = tuple(axis for axis in wanted if axis not in used) or None
-    token = _rules.set(dataclasses.replace(rules, **left))
-    try:
+    with _rules(dataclasses.replace(rules, **left)):
         yield
-    finally:
-        _rules.reset(token)
 
 
 def has_mesh() -> bool:
@@ -117,7 +153,7 @@ def spec(*axes: str | None, shape: Sequence[int] | None = None) -> jax.P | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
-    rules, free, dims = _rules.get(), dict(mesh.shape), []
+    rules, free, dims = _rules.value, dict(mesh.shape), []
     for dim, axis in enumerate(axes):
         wanted = getattr(rules, axis) if axis is not None else None
         wanted = (wanted,) if isinstance(wanted, str) else wanted or ()

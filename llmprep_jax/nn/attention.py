@@ -71,12 +71,20 @@ def place_tokens(
         if cache is not None:
             positions_BT += jnp.sum(cache.segments_BS > 0, axis=1, dtype=jnp.int32)[:, None]
         positions_BT = jnp.maximum(positions_BT, 0)
+    # whole rows, whatever "seq" says: every query is held against every key
+    positions_BT, segments_BT = [_whole_rows(x) for x in (positions_BT, segments_BT)]
     if cache is None:
         return Tokens(positions_BT, segments_BT), None
     if not cache.is_ring and tokens_BT.shape[1] > cache.num_slots:
         raise ValueError(f"{tokens_BT.shape[1]} tokens do not fit a cache of {cache.num_slots}")
     segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
     return Tokens(positions_BT, segments_BT), cache.begin(positions_BT, segments_BT)
+
+
+def _whole_rows(x_BT: Array | None) -> Int[Array, "B T"] | None:
+    if x_BT is None or not has_mesh():
+        return x_BT
+    return jax.reshard(x_BT, spec("batch", None, shape=x_BT.shape))
 
 
 def visible(
@@ -227,7 +235,7 @@ class Attention(nnx.Module):
                 "BTD,DNH->BTNH",
                 (dim, heads, head_dim),
                 ("embed", axis, "head"),
-                ("batch", "seq", axis, "head"),
+                ("batch", None, axis, None),  # every query may see every key
                 bias=qkv_bias,
                 compute=compute,
                 rngs=rngs,
@@ -240,7 +248,7 @@ class Attention(nnx.Module):
             "BTNH,NHD->BTD",
             (num_heads, head_dim, dim),
             ("heads", "head", "embed"),
-            ("batch", "seq", "embed"),
+            ("batch", "seq", "act_embed"),
             bias=out_bias,
             compute=compute,
             rngs=rngs,

@@ -57,7 +57,7 @@ class KVCache:
         per_layer: bool = False,
     ) -> "KVCache":
         """An empty cache; `per_layer` keeps one buffer a layer, `value_dim` None is `head_dim`."""
-        axes = ("layers", "batch", "kv_heads", "seq", "head")
+        axes = (None, "batch", "kv_heads", None, None)
 
         def buffers(width: int) -> Array | tuple[Array, ...]:
             if per_layer:
@@ -66,7 +66,7 @@ class KVCache:
             shape = (num_layers, batch_size, num_kv_heads, num_slots, width)
             return jnp.zeros(shape, dtype, out_sharding=spec(*axes, shape=shape))
 
-        rows = spec("batch", "seq", shape=(batch_size, num_slots))
+        rows = spec("batch", None, shape=(batch_size, num_slots))
         slots = jnp.zeros((batch_size, num_slots), jnp.int32, out_sharding=rows)
         k, v = buffers(head_dim), buffers(head_dim if value_dim is None else value_dim)
         return cls(k, v, slots, slots, jnp.zeros((), jnp.int32), None, is_ring)

@@ -92,7 +92,7 @@ def run_experts(
         of an even load; None: as many as it has tokens, so that nothing is dropped.
 
     Returns:
-      y in x's dtype, sharded as ("batch", "seq", "embed"); and how many copies of tokens were
+      y in x's dtype, sharded as ("batch", "seq", "act_embed"); and how many copies of tokens were
       dropped.
 
     Raises:
@@ -123,7 +123,7 @@ def run_experts(
     params = jax.tree.map(jax.reshard, params, specs)
     in_specs, out_specs = (tokens, tokens, tokens, specs), (tokens, jax.P())
     y_BTD, dropped = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs)(*arrays, params)
-    return jax.reshard(y_BTD, spec("batch", "seq", "embed", shape=x_BTD.shape)), dropped
+    return jax.reshard(y_BTD, spec("batch", "seq", "act_embed", shape=x_BTD.shape)), dropped
 
 
 def _find_transport(name: str | None) -> Transport:

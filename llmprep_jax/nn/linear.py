@@ -21,7 +21,7 @@ from llmprep_jax.sharding import has_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float, Int
 
 fan_in_normal = jax.nn.initializers.lecun_normal
-_HIDDEN = ("batch", "seq", "embed")
+_HIDDEN = ("batch", "seq", "act_embed")
 PRODUCT = "product"  # name of a `contract`'s result, for what the backward pass keeps
 
 

@@ -64,11 +64,11 @@ class MLA(nnx.Module):
             return RMSNorm(size, eps=LATENT_NORM_EPS, param_dtype=param_dtype, rngs=rngs)
 
         def up(rank: int, axis: str, head_dim: int) -> Einsum:
-            shape, out = (rank, num_heads, head_dim), ("batch", "seq", "heads", "head")
+            shape, out = (rank, num_heads, head_dim), ("batch", None, "heads", None)
             return Einsum("BTC,CNH->BTNH", shape, (axis, "heads", "head"), out, **kind)
 
         def down(size: int) -> Einsum:
-            axes, out = ("embed", "latent"), ("batch", "seq", "latent")
+            axes, out = ("embed", "latent"), ("batch", None, None)
             return Einsum("BTD,DC->BTC", (dim, size), axes, out, **kind)
 
         self.q_a = None if q_rank is None else down(q_rank)
@@ -81,7 +81,7 @@ class MLA(nnx.Module):
             "BTNH,NHD->BTD",
             (num_heads, value_dim, dim),
             ("heads", "head", "embed"),
-            ("batch", "seq", "embed"),
+            ("batch", "seq", "act_embed"),
             **kind,
         )
 

@@ -21,7 +21,7 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 
-_ACT_AXES, _OUT_AXES = ("batch", "seq", "mlp"), ("batch", "seq", "embed")
+_ACT_AXES, _OUT_AXES = ("batch", "seq", "mlp"), ("batch", "seq", "act_embed")
 
 
 class GatedMlp(nnx.Module):

@@ -147,7 +147,8 @@ class Experts(nnx.Module):
 
         def make(name: str, ins: int, outs: int) -> ExpertWeights:
             shape, axes = (num_experts, ins, outs), EXPERT_AXES[name]
-            out_axes, kind = ("expert", None, axes[-1]), dict(compute=compute, rngs=rngs)
+            out = "mlp" if axes[-1] == "mlp" else "act_embed"
+            out_axes, kind = ("expert", None, out), dict(compute=compute, rngs=rngs)
             return ExpertWeights("ECD,EDF->ECF", shape, axes, out_axes, **kind)
 
         self.gate, self.up = make("gate", dim, expert_dim), make("up", dim, expert_dim)

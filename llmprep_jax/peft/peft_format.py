@@ -378,7 +378,7 @@ def _read(
             params[method.scaled][place] *= np.float32(layer.method.scale / method.scale)
     axes = _axes(method, base)
     return {
-        name: _on_devices(array, *("layers",) * len(stack), *axes[name])
+        name: _on_devices(array, *[None] * len(stack), *axes[name])
         for name, array in params.items()
     }
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmprep_jax.sharding import sharding_of
+from llmprep_jax.sharding import has_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float, Int
 
 Batch = Mapping[str, Array]
@@ -101,6 +101,9 @@ def _sum_losses(model, chunk, z_loss, x_BTD, targets_BT, weights_BT):
     def body(total, part):
         return total + jax.checkpoint(loss_of)(*part), None
 
+    if has_mesh():  # positions that lie on one device are cut into chunks
+        whole = spec("batch", None, "act_embed", shape=x_BTD.shape)
+        tokens = (jax.reshard(x_BTD, whole), *tokens[1:])
     parts = jax.tree.map(lambda x: _split_positions(x, pad, chunk), tokens)
     return jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)[0]
 

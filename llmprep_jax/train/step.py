@@ -189,7 +189,7 @@ def _place(micro: np.ndarray) -> jax.Array:
     if not has_mesh():
         return jax.device_put(micro)
     check_rows(micro.shape[1] * jax.process_count())
-    mesh, axes = jax.sharding.get_mesh(), jax.P(None, *spec("batch", "seq"))
+    mesh, axes = jax.sharding.get_mesh(), jax.P(None, *spec("batch"))
     sharding = jax.sharding.NamedSharding(mesh, axes)
     return jax.make_array_from_process_local_data(sharding, micro)
 

@@ -190,7 +190,7 @@ def test_layers_are_scanned_and_rematerialised_in_bf16(transport):
     exact = jax.tree.map(lambda z: z.astype(jnp.float32), (x, params))
     expected = grads_of(every_expert, *exact)
     with use_mesh(mesh_of("expert2")):
-        x = jax.reshard(x, spec("batch", "seq", "embed", shape=x.shape))
+        x = jax.reshard(x, spec("batch", "seq", "act_embed", shape=x.shape))
         found = grads_of(dispatch(transport, apply_in_bf16), x, place(params))
     assert found[0].dtype == found[2]["up"].dtype == jnp.bfloat16
     assert_close(jax.tree.map(lambda z: z.astype(jnp.float32), found), expected, 0.03)

@@ -18,7 +18,7 @@ from llmprep_jax.sharding import make_mesh, use_mesh
 EQUATIONS = {
     "BTD,DF->BTF": ((40, 24), ("embed", "mlp"), ("batch", "seq", "mlp")),
     "BTD,DNH->BTNH": ((40, 4, 6), ("embed", "heads", "head"), ("batch", "seq", "heads", "head")),
-    "BTNH,NHD->BTD": ((5, 8, 24), ("heads", "head", "embed"), ("batch", "seq", "embed")),
+    "BTNH,NHD->BTD": ((5, 8, 24), ("heads", "head", "embed"), ("batch", "seq", "act_embed")),
 }
 equations = pytest.mark.parametrize("eqn", EQUATIONS)
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -46,7 +46,7 @@ def lower(preset: str, **changes) -> tuple[str, nnx.State]:
         make_schedule(OPTIM, 100),
         bias_rate=make_bias_schedule(OPTIM, 100),
     )
-    axes = jax.P(None, *spec("batch", "seq", shape=(ROWS, LENGTH)))
+    axes = jax.P(None, *spec("batch", shape=(ROWS,)))
     placed = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), axes)
     dtypes = dict(tokens=jnp.int32, targets=jnp.int32, loss_mask=jnp.float32)
     batch = {

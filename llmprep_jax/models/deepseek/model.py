@@ -102,7 +102,7 @@ class MTP(nnx.Module):
             "BTI,ID->BTD",
             (2 * cfg.dim, cfg.dim),
             (None, "embed"),
-            ("batch", "seq", "embed"),
+            ("batch", "seq", "act_embed"),
             compute=cfg.compute,
             rngs=rngs,
         )
