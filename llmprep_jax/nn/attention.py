@@ -128,10 +128,9 @@ def attend(
     elif has_mesh() and heads[1] is None and split[0] is not None:
         # the mesh splits query heads but not the fewer key heads: each query head gets a copy
         heads = spec("batch", "heads", shape=(B, N))
-        k_BKSH, v_BKSU = [
-            jax.reshard(jnp.repeat(x, N // x.shape[1], axis=1), jax.P(*heads, None, None))
-            for x in (k_BKSH, v_BKSU)
-        ]
+        # in float32, as the gradients of the copies are summed
+        copies = [jnp.repeat(x.astype(jnp.float32), N // x.shape[1], 1) for x in (k_BKSH, v_BKSU)]
+        k_BKSH, v_BKSU = [jax.reshard(x.astype(dtype), jax.P(*heads, None, None)) for x in copies]
     K, U = k_BKSH.shape[1], v_BKSU.shape[-1]
     head_axes = jax.P(*heads, split[0] if K == 1 else None, None) if has_mesh() else None
     q_BKGTH = q_BTNH.swapaxes(1, 2).astype(dtype)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from llmprep_jax.nn.param import Compute, param
+from llmprep_jax.nn.param import Compute, add_bias, param
 from llmprep_jax.sharding import has_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float, Int
 
@@ -162,7 +162,7 @@ class Einsum(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = contract(self.eqn, x, self.w[...], self.dtype, self.out_axes)
-        return y if self.b is None else y + self.b[...].astype(y.dtype)
+        return y if self.b is None else add_bias(y, self.b[...])
 
 
 class Embed(Einsum):

@@ -160,10 +160,11 @@ class MLA(nnx.Module):
         c_BSC, k_BSR = jnp.split(z_BSZ, [self.kv_rank], axis=-1)
         k_BSNH, v_BSNU = jnp.split(self.kv_b(c_BSC), [self.nope_dim], axis=-1)
         shape = (*k_BSNH.shape[:3], self.rope_dim)
+        # float32 until it is broadcast, or its gradient is summed over heads in bf16
         k_BSNR = jax.lax.broadcast_in_dim(
-            k_BSR.astype(k_BSNH.dtype), shape, (0, 1, 3), out_sharding=sharding_of(k_BSNH)
+            k_BSR.astype(jnp.float32), shape, (0, 1, 3), out_sharding=sharding_of(k_BSNH)
         )
-        k_BSNH = jnp.concatenate([k_BSNH, k_BSNR], axis=-1)
+        k_BSNH = jnp.concatenate([k_BSNH, k_BSNR.astype(k_BSNH.dtype)], axis=-1)
         return k_BSNH.swapaxes(1, 2), v_BSNU.swapaxes(1, 2)
 
     def absorbed_is_cheaper(self, num_queries: int, num_keys: int) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmprep_jax.nn.param import param
+from llmprep_jax.nn.param import param, scale_by
 from llmprep_jax.types import Array, Float
 
 
@@ -34,7 +34,7 @@ class RMSNorm(nnx.Module):
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         if self.zero_centered:
             return (x32 * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
-        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return scale_by(x32.astype(x.dtype), self.scale[...], x.dtype)
 
 
 class LayerNorm(nnx.Module):

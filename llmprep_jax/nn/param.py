@@ -7,12 +7,14 @@ parameter-efficient method, `Buffer` is state without a gradient. `nnx.split(mod
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmprep_jax.sharding import spec
+from llmprep_jax.sharding import has_mesh, sharding_of, spec
+from llmprep_jax.types import Array, Float
 
 
 class Param(nnx.Param):
@@ -75,3 +77,54 @@ def param(
     """Creates a `Param` of `shape`, sharded by its logical `axes` (one name a dimension)."""
     value = init(rngs.params(), shape, jnp.dtype(dtype), out_sharding=spec(*axes, shape=shape))
     return Param(value)
+
+
+@jax.custom_vjp
+def add_bias(y: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """y + b in y's dtype, for a bias over the last dimensions; its gradient is a float32 sum.
+
+    Autodiff would sum the cotangents of all tokens in y's dtype: in bf16 65,536 ones are 256.
+    """
+    return y + b.astype(y.dtype)
+
+
+def _add_bias_forward(y, b):
+    return add_bias(y, b), b
+
+
+def _add_bias_backward(b, dy):
+    return dy, _sum_tokens(dy, b)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scale_by(
+    x: Float[Array, "..."], w: Float[Array, "..."], dtype: jax.typing.DTypeLike | None = None
+) -> Float[Array, "..."]:
+    """x * w in x's dtype, for a vector over the last dimensions; its gradient is a float32 sum.
+
+    Args:
+      dtype: that w is rounded to before the product; None: it is not.
+    """
+    return (x * w.astype(dtype or w.dtype)).astype(x.dtype)
+
+
+def _scale_by_forward(x, w, dtype):
+    return scale_by(x, w, dtype), (x, w)
+
+
+def _scale_by_backward(dtype, residuals, dy):
+    x, w = residuals
+    dw = _sum_tokens(dy.astype(jnp.float32) * x.astype(jnp.float32), w)
+    return scale_by(dy, w, dtype), dw
+
+
+scale_by.defvjp(_scale_by_forward, _scale_by_backward)
+
+
+def _sum_tokens(dy: Array, w: Array) -> Array:
+    """The cotangent of what was broadcast over tokens, laid out as `w`; summed in float32."""
+    dw = jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - w.ndim)))
+    return (jax.reshard(dw, sharding_of(w)) if has_mesh() else dw).astype(w.dtype)

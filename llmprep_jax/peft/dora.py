@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.param import add_bias, scale_by
 from llmprep_jax.peft.adapter import Layout, shape_of
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.sharding import has_mesh, spec
@@ -40,10 +41,10 @@ class DoRA(LoRA):
         self, params: Mapping[str, Array], base: Einsum, x: Array, dropped: Array | None = None
     ) -> Array:
         y, ratio = super().forward(params, base, x, dropped), self._ratio(params, base)
-        bias = 0.0 if base.b is None else base.b[...].astype(y.dtype)
         # what is scaled sees the dropped inputs, the base's weight too
         whole = y if dropped is None else super().forward(params, base, dropped)
-        return y + ((ratio - 1.0) * (whole - bias)).astype(y.dtype)
+        whole = whole if base.b is None else add_bias(whole, -base.b[...])
+        return y + scale_by(whole, ratio - 1.0)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         return super().merge(params, base) * self._ratio(params, base)

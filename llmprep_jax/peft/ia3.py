@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.param import scale_by
 from llmprep_jax.peft.adapter import Layout, shape_of
 from llmprep_jax.peft.targets import Targets, matches
 from llmprep_jax.sharding import spec
@@ -57,9 +58,8 @@ class IA3:
     def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
         scale = params["ia3_l"]
         if self.feedforward:
-            return base((x * scale).astype(x.dtype))
-        y = base(x)
-        return (y * scale).astype(y.dtype)
+            return base(scale_by(x, scale))
+        return scale_by(base(x), scale)
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         scale, (ins, outs) = params["ia3_l"].astype(jnp.float32), shape_of(base)

@@ -20,7 +20,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum, contract
 from llmprep_jax.nn.moe import ExpertWeights
-from llmprep_jax.nn.param import Buffer, Compute
+from llmprep_jax.nn.param import Buffer, Compute, add_bias
 from llmprep_jax.quant.kinds import check_kind, quantize
 from llmprep_jax.quant.packed import Packed, dequantize
 from llmprep_jax.quant.product import multiply
@@ -88,7 +88,7 @@ class QuantEinsum(Einsum):
         y = y.reshape(*batch, *(self.layer_shape[i] for i in outs))
         if has_mesh():
             y = jax.reshard(y, spec(*self.out_axes, shape=y.shape))
-        return y if self.b is None else y + self.b[...].astype(y.dtype)
+        return y if self.b is None else add_bias(y, self.b[...])
 
 
 class QuantExperts(QuantEinsum, ExpertWeights):
