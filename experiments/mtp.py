@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> cli.Outputs:
         model_cfg = dataclasses.replace(TINY, num_mtp=num_mtp, mtp_weight=cfg.weight)
         for seed, (model, series) in enumerate(train(model_cfg, cfg, text, cfg.rate)):
             result.loss.append(float(evaluate(model, tests)))
-            result.by_step.append(series["next_token_loss"])
+            result.by_step.append(series["loss"])
             said = f"{num_mtp} modules, seed {seed}: loss {result.loss[-1]:.3f}"
             if num_mtp:
                 prompts = tests["tokens"][:PROMPTS, :PROMPT]

@@ -43,11 +43,14 @@ class CheckpointConfig:
       every: steps between checkpoints; None: only at the end and on SIGTERM.
       keep_last: how many of the latest stay.
       keep_every: checkpoints at multiples of this stay for good; None: none do.
+      keep_best: whether the one with the lowest eval_loss is written after its evaluation, and
+        stays.
     """
 
     every: int | None = 500
     keep_last: int = 2
     keep_every: int | None = None
+    keep_best: bool = False
 
     def __post_init__(self):
         for name in ("every", "keep_last", "keep_every"):
@@ -64,6 +67,9 @@ class Checkpoints:
       cfg: retention.
       meta: what `read_meta` returns later; JSON.
 
+    Attributes:
+      best: a step whose checkpoint stays, where the config keeps the best.
+
     Raises:
       OSError: the folder cannot be written.
     """
@@ -71,6 +77,7 @@ class Checkpoints:
     def __init__(self, out: pathlib.Path, cfg: CheckpointConfig, meta: dict[str, Any]):
         self.folder, self._meta = out.resolve() / FOLDER, meta
         self._deletion: threading.Thread | None = None
+        self.best: int | None = None
         _silence_orbax()
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -78,6 +85,8 @@ class Checkpoints:
         keep = [ocp.checkpoint_managers.LatestN(cfg.keep_last)]
         if cfg.keep_every:
             keep.append(ocp.checkpoint_managers.EveryNSteps(cfg.keep_every))
+        if cfg.keep_best:
+            keep.append(_Best(self))
         self._manager = _open_manager(
             self.folder,
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
@@ -193,6 +202,16 @@ class Checkpoints:
     def _join_deletion(self) -> None:
         if self._deletion is not None:
             self._deletion.join()
+
+
+class _Best(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint of `Checkpoints.best`."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [info.step == self._checkpoints.best for info in checkpoints]
 
 
 def _open_manager(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager:

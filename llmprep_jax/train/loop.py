@@ -2,17 +2,16 @@
 
 A run is bit-equal however often it is stopped: parameters, moments, step, key and the data
 iterator's state are saved together, and everything else is a function of these and of the config.
-SIGTERM saves and returns (preemption). The one thing a reader would get wrong: `steps` is where the
-run ends, not how many steps are added; a run that has reached it returns at once.
+SIGTERM and Ctrl-C save and return. The one thing a reader would get wrong: `steps` is where the run
+ends, not how many steps are added; a run that has reached it returns at once.
 """
 
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import os
 import pathlib
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,13 +19,13 @@ import jax
 import numpy as np
 import rich.console
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from llmprep_jax.train.checkpoint import Checkpoints, abstract_of
-from llmprep_jax.train.metrics import Flops, Numbers
-from llmprep_jax.train.monitor import Monitor
+from llmprep_jax.train.checkpoint import Checkpoints, abstract_of, all_steps
+from llmprep_jax.train.metrics import Flops, Numbers, read_up_to
+from llmprep_jax.train.monitor import METRICS_FILE, Monitor
 from llmprep_jax.train.state import TrainState
-from llmprep_jax.train.trainer import Step, Trainer, TrainSteps
+from llmprep_jax.train.stopping import stop_signals
+from llmprep_jax.train.trainer import FitConfig, Step, Trainer, TrainSteps
 
 Evaluate = Callable[[nnx.Module], Numbers]
 
@@ -50,15 +49,22 @@ class FitResult:
       model: trained.
       ema_model: of the averaged parameters, where they are kept.
       step: steps done.
-      preempted: whether SIGTERM ended it before `steps`.
+      stopped: what ended it before `steps`: "SIGTERM", "SIGINT" or "data", which were at an end.
+      best: the step whose eval_loss was the lowest of the checkpoints, where the best is kept.
       metrics: of the last step.
     """
 
     model: nnx.Module
     ema_model: nnx.Module | None
     step: int
-    preempted: bool
+    stopped: str | None
+    best: int | None
     metrics: Numbers
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a signal ended it; the same call goes on from there."""
+        return self.stopped in ("SIGTERM", "SIGINT")
 
 
 def fit(
@@ -70,22 +76,28 @@ def fit(
     meta: Mapping[str, Any] | None = None,
     flops: Flops | None = None,
     console: rich.console.Console | None = None,
+    locked: bool = False,
 ) -> FitResult:
     """Trains, from the last checkpoint in `out` if there is one.
+
+    SIGTERM and a first Ctrl-C save and end it, as the end of the data does.
 
     Args:
       evaluate: numbers by name for a model.
       meta: JSON saved with each checkpoint, from which the model can be rebuilt.
       flops: of one token, for MFU.
+      locked: whether the caller holds the folder's lock (`lock_folder`).
 
     Raises:
-      NonFiniteError: a loss or gradient is not finite; nothing after it was saved.
-      ValueError: a checkpoint of another model, too little data.
+      NonFiniteError: a loss or gradient is not finite, and `skip_nonfinite` steps were skipped;
+        nothing after it was saved.
+      ValueError: a checkpoint of another model, no data.
       OSError: a checkpoint cannot be written; earlier ones are whole.
     """
     out, cfg = pathlib.Path(out), trainer.cfg
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(out))
+        if not locked:
+            stack.enter_context(lock_folder(out))
         checkpoints = stack.enter_context(Checkpoints(out, cfg.checkpoint, dict(meta or {})))
         state = _resume(trainer.start(), batches, checkpoints)
         done = int(state.step)
@@ -97,16 +109,29 @@ def fit(
                 flops=flops,
                 peak=cfg.peak_flops,
                 name=getattr(batches, "name", None),
+                skip_nonfinite=cfg.skip_nonfinite,
                 console=console,
             )
         )
-        run = _Run(trainer, batches, checkpoints, monitor, evaluate)
+        run = _Run(trainer, batches, checkpoints, monitor, evaluate, _find_best(out, cfg))
         if done:
             monitor.progress.say(f"resumed from step {done} of {out}")
-        state = run.go_on(state, stack.enter_context(_preemption()))
+        stop = stack.enter_context(stop_signals(monitor.progress.say))
+        state = run.go_on(state, stop)
     ema_model = None if state.ema is None else trainer.model(state, ema=True)
-    step = int(state.step)
-    return FitResult(trainer.model(state), ema_model, step, step < cfg.steps, monitor.last)
+    step, best = int(state.step), run.best and run.best[1]
+    return FitResult(trainer.model(state), ema_model, step, run.stopped, best, monitor.last)
+
+
+def _find_best(out: pathlib.Path, cfg: FitConfig) -> tuple[float, int] | None:
+    """The lowest eval_loss among the run's checkpoints, and its step, where the best is kept."""
+    path = out / METRICS_FILE
+    if not cfg.checkpoint.keep_best or not path.exists():
+        return None
+    steps = all_steps(out)
+    records = read_up_to(path, max(steps, default=0))
+    losses = [(r["eval_loss"], r["step"]) for r in records if r.get("eval_loss") is not None]
+    return min((pair for pair in losses if pair[1] in steps), default=None)
 
 
 def _resume(state: TrainState, batches: Batches, checkpoints: Checkpoints) -> TrainState:
@@ -120,39 +145,66 @@ def _resume(state: TrainState, batches: Batches, checkpoints: Checkpoints) -> Tr
     return state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Run:
-    """The parts of a run under way."""
+    """A run under way; `best` is the lowest eval_loss of its checkpoints and that one's step."""
 
     trainer: Trainer
     batches: Batches
     checkpoints: Checkpoints
     monitor: Monitor
     evaluate: Evaluate | None
+    best: tuple[float, int] | None
+    stopped: str | None = None
+    saved: int = 0
 
-    def go_on(self, state: TrainState, must_stop: Callable[[int], bool]) -> TrainState:
-        """All steps from the state's on, or until it must stop."""
-        cfg, first = self.trainer.cfg, int(state.step) + 1
-        batches = (self._next_batch(step) for step in range(first, cfg.steps + 1))
+    def go_on(self, state: TrainState, stop: Callable[[int], str | None]) -> TrainState:
+        """All steps from the state's on, until a signal comes or the data end."""
+        cfg, done = self.trainer.cfg, int(state.step)
+        self.saved, self.checkpoints.best = done, self.best and self.best[1]
+        batches = itertools.islice(self._take_batches(), max(cfg.steps - done, 0))
         step_fn, frozen = self._first_compiles(self.trainer.step), self.trainer.split.frozen
         steps = TrainSteps(step_fn, state, frozen, batches, cfg.accumulate)
-        for step, metrics in enumerate(steps, first):
+        step, evaluates = done, True
+        for step, metrics in enumerate(steps, done + 1):
             self.monitor.note(step, metrics, steps.batch.get("doc_ids"))
-            stopping = must_stop(step)
-            ending = step == cfg.steps
-            saving = stopping or ending or _due(step, cfg.checkpoint.every)
-            evaluating = not stopping and (ending or _due(step, cfg.eval_every))
-            if saving or evaluating or _due(step, cfg.log_every):
-                self.checkpoints.check()
-                self.monitor.flush(self._last_good, keep=0 if saving or evaluating else 1)
-            if evaluating:
-                self._evaluate(step, steps.state)
-            if saving:
-                self.checkpoints.save(steps.state, self.batches.get_state())
-            if stopping:
-                self.monitor.progress.say(f"stopping at step {step}: SIGTERM")
-                break
+            self.stopped, ends = stop(step), step == cfg.steps
+            saves = bool(self.stopped) or ends or _due(step, cfg.checkpoint.every)
+            evaluates = not self.stopped and (ends or _due(step, cfg.eval_every))
+            self._attend(step, steps.state, evaluates, saves)
+            if self.stopped:
+                self.monitor.progress.say(f"stopping at step {step}: {self.stopped}")
+                return steps.state
+        if step < cfg.steps:
+            self._end_with_the_data(step, steps.state, not evaluates)
         return steps.state
+
+    def _end_with_the_data(self, step: int, state: TrainState, evaluates: bool) -> None:
+        if not step:
+            raise ValueError("the data hold no batch; give more of them, or smaller batches")
+        self.stopped = "data"
+        self.monitor.progress.say(
+            f"the data ended after step {step} of {self.trainer.cfg.steps}, which is the last"
+        )
+        self._attend(step, state, evaluates, saves=True)
+
+    def _take_batches(self) -> Iterator[Mapping[str, np.ndarray]]:
+        """The batches; not by `iter`, which need not be at their place."""
+        while True:
+            try:
+                yield next(self.batches)
+            except StopIteration:
+                return
+
+    def _attend(self, step: int, state: TrainState, evaluates: bool, saves: bool) -> None:
+        """Looks at the metrics, evaluates and saves, as is due after a step."""
+        if saves or evaluates or _due(step, self.trainer.cfg.log_every):
+            self.checkpoints.check()
+            self.monitor.flush(self._last_good, keep=0 if saves or evaluates else 1)
+        saves |= evaluates and self._evaluate(step, state)
+        if saves and step != self.saved:
+            self.checkpoints.save(state, self.batches.get_state())
+            self.saved = step
 
     def _first_compiles(self, step: Step) -> Step:
         """The step, whose first call is shown as compiling."""
@@ -164,22 +216,14 @@ class _Run:
 
         return call
 
-    def _next_batch(self, step: int) -> Mapping[str, np.ndarray]:
-        try:
-            return next(self.batches)
-        except StopIteration:
-            raise ValueError(
-                f"the data ended before step {step} of {self.trainer.cfg.steps}; "
-                "give more data or epochs, or fewer steps"
-            ) from None
-
     def _last_good(self) -> int | None:
         self.checkpoints.wait()  # a save under way is of a good state
         return self.checkpoints.latest
 
-    def _evaluate(self, step: int, state: TrainState) -> None:
+    def _evaluate(self, step: int, state: TrainState) -> bool:
+        """Evaluates, and tells whether a checkpoint of this step is the best to be kept."""
         if self.evaluate is None:
-            return
+            return False
         averages = {"": False} if state.ema is None else {"": False, "ema_": True}
         numbers = {}
         with self.monitor.phase("evaluating"):
@@ -187,6 +231,13 @@ class _Run:
                 found = self.evaluate(self.trainer.model(state, ema=ema))
                 numbers |= {prefix + name: value for name, value in found.items()}
         self.monitor.record(step, numbers)
+        loss = numbers.get("eval_loss")
+        if not self.trainer.cfg.checkpoint.keep_best or loss is None:
+            return False
+        if self.best is not None and not loss < self.best[0]:
+            return False
+        self.best, self.checkpoints.best = (loss, step), step
+        return True
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -194,8 +245,8 @@ def _due(step: int, every: int | None) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(out: pathlib.Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; a killed run's lock goes with it.
+def lock_folder(out: pathlib.Path) -> Iterator[None]:
+    """Makes a run's folder and keeps a second run out of it; a killed run's lock goes with it.
 
     Raises:
       OSError: the folder cannot be made or written.
@@ -215,29 +266,3 @@ def _locked(out: pathlib.Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
-
-
-@contextlib.contextmanager
-def _preemption() -> Iterator[Callable[[int], bool]]:
-    """A function that tells after each step whether SIGTERM has come.
-
-    With several processes JAX's own handler agrees on the step among them; a second SIGTERM to a
-    single process ends it at once.
-    """
-    if jax.process_count() > 1:
-        yield lambda step: multihost_utils.reached_preemption_sync_point(step)
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # Python takes signals in its main thread only
-        return
-    came = threading.Event()
-
-    def take(number: int, frame: Any) -> None:
-        came.set()
-        signal.signal(number, before)
-
-    before = signal.signal(signal.SIGTERM, take)
-    try:
-        yield lambda step: came.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)

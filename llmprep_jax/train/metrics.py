@@ -160,7 +160,7 @@ class JsonLines:
     """
 
     def __init__(self, path: pathlib.Path, step: int):
-        kept = _lines_up_to(path, step) if path.exists() else []
+        kept = map(json.dumps, read_up_to(path, step))
         aside = path.with_suffix(".tmp")
         with _writing(path):
             aside.write_text("".join(f"{line}\n" for line in kept))
@@ -179,15 +179,17 @@ class JsonLines:
         self._file.close()
 
 
-def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
-    lines = []
-    for line in path.read_text(errors="replace").splitlines():
+def read_up_to(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
+    """The records of a metrics file up to a step, without what a kill left; none without a file."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line)
+            record = json.loads(line)
+            if record["step"] <= step:
+                records.append(record)
         except (ValueError, KeyError, TypeError):
             continue
-    return lines
+    return records
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from llmprep_jax.train.metrics import (
     TensorBoard,
     memory,
     peak_flops,
+    read_up_to,
 )
 from llmprep_jax.train.step import Metrics
 
@@ -45,6 +46,7 @@ class Monitor:
       flops: of one token, for MFU; None: none is shown.
       peak: FLOP/s of one device, where it is not known by its name.
       name: what a document id stands for, for messages.
+      skip_nonfinite: steps of the whole run that may be skipped.
     """
 
     def __init__(
@@ -56,9 +58,12 @@ class Monitor:
         flops: Flops | None = None,
         peak: float | None = None,
         name: Callable[[int], str] | None = None,
+        skip_nonfinite: int = 0,
         console: rich.console.Console | None = None,
     ):
         self._total, self._out, self._name = total, out, name
+        self._may_skip = skip_nonfinite
+        self._skipped = sum("skipped" in r for r in read_up_to(out / METRICS_FILE, done))
         self._flops, self._peak = flops, peak_flops(peak)
         self._pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()
         self._since, self._speed = time.monotonic(), math.nan
@@ -92,8 +97,8 @@ class Monitor:
           last_good: tells the step of the last checkpoint, for the message.
 
         Raises:
-          NonFiniteError: a step's loss or gradient is not finite; names the step, its documents and
-            the last good checkpoint.
+          NonFiniteError: a step's loss or gradient is not finite, and no more may be skipped; names
+            the step, its documents and the last good checkpoint.
         """
         steps = [self._pending.popleft() for _ in range(len(self._pending) - keep)]
         if not steps:
@@ -103,16 +108,32 @@ class Monitor:
             {"step": step, **{name: number.item() for name, number in metrics.items()}}
             for (step, _, _), metrics in zip(steps, values, strict=True)
         ]
-        bad = [i for i, record in enumerate(records) if not record.pop("finite")]
-        records = records[: bad[0] + 1] if bad else records
-        records[-1] |= self._measure(sum(record["input_tokens"] for record in records), len(steps))
-        for record in records:
+        tokens = sum(record["input_tokens"] for record in records)
+        records[-1] |= self._measure(tokens, len(steps))
+        for record, (_, _, doc_ids) in zip(records, steps, strict=True):
+            finite = record.pop("finite")
+            if not finite:
+                self._skipped += 1
+                record["skipped"] = 1
             self._write(record)
-        if bad:
-            raise NonFiniteError(self._explain(records[-1], steps[bad[0]][2], last_good()))
+            if not finite:
+                self._skip(record, doc_ids, last_good)
         self.last = records[-1]
         left = (self._total - self.last["step"]) * self._speed
         self.progress.update(self.last["step"], self.last, left)
+
+    def _skip(self, record: Mapping[str, Any], doc_ids: Any, last_good: Callable) -> None:
+        """Tells of a step that is not finite, or ends the run by it."""
+        words = self._explain(record, doc_ids)
+        if self._skipped <= self._may_skip:
+            self.progress.say(f"skipped {words}; {self._skipped} of {self._may_skip} to be skipped")
+            return
+        step, folder = last_good(), self._out / "checkpoints"
+        good = "there is no checkpoint yet" if step is None else folder / str(step)
+        more = "look at them, lower optim.lr, or skip such batches by skip_nonfinite=10"
+        if self._may_skip:
+            more = f"it is one more than skip_nonfinite={self._may_skip}; lower optim.lr"
+        raise NonFiniteError(f"{words}; {more}; last good checkpoint: {good}")
 
     def record(self, step: int, numbers: Numbers) -> None:
         """Records the results of an evaluation, and says them."""
@@ -143,14 +164,11 @@ class Monitor:
         for file in self._files:
             file.write(record)
 
-    def _explain(self, record: Mapping[str, Any], doc_ids: Any, last_good: int | None) -> str:
+    def _explain(self, record: Mapping[str, Any], doc_ids: Any) -> str:
         ids = [] if doc_ids is None else sorted({int(i) for i in np.ravel(doc_ids) if i >= 0})
         names = [f"{i} ({self._name(i)})" if self._name else str(i) for i in ids[:16]]
         shown = ", ".join(names) + (f" and {len(ids) - 16} more" if ids[16:] else "")
-        folder = self._out / "checkpoints"
-        good = "there is no checkpoint yet" if last_good is None else folder / str(last_good)
         return (
             f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}; "
-            f"documents of its batch: {shown or 'not known'}; look at them or lower optim.lr; "
-            f"last good checkpoint: {good}"
+            f"documents of its batch: {shown or 'not known'}"
         )

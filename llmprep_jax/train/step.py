@@ -35,12 +35,14 @@ def make_train_step(
     bias_rate: optax.Schedule | None = None,
     *,
     ema_decay: float | None = None,
+    counts_nonfinite: bool = False,
 ) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Makes `train_step(state, frozen, batch) -> (state, metrics)`.
 
     The batch's arrays are [A, B / A, T] (`place_batch`): A microbatches, one after another. Metrics
-    are scalars on the device: loss (mean over tokens), tokens (with a target), input_tokens,
-    grad_norm (before clipping), param_norm, lr, finite; of experts `load_metrics` and dropped.
+    are scalars on the device: loss (mean over tokens), objective where more than that is minimised,
+    tokens (with a target), input_tokens, grad_norm (before clipping), param_norm, lr, finite; of
+    experts `load_metrics` and dropped.
 
     Args:
       graphdef: of the model, from `split_model`.
@@ -48,6 +50,7 @@ def make_train_step(
       schedule: the learning rate, for the metrics.
       bias_rate: the step by which routers' biases follow the load; None: they stay.
       ema_decay: of the running average, where the state has one.
+      counts_nonfinite: whether a step that is not finite, which changes nothing, counts as one.
     """
 
     def loss_of(params, frozen, micro, key):
@@ -67,23 +70,19 @@ def make_train_step(
         params = _follow_load(params, stats, bias_rate and bias_rate(state.step))
         ema = _average(state.ema, params, state.step, ema_decay)
         # a batch without targets moves nothing either: its zero gradient would still decay weights
-        params, opt_state, ema = _choose(
-            finite & (tokens > 0),
-            (params, opt_state, ema),
-            (state.params, old_opt_state, state.ema),
-        )
+        old = state.params, old_opt_state, state.ema
+        params, opt_state, ema = _choose(finite & (tokens > 0), (params, opt_state, ema), old)
         opt_state = put_back(opt_state, state.opt_state)
         metrics = {
-            "loss": loss,
             "tokens": tokens,
             "input_tokens": _count_inputs(batch),
             "grad_norm": grad_norm,
             "param_norm": _norm(params),
             "lr": schedule(state.step),
             "finite": finite,
-            **_describe(stats, tokens),
+            **_describe(loss, stats, tokens),
         }
-        step = state.step + finite.astype(jnp.int32)
+        step = state.step + (finite | counts_nonfinite).astype(jnp.int32)
         return TrainState(step, params, opt_state, ema, state.key), metrics
 
     return train_step
@@ -124,13 +123,20 @@ def _follow_load(params, stats, rate):
     return jax.tree_util.tree_map_with_path(move, params)
 
 
-def _describe(stats, tokens):
-    """Metrics out of a loss's statistics."""
+def _describe(loss, stats, tokens):
+    """Metrics out of a loss and its statistics.
+
+    Where the loss has further terms, `loss` is that of the next token, as evaluations give it, and
+    `objective` is the whole.
+    """
     if not stats:
-        return {}
+        return {"loss": loss}
     parts = {name: total / jnp.maximum(tokens, 1.0) for name, total in stats["parts"].items()}
-    counts = [load.reshape(-1, load.shape[-1]) for load in stats["loads"].values()]
-    return {**parts, **load_metrics(jnp.concatenate(counts)), "dropped": stats["dropped"]}
+    metrics = {"loss": parts.pop("next_token_loss"), "objective": loss, **parts}
+    if stats["loads"]:
+        counts = [load.reshape(-1, load.shape[-1]) for load in stats["loads"].values()]
+        metrics |= {**load_metrics(jnp.concatenate(counts)), "dropped": stats["dropped"]}
+    return metrics
 
 
 def _norm(tree):

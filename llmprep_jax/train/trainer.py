@@ -40,16 +40,20 @@ class FitConfig:
     """How long and how to train, whatever the model and the data are.
 
     Attributes:
-      steps: updates of the whole run.
+      steps: where the run ends, counted from its beginning.
+      schedule_steps: the steps that the learning rate's schedule is laid over; None: `steps`.
       accumulate: microbatches that a batch is cut into; the update is the same, memory is less.
       ema_decay: of the running average of the parameters; None: none is kept.
       seed: of the model's random numbers while it trains.
       log_every: steps between looks at the metrics; all steps are recorded whatever it is.
       eval_every: steps between evaluations; None: only at the end.
+      skip_nonfinite: batches of the whole run whose loss or gradient may be infinite or no number;
+        such a step changes nothing and is named with its documents, and one more ends the run.
       peak_flops: FLOP/s of one device for MFU, where it is not known by its name.
     """
 
     steps: int = 1000
+    schedule_steps: int | None = None
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     accumulate: int = 1
     ema_decay: float | None = None
@@ -57,10 +61,11 @@ class FitConfig:
     log_every: int = 1
     eval_every: int | None = None
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    skip_nonfinite: int = 0
     peak_flops: float | None = None
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "log_every", "eval_every"):
+        for name in ("steps", "schedule_steps", "accumulate", "log_every", "eval_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -68,7 +73,14 @@ class FitConfig:
             raise ValueError(f"ema_decay must be between 0 and 1, not {self.ema_decay}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2^32), not {self.seed}")
-        make_schedule(self.optim, self.steps)  # that the warmup fits is told of before any loading
+        if self.skip_nonfinite < 0:
+            raise ValueError(f"skip_nonfinite must be at least 0, not {self.skip_nonfinite}")
+        make_schedule(self.optim, self.horizon)  # that the warmup fits is told before any loading
+
+    @property
+    def horizon(self) -> int:
+        """The steps that schedules are laid over."""
+        return self.schedule_steps or self.steps
 
 
 class Trainer:
@@ -98,15 +110,16 @@ class Trainer:
         loss_fn: LossFn = lambda model, batch, key: training_loss(model, batch),
     ):
         self.cfg, self.split = cfg, split_model(model, trainable)
-        wrap, loss_fn = _ask_method(model, self.split.params, cfg.steps, loss_fn)
-        self.tx = make_optimizer(cfg.optim, self.split.params, cfg.steps, wrap)
+        wrap, loss_fn = _ask_method(model, self.split.params, cfg.horizon, loss_fn)
+        self.tx = make_optimizer(cfg.optim, self.split.params, cfg.horizon, wrap)
         self.step = make_train_step(
             self.split.graphdef,
             self.tx,
             loss_fn,
-            make_schedule(cfg.optim, cfg.steps),
-            make_bias_schedule(cfg.optim, cfg.steps),
+            make_schedule(cfg.optim, cfg.horizon),
+            make_bias_schedule(cfg.optim, cfg.horizon),
             ema_decay=cfg.ema_decay,
+            counts_nonfinite=cfg.skip_nonfinite > 0,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import os
 import pathlib
 import re
@@ -151,15 +152,108 @@ def test_a_non_finite_loss_at_a_checkpoint_is_found_before_it_is_written(tmp_pat
     assert poison + 1 not in all_steps(tmp_path)
 
 
-def test_data_that_end_early_are_named_with_the_remedy(tmp_path):
-    class Few(Rows):
+class Few(Rows):
+    """Ends after so many batches."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def __next__(self):
+        if self.place == self.count:
+            raise StopIteration
+        return super().__next__()
+
+
+@pytest.mark.parametrize("count", [3, 4])  # 4 is saved already when the end is noticed
+def test_the_end_of_the_data_saves_and_ends_the_run(tmp_path, whole, count):
+    evaluated = []
+
+    def evaluate(model):
+        evaluated.append(model)
+        return {"eval_loss": 1.0}
+
+    ended = train(tmp_path, batches=Few(count), evaluate=evaluate)
+    assert (ended.step, ended.stopped, ended.preempted) == (count, "data", False)
+    assert (all_steps(tmp_path), len(evaluated)) == ([count], 1)
+    again = train(tmp_path, batches=Few(count))  # nothing is left to do
+    assert (again.step, again.stopped) == (count, "data")
+    train(tmp_path)  # with more data the run goes on
+    assert losses(tmp_path) == losses(whole()[1])
+
+
+def test_data_without_a_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the data hold no batch"):
+        train(tmp_path, batches=Few(0))
+
+
+def test_batches_that_are_not_finite_are_skipped_counted_and_named(tmp_path, capsys):
+    cfg = dataclasses.replace(CFG, skip_nonfinite=2, log_every=3)
+
+    class Poisoned(Rows):
         def __next__(self):
-            if self.place == 3:
-                raise StopIteration
+            self.poison = self.place if self.place in (2, 5, 9) else None
             return super().__next__()
 
-    with pytest.raises(ValueError, match="the data ended before step 4 of 12; give more data"):
-        train(tmp_path, batches=Few())
+    trainer, said = Trainer(toy(lora=True), Param, cfg), io.StringIO()
+    with pytest.raises(NonFiniteError) as error:
+        fit(trainer, Poisoned(), out=tmp_path, console=rich.console.Console(file=said))
+    text = " ".join(said.getvalue().split())
+    assert "skipped step 3: loss nan, gradient norm nan; documents of its batch: 200" in text
+    assert "1 of 2 to be skipped" in text
+    assert "step 10: loss nan" in str(error.value)
+    assert "it is one more than skip_nonfinite=2" in str(error.value)
+    assert all_steps(tmp_path) == [4, 8]
+    found = losses(tmp_path)
+    assert [step for step, loss in found.items() if loss is None] == [3, 6, 10]
+    # those of an earlier command count; a larger number goes on
+    with pytest.raises(NonFiniteError, match="step 10"):
+        train(tmp_path, cfg, Poisoned())
+    ended = train(tmp_path, dataclasses.replace(cfg, skip_nonfinite=3), Poisoned())
+    assert (ended.step, losses(tmp_path)[12] < found[1]) == (12, True)
+
+
+def test_a_skipped_batch_leaves_no_trace_in_what_is_trained(tmp_path):
+    cfg = dataclasses.replace(CFG, steps=3, skip_nonfinite=1, ema_decay=0.9, log_every=1)
+    skipped = train(tmp_path / "skipped", cfg, Rows(poison=2))
+    shorter = train(tmp_path / "shorter", dataclasses.replace(cfg, steps=2, schedule_steps=3))
+    for one, other in (("model", "model"), ("ema_model", "ema_model")):
+        one, other = params_of(getattr(skipped, one)), params_of(getattr(shorter, other))
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_the_best_checkpoint_is_written_and_stays(tmp_path):
+    cfg = dataclasses.replace(
+        CFG, eval_every=3, checkpoint=CheckpointConfig(every=4, keep_last=1, keep_best=True)
+    )
+    values = iter([3.0, 1.0, 2.0, 4.0])
+    result = train(tmp_path, cfg, evaluate=lambda model: {"eval_loss": next(values)})
+    assert (result.best, all_steps(tmp_path)) == (6, [6, 12])
+    longer = dataclasses.replace(cfg, steps=15)
+    result = train(tmp_path, longer, evaluate=lambda model: {"eval_loss": 1.5})
+    assert (result.best, all_steps(tmp_path)) == (6, [6, 15])
+
+
+def test_the_schedule_may_be_longer_than_the_run(tmp_path):
+    cfg = dataclasses.replace(CFG, steps=2, schedule_steps=12)
+    train(tmp_path, cfg)
+    rates = [r["lr"] for r in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([0.009846, 0.009397], rel=1e-3)  # cosine over 12 steps
+
+
+def test_ctrl_c_saves_and_the_same_call_goes_on_to_the_bit(tmp_path, whole):
+    class Interrupt(Rows):
+        def __next__(self):
+            if self.place == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__next__()
+
+    before = signal.getsignal(signal.SIGINT)
+    stopped = train(tmp_path, batches=Interrupt())
+    assert (stopped.step, stopped.stopped, stopped.preempted) == (6, "SIGINT", True)
+    assert signal.getsignal(signal.SIGINT) == before
+    train(tmp_path)
+    assert losses(tmp_path) == losses(whole()[1])
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):

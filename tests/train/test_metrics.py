@@ -156,7 +156,8 @@ def test_a_non_finite_step_is_named_with_its_documents_and_the_last_checkpoint(t
             monitor.flush(lambda: 40)
     message = str(error.value)
     assert message.startswith("step 2: loss inf, gradient norm 1.0; documents of its batch: ")
-    assert "7 (web:7), 9 (web:9); look at them or lower optim.lr; last" in message
+    assert "7 (web:7), 9 (web:9); look at them, lower optim.lr, or skip" in message
+    assert "skip_nonfinite=10; last" in message
     assert message.endswith(f"last good checkpoint: {tmp_path / 'checkpoints' / '40'}")
     assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
 
