@@ -3,7 +3,7 @@
 w[o, i] = scale[o, g] (q[o, i] - zero[o, g]) with g = i // 128, as GPTQ (Frantar et al. 2023) and
 AWQ (Lin et al. 2024) store weights; here numbers are rounded to the nearest. Letters: G groups. The
 one thing a reader would get wrong: symmetric codes are stored with zero = 8 too, so that both kinds
-are one format, and a GPTQ zero can be 16, which four bits do not hold.
+are one format.
 """
 
 import dataclasses

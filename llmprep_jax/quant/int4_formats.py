@@ -2,8 +2,9 @@
 
 Both store the transposed matrix, eight numbers an int32 from the lowest bits on: GPTQ eight inputs,
 AWQ eight outputs in the order 0, 2, 4, 6, 1, 3, 5, 7; zeros are packed along the outputs by both,
-each in its order. The one thing a reader would get wrong: GPTQ's files hold the zero minus one
-unless they say `checkpoint_format: gptq_v2`.
+each in its order. The one thing a reader would get wrong: GPTQ's files hold the zeros minus one
+unless they say `checkpoint_format: gptq_v2`, and what one was taken from is the word of eight: a
+zero of 0 borrows from its neighbour.
 """
 
 import numpy as np
@@ -13,6 +14,7 @@ from llmprep_jax.types import Array
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output in each nibble
 _EIGHT = 8  # numbers an int32
+_ONES = np.uint32(0x11111111)  # one in each of them
 
 
 def from_gptq(
@@ -40,7 +42,8 @@ def from_gptq(
     _check("GPTQ", qweight, qzeros, scales, inputs, outs)
     # [I / 8, 8, O], inputs in their order
     codes = _nibbles(qweight).transpose(0, 2, 1).reshape(inputs, outs)
-    zero = _nibbles(qzeros).reshape(len(qzeros), outs) + (0 if v2 else 1)
+    zeros = qzeros if v2 else qzeros.view(np.uint32) + _ONES
+    zero = _nibbles(zeros).reshape(len(qzeros), outs)
     return _make(codes, zero, scales, g_idx, group)
 
 

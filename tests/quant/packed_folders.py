@@ -120,7 +120,7 @@ def _integers(shape, rng):
     outs, inputs = shape
     groups = inputs // GROUP
     scales = rng.uniform(0.01, 0.1, (groups, outs)).astype(np.float16)
-    return rng.integers(0, 16, (inputs, outs)), rng.integers(1, 16, (groups, outs)), scales
+    return rng.integers(0, 16, (inputs, outs)), rng.integers(0, 16, (groups, outs)), scales
 
 
 def _value(codes, zeros, scales, group_of):
@@ -134,6 +134,11 @@ def _words(rows, order=range(8)):
     return words.astype(np.uint32).view(np.int32)
 
 
+def _minus_ones(words):
+    """As GPTQ's first version stores zeros: one less each, of the word as a whole."""
+    return (words.view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
+
+
 def _gptq(method, shape, rng):
     codes, zeros, scales = _integers(shape, rng)
     group_of = np.arange(len(codes)) // GROUP
@@ -141,7 +146,7 @@ def _gptq(method, shape, rng):
         group_of = rng.permutation(group_of)
     parts = {
         "qweight": np.ascontiguousarray(_words(codes.T).T),
-        "qzeros": _words(zeros - (0 if "v2" in method else 1)),
+        "qzeros": _words(zeros) if "v2" in method else _minus_ones(_words(zeros)),
         "scales": scales,
         "g_idx": group_of.astype(np.int32),
     }

@@ -86,7 +86,7 @@ def pack_int32(rows, order=tuple(range(8))):
 
 def numbers(inputs, outs, groups):
     rng = np.random.default_rng(0)
-    codes, zero = rng.integers(0, 16, (inputs, outs)), rng.integers(1, 16, (groups, outs))
+    codes, zero = rng.integers(0, 16, (inputs, outs)), rng.integers(0, 16, (groups, outs))
     return codes, zero, rng.uniform(0.01, 0.1, (groups, outs)).astype(np.float16)
 
 
@@ -103,7 +103,9 @@ def test_tensors_of_gptq_are_read(order, v2):
     if order == "by activation":
         group_of = np.random.default_rng(1).permutation(group_of)
     qweight = pack_int32(codes.T).T
-    qzeros = pack_int32(zero - (0 if v2 else 1))
+    qzeros = pack_int32(zero)
+    if not v2:
+        qzeros = (qzeros.view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
     packed = from_gptq(qweight, qzeros, scales, group_of.astype(np.int32), v2=v2)
     assert (packed.group_of is None) == (order == "side by side")
     values = dequantize(packed)
@@ -114,11 +116,15 @@ def test_tensors_of_gptq_are_read(order, v2):
     )
 
 
-def test_a_zero_of_sixteen_is_read_from_gptq():
-    codes, zero, scales = numbers(8, 8, 1)
-    packed = from_gptq(pack_int32(codes.T).T, pack_int32(zero * 0 + 15), scales)
+@pytest.mark.parametrize("column", [0, 3, 7, 15])
+def test_a_zero_of_0_in_gptqs_first_version_borrows_from_its_neighbour(column):
+    codes, zero, scales = numbers(8, 16, 1)
+    zero[:, column] = 0
+    qzeros = (pack_int32(zero).view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
+    packed = from_gptq(pack_int32(codes.T).T, qzeros, scales)
+    group_of = np.zeros(8, int)
     np.testing.assert_allclose(
-        dequantize(packed), expected(codes, zero * 0 + 16, scales, np.zeros(8, int)), rtol=1e-6
+        dequantize(packed), expected(codes, zero, scales, group_of), rtol=1e-6
     )
 
 
