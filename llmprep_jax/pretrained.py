@@ -32,6 +32,7 @@ from llmprep_jax.sharding import mesh_of, use_mesh
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.checkpoint import all_steps, read_meta, read_params
 from llmprep_jax.weights import hub, receipt, table
+from llmprep_jax.weights.checkpoint import refuse_adapter
 
 FLOATS = ("float32", "bfloat16", "float16")
 DTYPES = (*FLOATS, *KINDS)
@@ -152,7 +153,12 @@ def _stored_dtype(checkpoint: Any) -> str:
 
 def load_processor(path: str | Path) -> Processor:
     """The tokenizer and chat template that go with a model; paths as in `load_model`."""
-    return Processor.from_path(hub.resolve(path))
+    path = hub.resolve(path)
+    try:
+        return Processor.from_path(path)
+    except FileNotFoundError:
+        refuse_adapter(path)  # which may have a tokenizer, or none
+        raise
 
 
 def save_model(

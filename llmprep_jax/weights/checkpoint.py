@@ -54,6 +54,8 @@ class FolderCheckpoint(Checkpoint):
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
+        if not (self.path / "config.json").is_file():
+            refuse_adapter(self.path)
         self.config = read_json(self.path / "config.json")
         self._files = self._open()
 
@@ -89,10 +91,7 @@ class FolderCheckpoint(Checkpoint):
                 " opened; convert them where you trust them: transformers' from_pretrained, then"
                 " save_pretrained(folder)"
             )
-        if (self.path / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{self.path} holds an adapter; load its base model and then peft.load it"
-            )
+        refuse_adapter(self.path)
         raise FileNotFoundError(
             f"{self.path} holds no {SINGLE} and no {INDEX}; give the folder of a model"
         )
@@ -139,6 +138,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, no JSON object")
     return value
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises ValueError when a folder that was taken for a model's holds an adapter."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    base = read_json(path).get("base_model_name_or_path")
+    named = quoted(base) if base else "adapter_config.json does not name it"
+    raise ValueError(
+        f"{folder} holds an adapter; load its base model ({named}) and put the adapter on it:"
+        f" lp.peft.load(model, {str(folder)!r}), in commands adapter={folder}"
+    )
 
 
 def dims(shape: Sequence[int]) -> str:

@@ -24,10 +24,10 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.weights.checkpoint import MISSHAPEN, MISSING, Checkpoint
+from llmprep_jax.weights.names import canonical_names
 
 Table = Mapping[str, tuple[str, str]]
 Index = tuple[Any, ...]  # slices, or an ellipsis
-BUFFERS = (r"rotary_emb\.inv_freq$", r"\.position_ids$")  # in old files; computed, not loaded
 _HEAD, _EMBED = "head.w", "embed.w"  # paths of the two that a model may tie
 _PLACEHOLDER = re.compile(r"\{\w+(?::([\w,]+))?\}")
 _SHOWN = 12  # lines of each kind in an error
@@ -151,7 +151,8 @@ def load(
       dtype: of all parameters; None: each as stored.
       dtypes: (class of Variable, dtype) pairs of those that have one of their own.
       renames: (regex, replacement) pairs that bring the checkpoint's names to the table's.
-      ignore: regexes of tensors (as stored) that are none of this model's.
+      ignore: regexes of tensors, as stored or as the table names them, that are none of this
+        model's.
       progress: called with each parameter's path before it is read.
       pack: gives, for a parameter's path, None or a function of its row and its tensors' stored
         names; the function reads them, and its result takes the parameter's place, unless it is
@@ -162,7 +163,8 @@ def load(
         file has a head that is not the embedding.
     """
     rows = entries(abstract, table)
-    found = _canonical_names(checkpoint, renames, ignore)
+    embed, head = (table[path][0] if path in table else None for path in (_EMBED, _HEAD))
+    found = canonical_names(checkpoint, renames, ignore, embed, head)
     _check(rows, table, found, checkpoint)
     graph, state = nnx.split(abstract)
     flat = []
@@ -191,26 +193,6 @@ def _on_devices(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding
     return jax.sharding.NamedSharding(mesh, jax.P() if sharding is None else sharding.spec)
 
 
-def _canonical_names(
-    checkpoint: Checkpoint, renames: Sequence[tuple[str, str]], ignore: Sequence[str]
-) -> dict[str, str]:
-    """Stored names by the names that tables use."""
-    found: dict[str, str] = {}
-    for stored in checkpoint.names:
-        if any(re.search(pattern, stored) for pattern in (*ignore, *BUFFERS)):
-            continue
-        name = stored
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        if name in found:
-            raise ValueError(
-                f"{checkpoint.path} holds {name} twice, as {found[name]} and as {stored};"
-                " delete one or download it again"
-            )
-        found[name] = stored
-    return found
-
-
 def _check(
     rows: Mapping[str, Entry], table: Table, found: Mapping[str, str], checkpoint: Checkpoint
 ) -> None:
@@ -218,7 +200,7 @@ def _check(
     unexpected = set(found) - set(wanted) - _spare_head(rows, table, found, checkpoint)
     faults = {
         MISSING: sorted(set(wanted) - set(found)),
-        "unexpected": sorted(x for x in unexpected if not checkpoint.is_spare(found[x])),
+        "unexpected": sorted(x for x in map(found.get, unexpected) if not checkpoint.is_spare(x)),
         MISSHAPEN: [],
     }
     for name, row in sorted(wanted.items()):
@@ -226,10 +208,16 @@ def _check(
         for kind, lines in misfits.items():
             faults[kind] = faults.get(kind, []) + lines
     problems = [f"{len(x)} {kind}: {_listed(x)}" for kind, x in faults.items() if x]
+    remedy = "use the config.json that came with them"
+    if len(problems) == 1 and _HEAD in rows and faults[MISSING] == [table[_HEAD][0]]:
+        remedy = (
+            "a base model has no output head: save the whole one by AutoModelForCausalLM, or set"
+            " tie_word_embeddings to true in config.json if its head is the embedding"
+        )
     if problems:
         raise ValueError(
             f"{checkpoint.path}: the weights do not fit the model's config: {'; '.join(problems)};"
-            " use the config.json that came with them"
+            f" {remedy}"
         )
 
 
@@ -332,7 +320,7 @@ def head_is_separate(
     renames: Sequence[tuple[str, str]] = (),
 ) -> bool:
     """True when the file holds an output head that is not the embedding; it wins over "tied"."""
-    found = _canonical_names(checkpoint, renames, ())
+    found = canonical_names(checkpoint, renames, embed=embed_name, head=head_name)
     if head_name not in found or embed_name not in found:
         return False
     return not _equal(checkpoint.read(found[head_name]), checkpoint.read(found[embed_name]))

@@ -116,6 +116,62 @@ def test_older_spellings_of_gemma_load_and_its_vision_tower_is_left_alone(tmp_pa
     np.testing.assert_array_equal(forward(loaded, tokens), forward(model, tokens))
 
 
+def bare(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+SPELLINGS = {
+    "a base model": bare,
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled layers": lambda name: name.replace(".mlp.", "._orig_mod.mlp."),
+    "compiled for several devices": lambda name: f"module._orig_mod.{name}",
+    "of a larger model": lambda name: f"language_model.{name}",
+    "of a larger base model": lambda name: f"language_model.{bare(name)}",
+    "of an encoder": lambda name: name if name == "lm_head.weight" else f"transformer.{bare(name)}",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "spelling"),
+    [
+        *(("qwen2-window", spelling) for spelling in SPELLINGS),
+        ("llama-tied-9-3-heads", "a base model"),
+        ("gemma3", "a base model"),
+        ("deepseek-v3", "a base model"),
+        ("deepseek-v3", "compiled"),
+    ],
+)
+def test_names_are_brought_to_the_table_from_every_wrapping(tmp_path, name, spelling):
+    model = make_model(name)
+    (tmp_path / "config.json").write_text(json.dumps(registry.family_of(model).to_hf(model.cfg)))
+    copies = registry.family_of(model).copies(model.cfg)
+    tensors = dict(table.export(model, model.weights))
+    tensors |= {copy: tensors[original] for copy, original in copies.items()}
+    write_folder(tmp_path, [(SPELLINGS[spelling](name), x) for name, x in tensors.items()])
+    loaded = jax.tree.leaves(nnx.state(lp.load_model(tmp_path)))
+    for ours, theirs in zip(jax.tree.leaves(nnx.state(model)), loaded, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_base_model_that_has_no_head_but_needs_one_is_named(tmp_path):
+    model = make_model("qwen2-window")
+    (tmp_path / "config.json").write_text(json.dumps(registry.family_of(model).to_hf(model.cfg)))
+    tensors = [(bare(name), x) for name, x in table.export(model, model.weights)]
+    write_folder(tmp_path, [(name, x) for name, x in tensors if name != "lm_head.weight"])
+    with pytest.raises(ValueError, match="1 missing: lm_head.weight; a base model") as caught:
+        lp.load_model(tmp_path)
+    assert "tie_word_embeddings" in str(caught.value)
+
+
+def test_a_strange_tensor_is_named_as_it_is_stored(tmp_path):
+    model = make_model("qwen2-window")
+    (tmp_path / "config.json").write_text(json.dumps(registry.family_of(model).to_hf(model.cfg)))
+    tensors = [(bare(name), x) for name, x in table.export(model, model.weights)]
+    write_folder(tmp_path, [*tensors, ("score.weight", np.zeros(2, np.float32))])
+    with pytest.raises(ValueError, match="1 unexpected: score.weight;"):
+        lp.load_model(tmp_path)
+
+
 def test_saving_from_a_mesh_gathers_every_shard(tmp_path):
     model = make_model("llama-tied-9-3-heads")
     plain = lp.save_model(model, tmp_path / "plain")

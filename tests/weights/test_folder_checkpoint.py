@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import llmprep_jax as lp
 from llmprep_jax.weights.checkpoint import FolderCheckpoint
 from llmprep_jax.weights.safetensors import write_file, write_folder
 from tests.weights.samples import check_message
@@ -122,7 +123,17 @@ def test_safetensors_beside_pickles_are_read(tmp_path):
     assert len(FolderCheckpoint(tmp_path).names) == 4
 
 
-def test_an_adapter_is_told_from_a_model(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert "holds an adapter; load its base model" in refused(tmp_path)
+@pytest.mark.parametrize("base", [None, "org/base"])
+@pytest.mark.parametrize("has_config", [True, False])
+def test_an_adapter_is_told_from_a_model(tmp_path, has_config, base):
+    if has_config:
+        (tmp_path / "config.json").write_text("{}")
+    config = json.dumps({"base_model_name_or_path": base})
+    (tmp_path / "adapter_config.json").write_text(config)
+    message = refused(tmp_path)
+    assert "holds an adapter; load its base model" in message
+    assert ("adapter_config.json does not name it" if base is None else "('org/base')") in message
+    assert f"adapter={tmp_path}" in message
+    for load in (lp.load_model, lp.load_processor):
+        with pytest.raises(ValueError, match="holds an adapter; load its base model"):
+            load(tmp_path)
