@@ -32,7 +32,7 @@ from llmprep_jax.sharding import mesh_of, use_mesh
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.checkpoint import all_steps, read_meta, read_params
 from llmprep_jax.weights import hub, receipt, table
-from llmprep_jax.weights.checkpoint import refuse_adapter
+from llmprep_jax.weights.folder import refuse_adapter
 
 FLOATS = ("float32", "bfloat16", "float16")
 DTYPES = (*FLOATS, *KINDS)

@@ -39,7 +39,7 @@ from llmprep_jax.peft.targets import (
     stacked,
 )
 from llmprep_jax.sharding import spec
-from llmprep_jax.weights.checkpoint import read_json
+from llmprep_jax.weights.folder import read_json
 from llmprep_jax.weights.receipt import probe_difference, save_folder
 from llmprep_jax.weights.safetensors import SafetensorsFile
 from llmprep_jax.weights.table import Entry, export

@@ -25,7 +25,7 @@ from llmprep_jax.quant.kinds import quantize
 from llmprep_jax.quant.layouts import FLOATS, Layout, layout_of
 from llmprep_jax.quant.linear import expert_spec, find_layers, is_dense, matrix_eqn, to_matrix
 from llmprep_jax.quant.packed import Packed, dequantize
-from llmprep_jax.weights.checkpoint import MISSHAPEN, MISSING, Checkpoint, dims
+from llmprep_jax.weights.folder import MISSHAPEN, MISSING, Checkpoint, dims
 from llmprep_jax.weights.table import Entry, Pack
 
 _quantize = jax.jit(quantize, static_argnums=1)

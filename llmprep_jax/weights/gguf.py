@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llmprep_jax.weights.checkpoint import Checkpoint
+from llmprep_jax.weights.folder import Checkpoint
 from llmprep_jax.weights.gguf_file import GgufFile, GgufTensor
 from llmprep_jax.weights.safetensors import one_line, quoted
 

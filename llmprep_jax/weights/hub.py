@@ -8,7 +8,7 @@ import difflib
 import re
 from pathlib import Path
 
-from llmprep_jax.weights.checkpoint import Checkpoint, FolderCheckpoint
+from llmprep_jax.weights.folder import Checkpoint, FolderCheckpoint
 from llmprep_jax.weights.gguf import GgufCheckpoint
 from llmprep_jax.weights.safetensors import one_line
 

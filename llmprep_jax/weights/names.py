@@ -9,7 +9,7 @@ tensor that the model has no place for is still found out.
 import re
 from collections.abc import Sequence
 
-from llmprep_jax.weights.checkpoint import Checkpoint
+from llmprep_jax.weights.folder import Checkpoint
 
 BUFFERS = (r"rotary_emb\.inv_freq$", r"\.position_ids$")  # in old files; computed, not loaded
 _WRAPPERS = re.compile(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.weights.checkpoint import MISSHAPEN, MISSING, Checkpoint
+from llmprep_jax.weights.folder import MISSHAPEN, MISSING, Checkpoint
 from llmprep_jax.weights.names import canonical_names
 
 Table = Mapping[str, tuple[str, str]]

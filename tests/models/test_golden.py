@@ -14,7 +14,7 @@ from flax import nnx
 from llmprep_jax.models import registry
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.weights import table
-from llmprep_jax.weights.checkpoint import Checkpoint
+from llmprep_jax.weights.folder import Checkpoint
 
 FOLDER = Path(__file__).parent.parent / "golden"
 names = pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "deepseek_v2", "deepseek_v3"])

@@ -17,7 +17,7 @@ from transformers.modeling_layers import MtpModel
 
 import llmprep_jax as lp
 from llmprep_jax.nn.attention import Tokens
-from llmprep_jax.weights.checkpoint import FolderCheckpoint
+from llmprep_jax.weights.folder import FolderCheckpoint
 from llmprep_jax.weights.safetensors import write_folder
 from tests.parity import torch_models
 

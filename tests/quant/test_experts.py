@@ -21,7 +21,7 @@ from llmprep_jax.quant import packed_layers, quantize_model
 from llmprep_jax.quant.linear import QuantExperts
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.weights import table
-from llmprep_jax.weights.checkpoint import FolderCheckpoint
+from llmprep_jax.weights.folder import FolderCheckpoint
 from llmprep_jax.weights.safetensors import write_folder
 from tests.models.tiny import CONFIGS, forward, make_tokens, random_model
 

@@ -193,7 +193,7 @@ def test_saving_writes_the_bytes_that_were_loaded(folders, method, tmp_path):
     saved = lp.save_model(lp.load_model(path), tmp_path / "saved")
     receipt = json.loads((saved / "llmprep_receipt.json").read_text())
     assert receipt["measured_difference"] == 0
-    found = lp.weights.checkpoint.FolderCheckpoint(saved)
+    found = lp.weights.folder.FolderCheckpoint(saved)
     assert sorted(found.names) == sorted(made.tensors)
     for name, value in made.tensors.items():
         if "quant_state" in name:  # a JSON text, whose spaces may differ

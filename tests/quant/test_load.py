@@ -19,7 +19,7 @@ from llmprep_jax.quant import QuantEinsum, packed_layers, quantize_model
 from llmprep_jax.quant import folder as packed_folder
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.weights import table
-from llmprep_jax.weights.checkpoint import FolderCheckpoint
+from llmprep_jax.weights.folder import FolderCheckpoint
 from llmprep_jax.weights.safetensors import write_folder
 from tests.models.tiny import CONFIGS, forward, make_tokens, random_model
 

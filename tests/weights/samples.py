@@ -13,7 +13,7 @@ from flax import nnx
 
 from llmprep_jax.nn.param import Buffer, Param, param
 from llmprep_jax.nn.stack import stack
-from llmprep_jax.weights.checkpoint import Checkpoint
+from llmprep_jax.weights.folder import Checkpoint
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 L, D, N, H, F, V = 3, 8, 4, 2, 6, 16

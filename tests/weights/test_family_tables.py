@@ -14,7 +14,7 @@ from llmprep_jax.models import registry
 from llmprep_jax.nn.param import RouterBias
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.weights import table
-from llmprep_jax.weights.checkpoint import FolderCheckpoint
+from llmprep_jax.weights.folder import FolderCheckpoint
 from llmprep_jax.weights.safetensors import SafetensorsFile, write_folder
 from tests.models import tiny
 from tests.models.tiny import CONFIGS, forward, make_tokens

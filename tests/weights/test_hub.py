@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 
 from llmprep_jax.weights import hub
-from llmprep_jax.weights.checkpoint import FolderCheckpoint
+from llmprep_jax.weights.folder import FolderCheckpoint
 from llmprep_jax.weights.gguf import GgufCheckpoint
 from llmprep_jax.weights.safetensors import write_folder
 from tests.weights.test_gguf_weights import write

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprep_jax.weights.checkpoint import FolderCheckpoint
+from llmprep_jax.weights.folder import FolderCheckpoint
 from llmprep_jax.weights.safetensors import DTYPES, SafetensorsFile, write_file, write_folder
 from tests.weights.samples import BF16, check_message, entry, file_bytes
 

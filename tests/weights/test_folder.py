@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import llmprep_jax as lp
-from llmprep_jax.weights.checkpoint import FolderCheckpoint
+from llmprep_jax.weights.folder import FolderCheckpoint
 from llmprep_jax.weights.safetensors import write_file, write_folder
 from tests.weights.samples import check_message
 
