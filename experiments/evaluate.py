@@ -19,17 +19,18 @@ import json
 import pathlib
 from typing import Literal
 
-import jax
 import rich.console
 
 import llmprep_jax as lp
 from configs.meshes import get_mesh
-from llmprep_jax import data
+from llmprep_jax import data, processes
 from llmprep_jax.cli import Outputs, run
 from llmprep_jax.config import UsageError, override, print_config, split_arguments, to_dict
 from llmprep_jax.evaluate.perplexity import perplexity
+from llmprep_jax.processes import Processes
 from llmprep_jax.sharding import use_mesh
 from llmprep_jax.text.chat import encode_chat
+from llmprep_jax.train.step import own_rows
 
 console = rich.console.Console()
 
@@ -48,6 +49,7 @@ class EvaluateConfig:
       mesh: a name in configs/meshes.py.
       max_batches: at most so many; None: all.
       loss_chunk: positions of each row whose logits exist at one time; None: all.
+      processes: where this process stands among several; as of experiments.train.
       out: the JSON file.
     """
 
@@ -60,6 +62,7 @@ class EvaluateConfig:
     mesh: str | None = None
     max_batches: int | None = None
     loss_chunk: int | None = None
+    processes: Processes = dataclasses.field(default_factory=Processes)
     out: pathlib.Path = pathlib.Path("runs/perplexity.json")
 
 
@@ -69,17 +72,24 @@ def main(arguments: list[str]) -> Outputs:
         raise UsageError(f"give a model and a data file, not {len(given)} arguments")
     cfg = EvaluateConfig(model=given[0], data=data.DataConfig(paths=(given[1],)))
     cfg = override(cfg, overrides)
+    processes.start(cfg.processes)
+    console.quiet = not processes.is_writer()
     print_config(cfg, console)
+    processes.refuse_apart(cfg.mesh)
     with use_mesh(get_mesh(cfg.mesh)):
         found = measure(cfg)
     console.print(
         f"{found.nll:.4f} nats a token, perplexity {found.perplexity:,.3f} over "
         f"{found.tokens:,} tokens"
     )
-    cfg.out.parent.mkdir(parents=True, exist_ok=True)
     result = {**found._asdict(), "settings": to_dict(cfg)}
-    cfg.out.write_text(json.dumps(result, indent=2) + "\n")
+    processes.by_one(lambda: write(cfg.out, result))
     return {"result": cfg.out}
+
+
+def write(path: pathlib.Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def measure(cfg: EvaluateConfig):
@@ -92,8 +102,7 @@ def measure(cfg: EvaluateConfig):
         functools.partial(encode_chat, tokenizer),
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id or 0,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=own_rows(cfg.data.batch_size),
         split=cfg.split,
     )
     model = lp.load_model(cfg.model, dtype=cfg.dtype, mesh=mesh)

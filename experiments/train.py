@@ -5,8 +5,10 @@
 
 CONFIG is a Python file whose get_config() returns a RunConfig; a.b=c changes a field of it. The
 same command again goes on from the last checkpoint, to the bit. SIGTERM saves and ends with exit
-code 0. Outputs in `out`: run.json, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/, and
-adapter/ in PEFT's format where an adapter was trained.
+code 0. On a cluster (SLURM, GKE, a TPU pod) each host runs this command; on plain machines each
+with processes.coordinator=HOST:PORT processes.count=2 processes.index=0, the other with index=1.
+Outputs in `out`: run.json, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/, and adapter/ in
+PEFT's format where an adapter was trained.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -20,6 +22,7 @@ from flax import nnx
 
 import llmprep_jax as lp
 from configs.meshes import get_mesh
+from llmprep_jax import processes
 from llmprep_jax.cli import Outputs, run
 from llmprep_jax.config import UsageError, load_config, print_config, split_arguments
 from llmprep_jax.models import registry
@@ -30,7 +33,7 @@ from llmprep_jax.train.metrics import count_flops
 from llmprep_jax.train.monitor import METRICS_FILE
 from llmprep_jax.train.run import RunConfig, claim_folder, describe_data, make_meta, padding_share
 from llmprep_jax.train.state import count
-from llmprep_jax.train.step import check_rows
+from llmprep_jax.train.step import own_rows
 from llmprep_jax.train.trainer import Trainer
 
 console = rich.console.Console()
@@ -43,10 +46,13 @@ def main(arguments: list[str]) -> Outputs:
     cfg = load_config(paths[0], overrides)
     if not isinstance(cfg, RunConfig):
         raise UsageError(f"{paths[0]} returns a {type(cfg).__name__}, no RunConfig")
+    processes.start(cfg.processes)
+    console.quiet = not processes.is_writer()
     print_config(cfg, console)
+    mesh = get_mesh(cfg.mesh)
+    processes.refuse_apart(mesh)
     for change in claim_folder(cfg):
         console.print(f"changed since the run began: {change}", markup=False)
-    mesh = get_mesh(cfg.mesh)
     with use_mesh(mesh):
         result = train(cfg, mesh)
         outputs = {"run": cfg.out, "metrics": cfg.out / METRICS_FILE}
@@ -61,13 +67,13 @@ def main(arguments: list[str]) -> Outputs:
 
 def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
     """Builds model and data, and fits one to the other."""
-    check_rows(cfg.data.batch_size // cfg.accumulate)
+    own_rows(cfg.data.batch_size, cfg.accumulate)  # refuses rows that do not part
     processor = lp.load_processor(cfg.tokenizer or cfg.model)
     if cfg.chat_template is not None:
         processor.tokenizer.read_chat_template(cfg.chat_template)
     model = build_model(cfg, mesh)
     processor.tokenizer.check_vocab(model.cfg.vocab_size)
-    processor.save(cfg.out / "tokenizer")
+    processes.by_one(lambda: processor.save(cfg.out / "tokenizer"))
     batches, evaluate = open_data(cfg, processor)
     trainer = make_trainer(cfg, model)
     describe(cfg, model, trainer)
@@ -82,7 +88,7 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
         console=console,
     )
     rows_of_tokens = cfg.data.batch_size * cfg.data.seq_len
-    if jax.process_index() == 0:
+    if processes.is_writer():
         padding = padding_share(cfg.out / METRICS_FILE, rows_of_tokens)
         console.print(describe_data(batches.report(), padding), soft_wrap=True, highlight=False)
     return result

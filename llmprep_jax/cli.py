@@ -15,7 +15,7 @@ from typing import Any
 
 import rich.console
 
-from llmprep_jax import interrupts
+from llmprep_jax import interrupts, processes
 from llmprep_jax.config import UsageError
 
 Outputs = Mapping[str, Any]
@@ -43,7 +43,8 @@ def run(
     debug = "--debug" in arguments
     try:
         outputs = main([argument for argument in arguments if argument != "--debug"])
-        show_outputs(outputs or {})
+        if processes.is_writer():
+            show_outputs(outputs or {})
         sys.stdout.flush()
     except interrupts.Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -55,9 +56,11 @@ def run(
         raise SystemExit(128 + signal.SIGPIPE) from None
     except (KeyboardInterrupt, Exception) as error:
         code, message = explain(error)
-        if debug or message is None:
-            traceback.print_exc()
-        print(f"error: {message or error}", file=sys.stderr)
+        if processes.is_first_to_fail(message or str(error)):
+            if debug or message is None:
+                traceback.print_exc()
+            print(f"error: {message or error}", file=sys.stderr)
+        processes.leave(code)
         raise SystemExit(code) from None
     raise SystemExit(0)
 

@@ -20,6 +20,7 @@ from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.loop import Evaluate
 from llmprep_jax.train.losses import next_token_loss, training_loss
 from llmprep_jax.train.run import RunConfig
+from llmprep_jax.train.step import own_rows
 from llmprep_jax.train.trainer import Trainer
 
 
@@ -44,16 +45,13 @@ def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evalu
         "encode_chat": functools.partial(encode_chat, tokenizer),
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id or 0,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
     }
-    batches = data.build(cfg.data, **settings)
-    if cfg.eval_data is not None:
-        held_out = data.evaluation_batches(cfg.eval_data, **settings, split="all")
-    elif cfg.data.holdout:
-        held_out = data.evaluation_batches(cfg.data, **settings)
-    else:
+    batches = data.build(cfg.data, **settings, rows=own_rows(cfg.data.batch_size, cfg.accumulate))
+    if cfg.eval_data is None and not cfg.data.holdout:
         return batches, None
+    held, split = cfg.eval_data or cfg.data, "heldout" if cfg.eval_data is None else "all"
+    settings |= {"rows": own_rows(held.batch_size), "split": split}
+    held_out = data.evaluation_batches(held, **settings)
 
     def evaluate(model: nnx.Module) -> dict[str, float]:
         found = perplexity(model, held_out, max_batches=cfg.eval_batches, chunk=cfg.loss_chunk)

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -167,6 +167,28 @@ def spec(*axes: str | None, shape: Sequence[int] | None = None) -> jax.P | None:
             del free[name]
         dims.append(taken if len(taken) > 1 else taken[0])
     return jax.P(*dims)
+
+
+class Shards(NamedTuple):
+    """In how many parts the rows of a batch lie over all devices, and which of them are here."""
+
+    count: int
+    own: tuple[int, ...]
+
+
+def batch_shards() -> Shards:
+    """The parts of a batch under the mesh in force, and those that this process's devices hold.
+
+    They follow from the sharding alone: two processes whose devices lie along the tensor axis hold
+    the same rows.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return Shards(1, (0,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec("batch")))
+    count = mesh.size // sharding.shard_shape((mesh.size,))[0]
+    indices = sharding.addressable_devices_indices_map((count,)).values()
+    return Shards(count, tuple(sorted({rows.start or 0 for (rows,) in indices})))
 
 
 def sharding_of(x: jax.Array) -> jax.sharding.NamedSharding | None:

@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BASE = {"types", "sharding"}  # what everything below the families may use
+BASE = {"types", "sharding", "processes"}  # what everything below the families may use
 # top-level module or folder of llmprep_jax: what else of the package it may import
 MAY_IMPORT = {
     "types": set(),
     "sharding": set(),
+    "processes": set(),
     "values": set(),
     "near_names": set(),
     "config": {"values", "near_names"},
     "interrupts": set(),
-    "cli": {"config", "interrupts"},
+    "cli": {"config", "interrupts", "processes"},
     "kernels": set(),
     "nn": {"kernels", *BASE},
     "models": {"nn", *BASE},

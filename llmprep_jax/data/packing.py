@@ -230,26 +230,38 @@ class _StreamIterator(_RowIterator):
 
 
 def make_batch(
-    rows: Sequence[Row], num_rows: int, seq_len: int, pad_id: int = 0
+    rows: Sequence[Row],
+    num_rows: int,
+    seq_len: int,
+    pad_id: int = 0,
+    own: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Rows as arrays; rows that lack are padding.
 
+    Args:
+      num_rows: of the whole batch.
+      own: numbers of those that become arrays, on this process; None: all.
+
     Returns:
-      tokens, targets, positions, segment_ids int32 and loss_mask float32, [B, T]; doc_ids int64 [B,
-      M], -1 where a row has fewer than M segments.
+      tokens, targets, positions, segment_ids int32 and loss_mask float32, [B, T] of `own`; doc_ids
+      int64 [B, M] of all rows, so that any process can name them; -1 where a row has fewer than M
+      segments.
     """
-    shape = (num_rows, seq_len)
+    own = range(num_rows) if own is None else own
+    shape = (len(own), seq_len)
     tokens_BT, targets_BT = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
     positions_BT, segments_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     mask_BT = np.zeros(shape, np.float32)
     ids_BM = np.full((num_rows, max([1, *map(len, rows)])), -1, np.int64)
-    for b, row in enumerate(rows):
+    for number, row in enumerate(rows):
+        ids_BM[number, : len(row)] = [piece.doc_id for piece in row]
+    for b, number in enumerate(own):
         at = 0
-        for m, piece in enumerate(row):
+        for m, piece in enumerate(rows[number] if number < len(rows) else ()):
             part = (b, slice(at, at + len(piece)))
             tokens_BT[part], targets_BT[part] = piece.tokens, piece.targets
             positions_BT[part], segments_BT[part] = np.arange(len(piece)), m + 1
-            mask_BT[part], ids_BM[b, m] = piece.counts, piece.doc_id
+            mask_BT[part] = piece.counts
             at += len(piece)
     return {
         "tokens": tokens_BT,

@@ -2,7 +2,9 @@
 
 Everything is a function of the config and of the place reached, so `get_state` and `set_state`
 continue a stream bit for bit. The one thing a reader would get wrong: weights are shares of rows,
-hence of tokens, not of documents, and `batch_size` counts the rows of all processes together.
+hence of tokens, not of documents, and `batch_size` counts the rows of all processes together. Every
+process reads and encodes all documents and makes arrays of its own rows alone, so that order and
+place are the same however many processes there are.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ import numpy as np
 
 from llmprep_jax.data.documents import Document, Source, is_held_out
 from llmprep_jax.data.encoding import COUNTS, EncodeChat, Encoder, EncodeText, Overlong
-from llmprep_jax.data.packing import Packed, Row, Stream, make_batch
+from llmprep_jax.data.packing import Packed, Stream, make_batch
 from llmprep_jax.data.sources import SourceOptions, open_source
 
 Split = Literal["train", "heldout", "all"]
@@ -173,8 +175,8 @@ class Batches:
 
     Each batch is a dict of numpy arrays [B, T], B being this process's rows: tokens, targets,
     positions, segment_ids (int32; 1, 2, ... for the documents of a row, 0 for padding) and
-    loss_mask (float32), and doc_ids [B, M] (int64, -1 where there are fewer than M), which `name`
-    explains. The last batch of finite data is filled up with padding.
+    loss_mask (float32), and doc_ids [B, M] of the rows of all processes (int64, -1 where there are
+    fewer than M), which `name` explains. The last batch of finite data is filled up with padding.
     """
 
     def __init__(
@@ -197,7 +199,7 @@ class Batches:
 
     @property
     def num_documents(self) -> int:
-        """Documents of an epoch, over all processes."""
+        """Documents of an epoch."""
         return sum(map(len, self._documents))
 
     def __iter__(self) -> "Batches":
@@ -214,7 +216,7 @@ class Batches:
             raise
 
     def get_state(self) -> dict[str, Any]:
-        """The place after the last batch given out, as plain JSON."""
+        """The place after the last batch given out, as plain JSON; of all processes alike."""
         return {"of": self._identity, "position": _plain(self._iterator.get_state())}
 
     def set_state(self, state: Any) -> None:
@@ -298,59 +300,47 @@ def build(
     *,
     eos_id: int | None,
     pad_id: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     split: Split = "train",
 ) -> Batches:
-    """The batches that a run trains on; this process's share of them.
-
-    Each epoch parts the documents over the processes. With `num_epochs` the processes may differ in
-    how many batches they have, so runs of several processes end by steps.
+    """The batches that a run trains on.
 
     Args:
       encode: text to ids, BOS included where the model wants it.
       encode_chat: messages to (ids, True where the assistant speaks).
       eos_id: put after plain text that does not end in it; None: nothing is.
       pad_id: of padding; any id does, since nothing counts there.
+      rows: numbers of the rows of each batch that become arrays, on this process
+        (`train.step.own_rows`); None: all.
 
     Raises:
       FileNotFoundError: a path is not there.
       ValueError: no document, a broken document, or settings that do not go together.
     """
-    local = _local_rows(cfg, process_index, process_count)
     groups = _open_documents(cfg, split)
     packs = []
     for number, documents in enumerate(groups):
-        if len(documents) < process_count:
-            raise ValueError(
-                f"{documents.title}: {len(documents)} documents do not part over "
-                f"{process_count} processes"
-            )
         order = grain.MapDataset.source(documents)
         if cfg.shuffle:
             order = order.shuffle(seed=_seed_of(cfg.seed, number))
-        order = order[process_index::process_count]
-        size = len(order)
         order = order.repeat(cfg.num_epochs)
         encoder = _make_encoder(cfg, encode, encode_chat, eos_id)
         seed = _seed_of(cfg.seed, number) if cfg.shuffle else None
-        packs.append(_pack(cfg, order.map(encoder), size, seed))
-    rows = grain.IterDataset.mix(packs, cfg.weights) if cfg.weights else packs[0]
-    finish = functools.partial(make_batch, num_rows=local, seq_len=cfg.seq_len, pad_id=pad_id)
-    dataset = _prefetched(cfg, rows.batch(local, batch_fn=finish))
-    identity = _identify(cfg, groups, split, process_index, process_count)
-    return Batches(dataset, packs, groups, identity)
+        packs.append(_pack(cfg, order.map(encoder), len(documents), seed))
+    packed = grain.IterDataset.mix(packs, cfg.weights) if cfg.weights else packs[0]
+    dataset = _prefetched(cfg, _batched(cfg, packed, pad_id, rows))
+    return Batches(dataset, packs, groups, _identify(cfg, groups, split))
 
 
-def _local_rows(cfg: DataConfig, process_index: int, process_count: int) -> int:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"there is no process {process_index} of {process_count}")
-    if cfg.batch_size % process_count:
-        raise ValueError(
-            f"batch_size={cfg.batch_size} does not part over {process_count} processes; "
-            "give a multiple"
-        )
-    return cfg.batch_size // process_count
+def _batched(
+    cfg: DataConfig, packed: grain.IterDataset, pad_id: int, rows: Sequence[int] | None
+) -> grain.IterDataset:
+    """Batches of packed rows, of which `rows` become arrays."""
+    size = cfg.batch_size
+    finish = functools.partial(
+        make_batch, num_rows=size, seq_len=cfg.seq_len, pad_id=pad_id, own=rows
+    )
+    return packed.batch(size, batch_fn=finish)
 
 
 def _seed_of(seed: int, number: int) -> int:
@@ -384,16 +374,13 @@ def _prefetched(cfg: DataConfig, dataset: grain.IterDataset) -> grain.IterDatase
     return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=cfg.prefetch)
 
 
-def _identify(
-    cfg: DataConfig, groups: Sequence[Documents], split: Split, process_index: int, count: int
-) -> dict[str, Any]:
+def _identify(cfg: DataConfig, groups: Sequence[Documents], split: Split) -> dict[str, Any]:
     """What a place in the data depends on; not the paths: folders move, typos are corrected."""
     keys = ("weights", "seq_len", "batch_size", "packing", "pack_window", "mask", "overlong")
     keys = (*keys, "shuffle", "seed", "num_epochs", "holdout")
     settings = {key: getattr(cfg, key) for key in keys}
     sizes = [[len(documents), len(documents.ids)] for documents in groups]
-    parts = {"split": split, "process_index": process_index, "process_count": count}
-    return {"documents": sizes, **settings, **parts}
+    return {"documents": sizes, **settings, "split": split}
 
 
 class EvaluationBatches:
@@ -408,7 +395,7 @@ class EvaluationBatches:
 
     @property
     def num_documents(self) -> int:
-        """Documents of the pass, over all processes."""
+        """Documents of the pass."""
         return self._last.num_documents
 
     def report(self) -> dict[str, Any]:
@@ -423,32 +410,23 @@ def evaluation_batches(
     *,
     eos_id: int | None,
     pad_id: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     split: Split = "heldout",
 ) -> EvaluationBatches:
     """All documents of a split once, in order, without weights.
 
-    Every process has the same number of batches, its rows of each, since it packs all documents and
-    keeps its own rows.
-
     Args and errors are those of `build`.
     """
-    local = _local_rows(cfg, process_index, process_count)
     cfg = dataclasses.replace(cfg, weights=None, shuffle=False, num_epochs=1)
     groups = _open_documents(cfg, split)
     encoder = _make_encoder(cfg, encode, encode_chat, eos_id)
-    identity = _identify(cfg, groups, split, process_index, process_count)
-
-    def finish(rows: list[Row]) -> Batch:
-        own = rows[process_index * local : (process_index + 1) * local]
-        return make_batch(own, local, cfg.seq_len, pad_id)
+    identity = _identify(cfg, groups, split)
 
     def make() -> Batches:
         (documents,) = groups
         encoded = grain.MapDataset.source(documents).map(encoder)
         pack = _pack(cfg, encoded, len(documents), None)
-        dataset = _prefetched(cfg, pack.batch(cfg.batch_size, batch_fn=finish))
+        dataset = _prefetched(cfg, _batched(cfg, pack, pad_id, rows))
         return Batches(dataset, [pack], groups, identity)
 
     return EvaluationBatches(make)

@@ -19,6 +19,7 @@ from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft.targets import Place, plain
 from llmprep_jax.peft.tuned import modules_of
 from llmprep_jax.sharding import has_mesh
+from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.safetensors import SafetensorsFile
 
 KINDS = ("none", "lora_only", "all")
@@ -106,7 +107,7 @@ def read(model: nnx.Module, names: Names, file: SafetensorsFile, prefix: str) ->
     def visit(path: tuple, node: Any) -> Any:
         name = ".".join(map(str, path)).removesuffix(".base")
         if isinstance(node, Einsum) and name in names:
-            array = np.array(node.b[...])
+            array = np.array(to_host(node.b[...]))
             for place, stored in names[name].items():
                 array[(*place, ...)] = rows[name]["b"].to_ours(file.read(prefix + stored))
             sharding = node.b[...].sharding if has_mesh() else None

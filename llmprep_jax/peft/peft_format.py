@@ -40,6 +40,7 @@ from llmprep_jax.peft.targets import (
 )
 from llmprep_jax.sharding import spec
 from llmprep_jax.weights.folder import read_json
+from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.receipt import probe_difference, save_folder
 from llmprep_jax.weights.safetensors import SafetensorsFile
 from llmprep_jax.weights.table import Entry, export
@@ -131,7 +132,7 @@ def _shared_tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
     """(PEFT's name, array) of what all layers share."""
     adapted = next(iter(adapter.adapters(model).values()))
     for name, theirs in getattr(adapted.method, "shared", {}).items():
-        yield theirs, np.asarray(jax.device_get(getattr(adapted, name)[...]))
+        yield theirs, to_host(getattr(adapted, name)[...])
 
 
 def _tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:

@@ -17,6 +17,7 @@ from flax import nnx
 from llmprep_jax.nn.linear import Head
 from llmprep_jax.peft.targets import Targets
 from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.safetensors import SafetensorsFile
 
 EMBED, HEAD = "embed", "head"  # paths of the two that a model may tie
@@ -115,7 +116,7 @@ def check(model: nnx.Module, file: SafetensorsFile, prefix: str) -> None:
     for name in _base_tables(model, file, prefix):
         is_head = name.startswith(prefix + model.weights[f"{HEAD}.w"][0].removesuffix("weight"))
         table = model.embed if is_tied(model) or not is_head else model.head
-        ours, theirs = np.asarray(jax.device_get(table.w[...])), file.read(name)
+        ours, theirs = to_host(table.w[...]), file.read(name)
         ours = ours.T if table is not model.embed else ours
         if ours.shape != theirs.shape or np.any(ours != theirs.astype(ours.dtype)):
             raise ValueError(

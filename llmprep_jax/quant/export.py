@@ -21,6 +21,7 @@ from llmprep_jax.quant.int8 import LARGEST
 from llmprep_jax.quant.linear import find_layers, packed_layers
 from llmprep_jax.quant.packed import Packed
 from llmprep_jax.weights import table
+from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.table import Entry, Table
 
 _REMEDY = "save lp.quant.dequantize_model(model)"
@@ -54,7 +55,7 @@ def tensors(model: nnx.Module, names: Table) -> Iterator[tuple[str, np.ndarray]]
     for path, layer in layers.items():
         stack = layer.packed
         for place, name in _row(path, layer, names).names().items():
-            one = jax.tree.map(lambda x: np.asarray(x[place]), stack)  # noqa: B023
+            one = jax.tree.map(lambda x: to_host(x, place), stack)  # noqa: B023
             yield from _TENSORS[stack.kind](one, name, dtype).items()
 
 

@@ -2,7 +2,7 @@
 
 One folder a step with five items: `params` (what is trained, nothing else: the frozen base stays
 where it was loaded from, and `meta` says where), `optim` (moments, step, key), `ema`, `data` (the
-state of the data iterator of each process) and `meta` (JSON from which the model can be rebuilt).
+place in the data, one for all processes) and `meta` (JSON from which the model can be rebuilt).
 Orbax writes a step aside and renames it, so a kill leaves the last whole one. The one thing a
 reader would get wrong: saving does not copy; the arrays are read while the next step runs, which
 therefore cannot reuse their memory and allocates it anew, once a checkpoint.
@@ -17,15 +17,14 @@ import pathlib
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from llmprep_jax import processes
 from llmprep_jax.train.offload import retype
 from llmprep_jax.train.state import TrainState, path_name
 
@@ -79,9 +78,7 @@ class Checkpoints:
         self._deletion: threading.Thread | None = None
         self.best: int | None = None
         _silence_orbax()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            _remove_leftovers(self.folder)
+        processes.by_one(lambda: _prepare(self.folder))
         keep = [ocp.checkpoint_managers.LatestN(cfg.keep_last)]
         if cfg.keep_every:
             keep.append(ocp.checkpoint_managers.EveryNSteps(cfg.keep_every))
@@ -98,6 +95,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None and processes.are_several():
+            return  # a save under way ends with all processes, and the others wait for this one
         try:
             self.wait()
         except OSError:
@@ -123,7 +122,7 @@ class Checkpoints:
         step = int(state.step)
         items = {
             **{name: ocp.args.PyTreeSave(tree) for name, tree in _to_items(state).items()},
-            "data": ocp.args.JsonSave({"processes": _gather(json.dumps(data_state))}),
+            "data": ocp.args.JsonSave({"place": data_state}),
             "meta": ocp.args.JsonSave(self._meta | {"step": step}),
         }
         with self._explained():
@@ -152,11 +151,10 @@ class Checkpoints:
           abstract: of `abstract_of`, on the mesh that the run is on now.
 
         Returns:
-          The state, and the data state that this process saved.
+          The state, and the data state that was saved with it.
 
         Raises:
-          ValueError: the checkpoint is of another model or optimizer, of another number of
-            processes, or does not read.
+          ValueError: the checkpoint is of another model or optimizer, or does not read.
         """
         path = self.folder / str(step)
         targets = _to_items(abstract)
@@ -167,14 +165,8 @@ class Checkpoints:
             items = self._manager.restore(
                 step, args=ocp.args.Composite(**args, data=ocp.args.JsonRestore())
             )
-        states = items["data"]["processes"]
-        if len(states) != jax.process_count():
-            raise ValueError(
-                f"{path} was saved by {len(states)} processes, not {jax.process_count()}; "
-                "the data can go on only in as many parts"
-            )
         restored = {name: retype(items[name]) for name in targets}
-        return _from_items(restored, abstract), json.loads(states[jax.process_index()])
+        return _from_items(restored, abstract), _place_in_data(path, items["data"])
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -195,7 +187,7 @@ class Checkpoints:
     def _empty_bin(self) -> None:
         """Deletes what Orbax put aside, in a thread: unlinking takes 0.1 s a GB."""
         self._join_deletion()
-        if jax.process_index() == 0 and (self.folder / _DELETED).is_dir():
+        if processes.is_writer() and (self.folder / _DELETED).is_dir():
             self._deletion = threading.Thread(target=_delete, args=(self.folder / _DELETED,))
             self._deletion.start()
 
@@ -225,8 +217,9 @@ def _open_manager(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager
     )
 
 
-def _remove_leftovers(folder: pathlib.Path) -> None:
-    """What a killed run had not finished to write or to delete."""
+def _prepare(folder: pathlib.Path) -> None:
+    """Makes the folder, without what a killed run had not finished to write or to delete."""
+    folder.mkdir(parents=True, exist_ok=True)
     for path in [*folder.glob(_PARTIAL), folder / _DELETED]:
         _delete(path)
 
@@ -331,16 +324,16 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def _gather(text: str) -> Sequence[str]:
-    """The texts of all processes, by process index."""
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(data)] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+def _place_in_data(path: pathlib.Path, saved: dict[str, Any]) -> Any:
+    """The data state of a checkpoint, also of one from before places were the same everywhere."""
+    if "place" in saved:
+        return saved["place"]
+    if len(saved["processes"]) > 1:
+        raise ValueError(
+            f"{path} is of an earlier version, whose {len(saved['processes'])} processes each had "
+            "a place of their own in the data; begin a new run from its weights by model=PATH"
+        )
+    return json.loads(saved["processes"][0])
 
 
 def all_steps(out: pathlib.Path) -> list[int]:

@@ -252,10 +252,10 @@ def lock_folder(out: pathlib.Path) -> Iterator[None]:
       OSError: the folder cannot be made or written.
       ValueError: another run is in it.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() != 0:
+    if not processes.is_writer():
         yield
         return
+    out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

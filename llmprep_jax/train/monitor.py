@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import rich.console
 
+from llmprep_jax import processes
 from llmprep_jax.train.metrics import (
     Flops,
     JsonLines,
@@ -69,12 +70,12 @@ class Monitor:
         self._since, self._speed = time.monotonic(), math.nan
         # one process writes for all; the others only look for non-finite losses
         self._files = []
-        if jax.process_index() == 0:
+        if processes.is_writer():
             self._files = [
                 JsonLines(out / METRICS_FILE, done),
                 TensorBoard(out / "tensorboard", done),
             ]
-        quiet = rich.console.Console(quiet=True) if jax.process_index() else console
+        quiet = rich.console.Console(quiet=True) if not processes.is_writer() else console
         self.progress = Progress(total, done, quiet)
         self.last: Numbers = {}
 

@@ -12,13 +12,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from llmprep_jax.config import UsageError, changed_fields, to_dict, to_json
+from llmprep_jax import processes
+from llmprep_jax.config import UsageError, changed_fields, to_dict
 from llmprep_jax.data import DataConfig
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.stack import REMAT_POLICIES
 from llmprep_jax.peft import AnyMethod
+from llmprep_jax.processes import Processes
 from llmprep_jax.train.checkpoint import all_steps
 from llmprep_jax.train.metrics import read_jsonl
 from llmprep_jax.train.trainer import FitConfig
@@ -52,6 +52,7 @@ class RunConfig(FitConfig):
       mesh: a name in configs/meshes.py; None: one device.
       loss_chunk: positions of each row whose logits exist at one time; None: all.
       z_loss: weight of the squared logsumexp.
+      processes: where this process stands among several; not saved with the run.
       out: the run's folder.
     """
 
@@ -67,6 +68,7 @@ class RunConfig(FitConfig):
     mesh: str | None = None
     loss_chunk: int | None = None
     z_loss: float = 0.0
+    processes: Processes = dataclasses.field(default_factory=Processes)
     out: pathlib.Path
 
     def __post_init__(self):
@@ -115,7 +117,7 @@ def claim_folder(cfg: RunConfig) -> list[str]:
     changes = []
     if all_steps(cfg.out) and path.is_file():
         old = _read_run(path)
-        changes = list(changed_fields(old, json.loads(to_json(cfg))))
+        changes = list(changed_fields(old, saved_fields(cfg)))
         fixed = [(key, was, now) for key, was, now in changes if not _is_free(key)]
         if fixed:
             key, was, now = fixed[0]
@@ -123,12 +125,23 @@ def claim_folder(cfg: RunConfig) -> list[str]:
                 f"{cfg.out} holds a run with another config ({key} was {was!r}, is {now!r}); give "
                 "another out folder, or go on from its weights by model=PATH"
             )
-    if jax.process_index() == 0:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(to_json(cfg) + "\n")
-        aside.replace(path)
+    processes.check_alike("the config", saved_fields(cfg))
+    processes.by_one(lambda: _write_run(path, cfg))
     return [f"{key}: {was!r} -> {now!r}" for key, was, now in changes]
+
+
+def saved_fields(cfg: RunConfig) -> dict[str, Any]:
+    """The config as run.json and checkpoints keep it: alike on all processes."""
+    fields = to_dict(cfg)
+    del fields["processes"]
+    return fields
+
+
+def _write_run(path: pathlib.Path, cfg: RunConfig) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(saved_fields(cfg), indent=2, allow_nan=False) + "\n")
+    aside.replace(path)
 
 
 def _read_run(path: pathlib.Path) -> dict[str, Any]:
@@ -186,6 +199,6 @@ def make_meta(cfg: RunConfig, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "base": cfg.model if cfg.adapter is not None else None,
         "config": dict(hf_config),
         "adapter": to_dict(cfg.adapter),
-        "run": to_dict(cfg),
+        "run": saved_fields(cfg),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }

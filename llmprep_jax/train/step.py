@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from llmprep_jax.nn.balance import load_metrics, rebalanced
-from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.sharding import batch_shards, has_mesh, spec
 from llmprep_jax.train.losses import LossSum
 from llmprep_jax.train.offload import fetch, put_back
 from llmprep_jax.train.state import TrainState, merge, path_name
@@ -165,15 +165,33 @@ def _count_inputs(batch):
     return jnp.float32(batch["tokens"].size)
 
 
+def own_rows(rows: int, accumulate: int = 1) -> list[int]:
+    """The numbers of the rows of a batch that this process's devices hold, in order.
+
+    Args:
+      rows: of the whole batch. accumulate: microbatches that it is cut into.
+
+    Raises:
+      ValueError: the rows do not part into microbatches, or a microbatch not over the mesh.
+    """
+    if rows % accumulate:
+        raise ValueError(f"a batch of {rows} rows is no multiple of accumulate={accumulate}")
+    check_rows(rows // accumulate)
+    shards = batch_shards()
+    numbers = np.arange(rows).reshape(accumulate, shards.count, -1)
+    return numbers[:, list(shards.own)].reshape(-1).tolist()
+
+
 def place_batch(batch: Mapping[str, np.ndarray], accumulate: int = 1) -> dict[str, jax.Array]:
     """Puts a host batch on the devices as `accumulate` microbatches, sharded for the mesh.
 
     Args:
-      batch: numpy arrays [B, T], this process's rows; doc_ids are left out.
+      batch: numpy arrays [B, T] of `own_rows`: all rows, where there is one process; doc_ids are
+        left out.
       accumulate: A.
 
     Returns:
-      Arrays [A, B / A, T].
+      Arrays [A, B / A, T] of the rows of all processes.
 
     Raises:
       ValueError: the rows do not part into A microbatches, or a microbatch not over the mesh.
@@ -194,10 +212,19 @@ def place_batch(batch: Mapping[str, np.ndarray], accumulate: int = 1) -> dict[st
 def _place(micro: np.ndarray) -> jax.Array:
     if not has_mesh():
         return jax.device_put(micro)
-    check_rows(micro.shape[1] * jax.process_count())
+    shards = batch_shards()
+    rows = -(-micro.shape[1] * shards.count // len(shards.own))  # of all processes
+    check_rows(rows)
+    size = rows // shards.count
     mesh, axes = jax.sharding.get_mesh(), jax.P(None, *spec("batch"))
-    sharding = jax.sharding.NamedSharding(mesh, axes)
-    return jax.make_array_from_process_local_data(sharding, micro)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[1].indices(rows)
+        first = shards.own.index(start // size) * size
+        return micro[(index[0], slice(first, first + stop - start), *index[2:])]
+
+    shape = (len(micro), rows, *micro.shape[2:])
+    return jax.make_array_from_callback(shape, jax.sharding.NamedSharding(mesh, axes), part)
 
 
 def check_rows(rows: int) -> None:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llmprep_jax import processes
+from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.safetensors import (
     beside,
     cannot_write,
@@ -46,6 +48,9 @@ def save_folder(
 ) -> Path:
     """Writes config and tensors, verifies them, and puts the folder in place.
 
+    Several processes call this together, on a folder that all of them see: all gather the tensors
+    and verify, one writes.
+
     Args:
       verify: given the written folder, re-opens it and returns the measured difference.
       tolerance: the largest difference that is not drift.
@@ -57,37 +62,78 @@ def save_folder(
       OSError: the folder cannot be written; nothing was put in place.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise OSError(f"cannot write {folder}: it is a file; choose another place")
-    aside, dtypes, in_place = beside(folder), set(), False
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
+    aside, dtypes, in_place = Path(processes.by_one(lambda: str(_make_aside(folder)))), set(), False
+
+    def write(tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         _write_json(aside / config_name, config)
-        tensors = _noting_dtypes(tensors, dtypes)
         if weights_name is None:
             write_folder(aside, tensors, max_shard_bytes)
         else:
             write_file(aside / weights_name, dict(tensors))
         if extra_files is not None:
             extra_files(aside)
-        difference = float(verify(aside))
-        if not difference <= tolerance:
-            raise ValueError(
-                f"{folder} was not saved: re-opened, it differs from the live model by"
-                f" {difference:.3g}, more than {tolerance:.3g}; save in a wider dtype, or report it"
-            )
+
+    def put_in_place() -> None:
         _write_json(aside / RECEIPT, _receipt(tolerance, difference, sorted(dtypes)))
         _sync(aside)
         _swap(aside, folder)
+
+    try:
+        _write_by_one(write, _noting_dtypes(tensors, dtypes))
+        difference = float(verify(aside))
+        _refuse_drift(folder, difference, tolerance)
+        processes.by_one(put_in_place)
         in_place = True
-        _take_over(aside, folder)
+        processes.by_one(lambda: _take_over(aside, folder))
     except OSError as error:
         raise cannot_write(folder, error) from error
     finally:
-        if not in_place:  # else what is left there is somebody's
+        if not in_place and processes.is_writer():  # else what is left there is somebody's
             shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _make_aside(folder: Path) -> Path:
+    """An empty folder beside the one that is to be written."""
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"cannot write {folder}: it is a file; choose another place")
+    aside = beside(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return aside
+
+
+def _write_by_one(
+    write: Callable[[Iterator[tuple[str, np.ndarray]]], None],
+    tensors: Iterator[tuple[str, np.ndarray]],
+) -> None:
+    """Has one process write tensors that all of them gather, to the last one whatever happens."""
+    error: Exception | None = None
+    if processes.is_writer():
+        try:
+            write(tensors)
+        except (OSError, ValueError) as failure:
+            error = failure
+    if processes.are_several():
+        for _ in tensors:  # by those that do not write, and after an error
+            pass
+
+    def outcome() -> None:
+        if error is not None:
+            raise error
+
+    processes.by_one(outcome)
+
+
+def _refuse_drift(folder: Path, difference: float, tolerance: float) -> None:
+    if not difference <= tolerance:
+        raise ValueError(
+            f"{folder} was not saved: re-opened, it differs from the live model by"
+            f" {difference:.3g}, more than {tolerance:.3g}; save in a wider dtype, or report it"
+        )
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -163,7 +209,7 @@ def _receipt(tolerance: float, difference: float, dtypes: list[str]) -> dict[str
 def probe_difference(model: nnx.Module, other: nnx.Module) -> float:
     """The largest difference of two models' logits on a fixed probe, relative to the largest."""
     rows = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (2, 24), dtype=np.int32)
-    ours, theirs = [np.asarray(_probe(each, jnp.asarray(rows))) for each in (model, other)]
+    ours, theirs = [to_host(_probe(each, jnp.asarray(rows))) for each in (model, other)]
     return float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-30))
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.weights.folder import MISSHAPEN, MISSING, Checkpoint
+from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.names import canonical_names
 
 Table = Mapping[str, tuple[str, str]]
@@ -336,14 +337,13 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 def export(
     module: nnx.Module | nnx.State, table: Table, *, dtype: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(Hugging Face name, array) of every tensor, one parameter in host memory at a time.
+    """(Hugging Face name, array) of every tensor, one layer's in host memory at a time.
 
     Arrays are views where they can be, not contiguous ones: copy what is to be kept.
     """
     rows = entries(module, table)
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         row = rows[".".join(map(str, path))]
-        stacked = np.asarray(jax.device_get(variable[...]))
         for place, name in row.names().items():
-            array = row.to_theirs(stacked[(*place, ...)])
+            array = row.to_theirs(to_host(variable[...], place))
             yield name, array if dtype is None else array.astype(jnp.dtype(dtype))
