@@ -20,6 +20,7 @@ import numpy as np
 import rich.console
 from flax import nnx
 
+from llmprep_jax import processes
 from llmprep_jax.train.checkpoint import Checkpoints, abstract_of, all_steps
 from llmprep_jax.train.metrics import Flops, Numbers, read_up_to
 from llmprep_jax.train.monitor import METRICS_FILE, Monitor

@@ -105,6 +105,7 @@ def free_port() -> int:
 
 def environment(devices: int = DEVICES, **more: str) -> dict[str, str]:
     flags = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    flags |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # each program runs for a millisecond
     return os.environ | flags | {"PYTHONUNBUFFERED": "1"} | more
 
 
