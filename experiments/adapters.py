@@ -26,7 +26,7 @@ import rich
 from flax import nnx
 
 import llmprep_jax as lp
-from configs.smollm2_lora import find_smollm2
+from configs.data.shipped import find_smollm2
 from experiments.adapter_study.methods import at_budget, methods
 from experiments.adapter_study.report import Row, write_report
 from experiments.adapter_study.trainer import StudyTrainer

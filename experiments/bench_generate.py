@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from configs.smollm2_lora import DATA, find_smollm2
+from configs.data.shipped import DATA, find_smollm2
 from llmprep_jax import cli
 from llmprep_jax.config import only_overrides, override
 from llmprep_jax.evaluate import contest

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from configs.smollm2_lora import find_smollm2
+from configs.data.shipped import find_smollm2
 from experiments.bench_generate import write_folder
 from llmprep_jax import cli
 from llmprep_jax.config import only_overrides, override

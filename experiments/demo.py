@@ -24,7 +24,7 @@ import llmprep_jax as lp
 from configs.smollm2_lora import get_config
 from experiments.train import train
 from llmprep_jax import cli
-from llmprep_jax.config import only_overrides, override
+from llmprep_jax.config import look_up, only_overrides, override
 from llmprep_jax.runs import open_data
 from llmprep_jax.train.metrics import read_jsonl
 from llmprep_jax.train.monitor import METRICS_FILE
@@ -35,6 +35,7 @@ QUESTION = [{"role": "user", "content": "Define politics."}]
 
 def main(arguments: list[str]) -> cli.Outputs:
     cfg = override(get_config(), ["out=runs/demo", "eval_batches=None", *only_overrides(arguments)])
+    cfg = look_up(cfg)
     claim_folder(cfg)
 
     rich.print("[bold]1. Load[/] SmolLM2-135M-Instruct")

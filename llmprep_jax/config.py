@@ -20,7 +20,6 @@ from typing import Any
 
 import rich.console
 import rich.text
-import rich.tree
 
 from llmprep_jax.near_names import suggest
 from llmprep_jax.values import NONE_WORDS, Mismatch, check, describe, members, parse
@@ -405,23 +404,49 @@ def changed_fields(
             yield key, was, now
 
 
+def settle(config: Any) -> None:
+    """Converts a dataclass's fields to their declared types; for `__post_init__`, first of all.
+
+    An int becomes a float, a list a tuple, a text a path. Functions are left: `look_up` calls them.
+
+    Raises:
+      ValueError: a field is of another type; says which in one line.
+    """
+    for name, kind in field_types(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(value, types.FunctionType):
+            continue
+        if isinstance(value, str) and pathlib.Path in members(kind) and str not in members(kind):
+            value = pathlib.Path(value)
+        try:
+            settled = check(value, kind)
+        except Mismatch as error:
+            raise UsageError(f"{type(config).__name__}.{name}: {error}") from None
+        if settled is not getattr(config, name):
+            object.__setattr__(config, name, settled)
+
+
+def changes_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys and values of a config that are not its class's defaults."""
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        is_section = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        if value == default or not field.init:
+            continue
+        if is_section and type(value) is not type(default) and default is not dataclasses.MISSING:
+            yield prefix + field.name, type(value).__name__
+        if is_section:
+            yield from changes_of(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
 def print_config(config: Any, console: rich.console.Console | None = None) -> None:
-    """Prints the resolved config as a tree."""
-    (console or rich.console.Console()).print(_tree(type(config).__name__, config))
-
-
-def _tree(label: str, value: Any) -> rich.tree.Tree:
-    def head(rest: str) -> rich.tree.Tree:
-        return rich.tree.Tree(rich.text.Text.assemble((label, "cyan"), rest))
-
-    if dataclasses.is_dataclass(value):
-        kind = type(value).__name__
-        tree = head("" if kind == label else f": {kind}")
-        items = [(name, getattr(value, name)) for name in field_types(type(value))]
-    elif isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
-        tree, items = head(""), [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return head(f" = {value!r}")
-    for name, item in items:
-        tree.add(_tree(name, item))
-    return tree
+    """Prints what of a config differs from the defaults, a line each."""
+    console = console or rich.console.Console()
+    for key, value in changes_of(config):
+        shown = value if isinstance(value, (str, pathlib.Path)) else repr(value)
+        line = rich.text.Text.assemble((key, "cyan"), f" = {shown}")
+        console.print(line, soft_wrap=True, highlight=False)

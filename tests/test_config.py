@@ -21,6 +21,7 @@ from llmprep_jax.config import (
     load_config,
     override,
     print_config,
+    settle,
     split_arguments,
     to_dict,
     to_json,
@@ -269,11 +270,40 @@ def test_changes_between_saved_configs_are_listed_by_key():
     assert list(changed_fields(old, new)) == [("steps", 10, 3), ("optim.lr", 1e-3, 1.0)]
 
 
-def test_the_config_prints_every_field():
+def test_the_config_prints_what_differs_from_the_defaults():
     out = io.StringIO()
-    print_config(Run(), rich.console.Console(file=out, width=100))
-    for words in ("optim: Optim", "lr = 0.001", "sources", "path = 'a.txt'", "adapter = None"):
-        assert words in out.getvalue()
+    run = override(Run(), ["optim.lr=0.5", "adapter.rank=4", "sizes=1,2", "name=long name"])
+    print_config(run, rich.console.Console(file=out, width=30))
+    assert out.getvalue().splitlines() == [
+        "name = long name",
+        "optim.lr = 0.5",
+        "adapter = LoRA",
+        "adapter.rank = 4",
+        "sizes = (1, 2)",
+    ]
+    out = io.StringIO()
+    print_config(Run(), rich.console.Console(file=out))
+    assert out.getvalue() == ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    out: pathlib.Path
+    steps: int = 1
+    rate: float = 1.0
+    sizes: tuple[int, ...] = ()
+    name: str | None = None
+
+    def __post_init__(self):
+        settle(self)
+
+
+def test_fields_given_in_python_are_converted_or_refused_by_name():
+    assert Settled("a/b", rate=2, sizes=[1]) == Settled(pathlib.Path("a/b"), 1, 2.0, (1,))
+    with pytest.raises(UsageError, match=r"^Settled\.steps: wanted a whole number, not 'six'$"):
+        Settled("a", steps="six")
+    with pytest.raises(UsageError, match=r"^Settled\.out: wanted a path, not 3$"):
+        Settled(3)
 
 
 KEYS = [

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "quant": {"nn", "weights", *BASE},
     "peft": {"nn", "quant", "weights", *BASE},
     "text": {"weights", *BASE},
-    "data": {"text", *BASE},
+    "data": {"text", "config", *BASE},
     "train": {"nn", "peft", "data", "config", "interrupts", *BASE},
     "generate": {"nn", "text", *BASE},
     "evaluate": {"train", "generate", "data", *BASE},

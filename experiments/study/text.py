@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from configs.smollm2_lora import DATA
+from configs.data.shipped import DATA
 
 Batch = dict[str, np.ndarray]
 

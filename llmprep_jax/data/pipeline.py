@@ -18,6 +18,7 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
+from llmprep_jax.config import settle
 from llmprep_jax.data.documents import Document, Source, is_held_out
 from llmprep_jax.data.encoding import COUNTS, EncodeChat, Encoder, EncodeText, Overlong
 from llmprep_jax.data.packing import Packed, Stream, make_batch
@@ -77,6 +78,7 @@ class DataConfig:
     threads: int = 0
 
     def __post_init__(self):
+        settle(self)
         if isinstance(self.paths, str) or not self.paths:
             raise ValueError(f"paths must be a list of at least one path, not {self.paths!r}")
         for name in ("seq_len", "batch_size", "pack_window", "num_epochs"):

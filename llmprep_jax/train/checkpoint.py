@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from llmprep_jax import processes
+from llmprep_jax.config import settle
 from llmprep_jax.train.offload import retype
 from llmprep_jax.train.state import TrainState, path_name
 
@@ -52,6 +53,7 @@ class CheckpointConfig:
     keep_best: bool = False
 
     def __post_init__(self):
+        settle(self)
         for name in ("every", "keep_last", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llmprep_jax.config import settle
 from llmprep_jax.train.adam8bit import scale_by_adam8bit
 from llmprep_jax.train.offload import keep_on_host
 from llmprep_jax.train.state import path_name
@@ -61,6 +62,7 @@ class OptimConfig:
     router_bias_until: float = 0.966
 
     def __post_init__(self):
+        settle(self)
         wrong = {
             "lr must be >= 0": self.lr < 0,
             "warmup_steps must be >= 0": self.warmup_steps < 0,

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from llmprep_jax.config import settle
 from llmprep_jax.train.checkpoint import CheckpointConfig
 from llmprep_jax.train.losses import training_loss
 from llmprep_jax.train.optim import (
@@ -65,6 +66,7 @@ class FitConfig:
     peak_flops: float | None = None
 
     def __post_init__(self):
+        settle(self)
         for name in ("steps", "schedule_steps", "accumulate", "log_every", "eval_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import llmprep_jax as lp
-from configs.smollm2_lora import find_smollm2
+from configs.data.shipped import find_smollm2
 from experiments.adapter_study.methods import methods
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.text.chat import encode_chat

@@ -15,9 +15,10 @@ import torch
 import transformers
 
 import llmprep_jax as lp
-from configs.gemma3_270m_lora import find_gemma3, get_config
+from configs.data.shipped import find_gemma3
+from configs.gemma3_270m_lora import get_config
 from experiments.train import train
-from llmprep_jax.config import override
+from llmprep_jax.config import look_up, override
 from llmprep_jax.train.metrics import read_jsonl
 from llmprep_jax.train.monitor import METRICS_FILE
 
@@ -54,7 +55,7 @@ def test_greedy_text_is_that_of_transformers():
 
 def test_the_lora_run_of_its_config_learns(tmp_path):
     overrides = [f"out={tmp_path / 'run'}", "steps=16", "eval_every=8", "optim.warmup_steps=2"]
-    cfg = override(get_config(), overrides)
+    cfg = override(look_up(get_config()), overrides)
     cfg.out.mkdir(parents=True)
     result = train(cfg, mesh=None)
     losses = [row["loss"] for row in read_jsonl(cfg.out / METRICS_FILE) if "loss" in row]

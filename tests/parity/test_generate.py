@@ -10,7 +10,7 @@ import transformers
 from transformers.generation import logits_process
 
 import llmprep_jax as lp
-from configs.smollm2_lora import find_smollm2
+from configs.data.shipped import find_smollm2
 from llmprep_jax.generate.sampler import Sampling, shape_logits
 
 pytestmark = pytest.mark.parity
