@@ -1,6 +1,7 @@
 """Meshes by name: how many devices lie along each axis (data, fsdp, tensor, expert).
 
-`mesh=NAME` in a config takes one of these. -1 is whatever number of devices is left. `fsdp` shards
+`mesh=NAME` in a command takes one of these; `mesh.fsdp=4 mesh.tensor=2` gives sizes in place of a
+name. -1 is whatever number of devices is left. `fsdp` shards
 weights and batch, `tensor` heads, MLPs and vocabulary, `expert` batch and experts (and what else
 `fsdp` shards), `data` repeats weights: over slices that a slow network joins. The one thing a
 reader would get wrong: the batch is parted over data times fsdp times expert, so a microbatch
@@ -12,7 +13,7 @@ import difflib
 import jax
 
 from llmprep_jax.config import UsageError
-from llmprep_jax.sharding import make_mesh
+from llmprep_jax.sharding import MeshSizes, make_mesh
 
 MESHES: dict[str, dict[str, int]] = {
     "fsdp": {"fsdp": -1},
@@ -33,18 +34,19 @@ MESHES: dict[str, dict[str, int]] = {
 }
 
 
-def get_mesh(name: str | None) -> jax.sharding.Mesh | None:
-    """The mesh of a name on the devices at hand; None for None.
+def get_mesh(mesh: str | MeshSizes | None) -> jax.sharding.Mesh | None:
+    """The mesh of a name, or of sizes, on the devices at hand; None for None.
 
     Raises:
       UsageError: no such name, or another number of devices.
     """
-    if name is None:
+    if mesh is None:
         return None
-    if name not in MESHES:
-        near = difflib.get_close_matches(name, MESHES, n=3, cutoff=0.5) or MESHES
-        raise UsageError(f"unknown mesh {name}; did you mean {' or '.join(near)}?")
+    if isinstance(mesh, str) and mesh not in MESHES:
+        near = difflib.get_close_matches(mesh, MESHES, n=3, cutoff=0.5) or MESHES
+        raise UsageError(f"unknown mesh {mesh}; did you mean {' or '.join(near)}?")
     try:
-        return make_mesh(MESHES[name])
+        return make_mesh(MESHES[mesh] if isinstance(mesh, str) else mesh.axes())
     except ValueError as error:
-        raise UsageError(f"mesh={name}: {error}") from None
+        label = f"mesh={mesh}" if isinstance(mesh, str) else "mesh"
+        raise UsageError(f"{label}: {error}") from None

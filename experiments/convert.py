@@ -1,6 +1,6 @@
 """Convert a GGUF file, a run, a packed folder or a model with an adapter to a Hugging Face folder.
 
-    python -m experiments.convert MODEL FOLDER [dtype=bfloat16] [adapter=PEFT_FOLDER]
+    python -m experiments.convert MODEL FOLDER [dtype=bfloat16] [adapter=PEFT_FOLDER] [mesh=NAME]
 
 MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. What is written is
 re-opened and its logits compared before it is put in place; llmprep_receipt.json says how they
@@ -19,16 +19,23 @@ from typing import Literal
 import rich.console
 
 import llmprep_jax as lp
+from configs.meshes import get_mesh
 from llmprep_jax import cli
 from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.sharding import MeshSizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """dtype None keeps the stored one; the last four pack linear layers."""
+    """dtype None keeps the stored one; the last four pack linear layers.
+
+    mesh is a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`: for a model that
+    one device does not hold.
+    """
 
     dtype: Literal["float32", "bfloat16", "float16", "nf4", "fp4", "int8", "fp8"] | None = None
     adapter: str | None = None
+    mesh: str | MeshSizes | None = None
 
 
 def main(arguments: list[str]) -> cli.Outputs:
@@ -38,10 +45,11 @@ def main(arguments: list[str]) -> cli.Outputs:
     source, folder = positional
     settings = override(Settings(), overrides)
     console = rich.console.Console()
+    mesh = get_mesh(settings.mesh)
     with console.status(f"loading {source}"):
         # an adapter is merged before its base is packed, so that it is rounded once
         packs = settings.adapter is not None and settings.dtype in lp.quant.KINDS
-        model = lp.load_model(source, dtype="bfloat16" if packs else settings.dtype)
+        model = lp.load_model(source, "bfloat16" if packs else settings.dtype, mesh)
         processor = lp.load_processor(source)
         if settings.adapter is not None:
             model = lp.peft.load(model, settings.adapter)

@@ -216,7 +216,7 @@ def _apply(value: Any, kind: Any, changes: str | dict[str, Any], path: tuple[str
             raise UsageError(f"{name}={changes}: {error}") from None
     if TYPE_KEY in changes:
         return _change_class(value, kind, dict(changes), path)
-    if value is None:
+    if value is None or (isinstance(value, str) and _classes(kind)):  # in place of a name too
         return _make_section(kind, path, changes)
     if isinstance(value, tuple):
         return _apply_to_tuple(value, kind, changes, path)

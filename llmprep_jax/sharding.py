@@ -11,16 +11,17 @@ is given.
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-import numpy as np
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 MeshAxes = str | tuple[str, ...] | None
+Function = TypeVar("Function", bound=Callable[..., Any])
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
@@ -51,6 +52,37 @@ class ShardingRules:
 _rules = jax.make_user_context(ShardingRules())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSizes:
+    """How many devices lie along each mesh axis; one may be -1, for all that are left."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    def __post_init__(self):
+        check_sizes(self.axes())
+
+    def axes(self) -> dict[str, int]:
+        """Sizes by name, of the axes that have several devices; of one axis where none has."""
+        sizes = dataclasses.asdict(self)
+        return {name: size for name, size in sizes.items() if size != 1} or {MESH_AXES[0]: 1}
+
+
+def check_sizes(axes: Mapping[str, int]) -> None:
+    """Refuses sizes of mesh axes that are no counts of devices, and more than one -1.
+
+    Raises:
+      ValueError: there are such.
+    """
+    for name, size in axes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"{name}={size} of a mesh; it must be at least 1, or -1 for the rest")
+    if list(axes.values()).count(-1) > 1:
+        raise ValueError(f"a mesh of {dict(axes)}; only one size may be -1")
+
+
 def make_mesh(
     axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
@@ -64,14 +96,15 @@ def make_mesh(
     unknown = sorted(set(axes) - set(MESH_AXES))
     if unknown:
         raise ValueError(f"unknown mesh axes {unknown}; the axes are {', '.join(MESH_AXES)}")
+    check_sizes(axes)
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dict(axes)
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) == 1:
-        known = int(np.prod([size for size in sizes.values() if size != -1]))
-        sizes[free[0]] = len(devices) // known
-    if int(np.prod(list(sizes.values()))) != len(devices):
-        raise ValueError(f"a mesh of {dict(axes)} does not fit {len(devices)} devices")
+    known = math.prod(size for size in axes.values() if size != -1)
+    sizes = {name: len(devices) // known if size == -1 else size for name, size in axes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"a mesh of {dict(axes)} does not fit {len(devices)} devices; the product of its sizes"
+            " must be their number, and one of them may be -1 for what is left"
+        )
     explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), explicit, devices=devices)
 
@@ -117,6 +150,17 @@ def on_mesh_of(tree: Any) -> Iterator[None]:
     mesh = None if has_mesh() else mesh_of(tree)
     with contextlib.nullcontext() if mesh is None else _enter(mesh):
         yield
+
+
+def on_own_mesh(function: Function) -> Function:
+    """A method, or a function of a model, that runs `on_mesh_of` its first argument."""
+
+    @functools.wraps(function)
+    def run(owner, *args, **kwargs):
+        with on_mesh_of(owner):
+            return function(owner, *args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from llmprep_jax.sharding import on_own_mesh
 from llmprep_jax.train.losses import LossSum, next_token_loss
 from llmprep_jax.train.step import place_batch
 
@@ -29,6 +30,7 @@ class Perplexity(NamedTuple):
     tokens: int
 
 
+@on_own_mesh
 def perplexity(
     model: Any,
     batches: Iterable[Mapping[str, np.ndarray]],
@@ -37,7 +39,7 @@ def perplexity(
     max_batches: int | None = None,
     console: rich.console.Console | None = None,
 ) -> Perplexity:
-    """Evaluates a model; call it under the mesh that the model is on.
+    """Evaluates a model.
 
     Args:
       batches: numpy dicts as of `data.evaluation_batches`.

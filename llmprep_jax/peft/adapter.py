@@ -40,7 +40,7 @@ from llmprep_jax.peft.targets import (
 from llmprep_jax.peft.tied import refuse_head
 from llmprep_jax.peft.tuned import Tuned, choose, tune
 from llmprep_jax.quant.linear import QuantEinsum, find_layers
-from llmprep_jax.sharding import has_mesh, sharding_of, spec
+from llmprep_jax.sharding import has_mesh, on_own_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float
 
 Params = Mapping[str, Array]
@@ -228,6 +228,7 @@ def with_weights(base: Einsum, weight: Array, bias: Array | None) -> Einsum:
     return nnx.merge(graph, state)
 
 
+@on_own_mesh
 def inject(model: nnx.Module, method: Method, seed: int = 0) -> nnx.Module:
     """A model with `method` around its targeted layers; the given model is unchanged.
 
@@ -386,11 +387,13 @@ def split(model: nnx.Module) -> tuple[nnx.State, nnx.State]:
     return nnx.state(model, AdapterParam, ...)
 
 
+@on_own_mesh
 def strip(model: nnx.Module) -> nnx.Module:
     """The base model, without its adapters."""
     return map_adapted(model, lambda each: each.base, lambda each: each.base, trained=False)
 
 
+@on_own_mesh
 def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx.Module:
     """A plain model whose weights hold what the adapters added; computed in float32.
 

@@ -28,9 +28,10 @@ from llmprep_jax.peft.experts import experts
 from llmprep_jax.peft.peft_format import load
 from llmprep_jax.peft.several import Several, check_names
 from llmprep_jax.peft.targets import is_table
-from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.sharding import has_mesh, on_own_mesh, spec
 
 
+@on_own_mesh
 def combine(
     adapted: Mapping[str, nnx.Module | str | Path], base: nnx.Module | None = None
 ) -> nnx.Module:
@@ -91,6 +92,7 @@ def _same(model: nnx.Module, other: nnx.Module) -> bool:
     )
 
 
+@on_own_mesh
 def select(model: nnx.Module, which: str | Sequence[str | None] | None) -> nnx.Module:
     """A combined model's one adapter, its base (None), or an adapter for each row of a batch.
 

@@ -19,11 +19,13 @@ from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.low_rank import check_rank
 from llmprep_jax.peft.several import Several, check_weights
 from llmprep_jax.peft.targets import Number, bases
+from llmprep_jax.sharding import on_own_mesh
 from llmprep_jax.types import Array
 
 _ROUNDING = 1e-5  # of the largest merged weight
 
 
+@on_own_mesh
 def blend(model: nnx.Module, weights: Mapping[str, Number]) -> nnx.Module:
     """A model with one LoRA, the weighted sum of a combined model's, of the sum of their ranks.
 
@@ -60,6 +62,7 @@ def _blended(layer: Several, weights: Mapping[str, Number]) -> nnx.Module:
     return Adapted(layer.base, method, joined)
 
 
+@on_own_mesh
 def unmerge(merged: nnx.Module, adapted: nnx.Module) -> nnx.Module:
     """The base of merged weights: what merges into them with the adapter of `adapted`.
 

@@ -38,7 +38,7 @@ from llmprep_jax.peft.targets import (
     rows,
     stacked,
 )
-from llmprep_jax.sharding import spec
+from llmprep_jax.sharding import on_own_mesh, spec
 from llmprep_jax.weights.folder import read_json
 from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.receipt import probe_difference, save_folder
@@ -93,6 +93,7 @@ def trained_table(model: nnx.Module) -> dict[str, tuple[str, str]]:
     return adapter_table(model, adapter.methods(model)) | beside
 
 
+@on_own_mesh
 def save(
     model: nnx.Module,
     folder: str | Path,
@@ -141,6 +142,7 @@ def _tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
     yield from tied.head_tensors(model, tensors, _PREFIX)
 
 
+@on_own_mesh
 def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     """A model with the adapters of a PEFT folder; the given model is unchanged.
 

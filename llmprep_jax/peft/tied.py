@@ -16,7 +16,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Head
 from llmprep_jax.peft.targets import Targets
-from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.sharding import has_mesh, on_own_mesh, spec
 from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.safetensors import SafetensorsFile
 
@@ -29,6 +29,7 @@ def is_tied(model: nnx.Module) -> bool:
     return hasattr(model, EMBED) and getattr(model, HEAD, False) is None
 
 
+@on_own_mesh
 def untie(model: nnx.Module) -> nnx.Module:
     """The same model with an output head of its own, a copy of its embedding.
 

@@ -19,8 +19,10 @@ from llmprep_jax.nn.param import Buffer
 from llmprep_jax.peft.adapter import Adapted, methods
 from llmprep_jax.peft.longlora import LongLoRA, ShiftedAttention
 from llmprep_jax.peft.targets import plain, stacked
+from llmprep_jax.sharding import on_own_mesh
 
 
+@on_own_mesh
 def train_mode(model: nnx.Module, key: jax.Array | None = None) -> nnx.Module:
     """The model as its adapters train it; the given model is unchanged.
 

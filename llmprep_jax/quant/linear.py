@@ -24,7 +24,7 @@ from llmprep_jax.nn.param import Buffer, Compute, add_bias
 from llmprep_jax.quant.kinds import check_kind, quantize
 from llmprep_jax.quant.packed import Packed, dequantize
 from llmprep_jax.quant.product import multiply
-from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.sharding import has_mesh, on_own_mesh, spec
 from llmprep_jax.types import Array, Float
 
 
@@ -168,6 +168,7 @@ def from_matrix(
     return w.transpose(*range(len(stack)), *(len(stack) + i for i in order))
 
 
+@on_own_mesh
 def quantize_model(model: nnx.Module, kind: str, targets: str = "all-linear") -> nnx.Module:
     """A model whose targeted linear layers are packed; the given model is unchanged.
 
@@ -196,6 +197,7 @@ def quantize_model(model: nnx.Module, kind: str, targets: str = "all-linear") ->
     return _replace(model, changed)
 
 
+@on_own_mesh
 def dequantize_model(model: nnx.Module) -> nnx.Module:
     """A model whose packed layers are dense again, in the dtype they had."""
     layers = packed_layers(model)

@@ -19,6 +19,7 @@ from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.stack import REMAT_POLICIES
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.processes import Processes
+from llmprep_jax.sharding import MeshSizes
 from llmprep_jax.train.checkpoint import all_steps
 from llmprep_jax.train.metrics import read_jsonl
 from llmprep_jax.train.trainer import FitConfig
@@ -49,7 +50,7 @@ class RunConfig(FitConfig):
       eval_batches: at most so many; None: all.
       compute: dtypes, rematerialisation and unrolling. Weights are float32 masters with compute in
         bf16 for `dtype="bfloat16", param_dtype="float32"`.
-      mesh: a name in configs/meshes.py; None: one device.
+      mesh: a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`; None: one device.
       loss_chunk: positions of each row whose logits exist at one time; None: all.
       z_loss: weight of the squared logsumexp.
       processes: where this process stands among several; not saved with the run.
@@ -65,7 +66,7 @@ class RunConfig(FitConfig):
     eval_data: DataConfig | None = None
     eval_batches: int | None = None
     compute: Compute = dataclasses.field(default_factory=Compute)
-    mesh: str | None = None
+    mesh: str | MeshSizes | None = None
     loss_chunk: int | None = None
     z_loss: float = 0.0
     processes: Processes = dataclasses.field(default_factory=Processes)

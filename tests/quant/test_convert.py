@@ -35,6 +35,10 @@ def test_a_model_is_packed_and_unpacked(folder, tmp_path):
     convert.main([str(tmp_path / "packed"), str(tmp_path / "dense"), "dtype=float32"])
     dense = lp.load_model(tmp_path / "dense")
     np.testing.assert_array_equal(dense.layers.mlp.up.w[...], packed.layers.mlp.up.weight())
+    meshed = [str(tmp_path / "packed"), str(tmp_path / "meshed"), "dtype=float32"]
+    convert.main([*meshed, "mesh.fsdp=4", "mesh.tensor=2"])
+    again = lp.load_model(tmp_path / "meshed")
+    np.testing.assert_array_equal(again.layers.mlp.up.w[...], dense.layers.mlp.up.w[...])
 
 
 def test_an_adapter_is_merged_before_its_base_is_packed(folder, tmp_path):

@@ -25,6 +25,7 @@ from llmprep_jax.data import Batches
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.model import Model
 from llmprep_jax.nn.param import AdapterParam
+from llmprep_jax.sharding import make_mesh
 from llmprep_jax.train.checkpoint import all_steps, read_meta
 from llmprep_jax.train.metrics import read_jsonl
 from llmprep_jax.train.run import claim_folder, describe_data
@@ -134,7 +135,8 @@ def test_the_folder_of_a_run_is_a_model_that_generates_and_is_saved(run_folder, 
     model, prompt = lp.load_model(run_folder), np.array([[1, 2, 3]])
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model))
     expected = lp.generate_tokens(model, prompt, max_new_tokens=5)
-    again = lp.load_model(lp.save_model(model, tmp_path / "saved"))
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    again = lp.load_model(lp.save_model(lp.load_model(run_folder, mesh=mesh), tmp_path / "saved"))
     np.testing.assert_array_equal(lp.generate_tokens(again, prompt, max_new_tokens=5), expected)
 
 
@@ -187,6 +189,8 @@ def test_evaluate_prints_and_writes_the_perplexity(files, tmp_path, capsys):
     assert result["nll"] == pytest.approx(np.log(416), abs=0.5)  # an untrained model
     assert result["settings"]["data"]["seq_len"] == 32
     assert f"perplexity {result['perplexity']:.3f}" in capsys.readouterr().out
+    evaluate.main([*arguments, "mesh.fsdp=4", "mesh.tensor=2"])
+    assert json.loads(out.read_text())["nll"] == pytest.approx(result["nll"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import llmprep_jax as lp
 from llmprep_jax.models import registry
+from llmprep_jax.sharding import make_mesh
 from llmprep_jax.weights import table
 from llmprep_jax.weights.gguf import GgufCheckpoint
 from llmprep_jax.weights.gguf_file import GgufFile
@@ -288,6 +290,14 @@ def refused(path: Path) -> str:
         GgufCheckpoint(path)
     check_message(caught.value, path)
     return str(caught.value)
+
+
+def test_a_gguf_file_is_read_onto_a_mesh(whole):
+    alone, mesh = lp.load_model(whole), make_mesh({"fsdp": 4, "tensor": 2})
+    loaded = lp.load_model(whole, mesh=mesh)
+    for ours, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(alone), strict=True):
+        assert ours.sharding.mesh == mesh
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_an_unknown_architecture_is_named_with_those_supported(tmp_path):

@@ -9,7 +9,6 @@ the cache, count both.
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from llmprep_jax.models.deepseek.loss import SumLosses, Terms
 from llmprep_jax.nn.attention import Tokens, place_tokens
 from llmprep_jax.nn.balance import Load
 from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.nn.mla import MLA
 from llmprep_jax.nn.mlp import GatedMlp
@@ -29,16 +29,10 @@ from llmprep_jax.nn.moe import MoE
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.rope import rope_angles, rope_frequencies
 from llmprep_jax.nn.stack import scan, stack, take
+from llmprep_jax.sharding import on_own_mesh
 from llmprep_jax.types import Array, Bool, Float, Int
 
 Rope = tuple[Array, Array]
-
-
-class Output(NamedTuple):
-    """Logits [B, T, V] in float32, and the cache if one was given."""
-
-    logits: Array
-    cache: KVCache | None = None
 
 
 class Block(nnx.Module):
@@ -135,7 +129,7 @@ def _norm(cfg: Config, rngs: nnx.Rngs) -> RMSNorm:
     return RMSNorm(cfg.dim, eps=cfg.norm_eps, param_dtype=cfg.compute.param_dtype, rngs=rngs)
 
 
-class Model(nnx.Module):
+class Model(LanguageModel):
     """Tokens to logits."""
 
     stacks = ("dense_layers", "moe_layers")
@@ -167,29 +161,7 @@ class Model(nnx.Module):
         """The table of experts' parameters as transformers holds them."""
         return weights.fused(self.cfg)
 
-    def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
-    ) -> Output:
-        """Logits of the token after each token.
-
-        Args:
-          tokens: ids.
-          positions: of each token in its document; by default counted from 0, or on from the cache.
-          segment_ids: documents of a packed row, from 1 on; 0 is padding.
-          mask: True for real tokens; an alternative to `segment_ids` for padded rows.
-          cache: from `init_cache` or an earlier call; the tokens come after what it holds.
-        """
-        x_BTD, cache = self.features(
-            tokens, positions=positions, segment_ids=segment_ids, mask=mask, cache=cache
-        )
-        return Output(self.unembed(x_BTD), cache)
-
+    @on_own_mesh
     def features(
         self,
         tokens: Int[Array, "B T"],
@@ -240,16 +212,19 @@ class Model(nnx.Module):
         frequencies = rope_frequencies(cfg.rope_dim, cfg.rope_base, cfg.rope_scaling)
         return rope_angles(place.positions_BT, *frequencies)
 
+    @on_own_mesh
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Hidden states to logits, float32."""
         return self.embed.unembed(x_BTD) if self.head is None else self.head(x_BTD)
 
+    @on_own_mesh
     def init_cache(
         self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
     ) -> KVCache:
         """An empty cache for `max_len` tokens a row, of kv_rank + rope_dim numbers a layer."""
         return self._cache(self.cfg.num_layers, batch_size, max_len, dtype)
 
+    @on_own_mesh
     def init_mtp_cache(
         self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
     ) -> KVCache:

@@ -19,11 +19,13 @@ from llmprep_jax.models.gemma3.config import Config
 from llmprep_jax.models.gemma3.weights import WEIGHTS
 from llmprep_jax.nn.attention import NO_WINDOW, Attention, Tokens, place_tokens
 from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.rope import rope_angles, rope_frequencies
 from llmprep_jax.nn.stack import scan, stack
+from llmprep_jax.sharding import on_own_mesh
 from llmprep_jax.types import Array, Bool, Float, Int
 
 
@@ -32,13 +34,6 @@ class Caches(NamedTuple):
 
     local: KVCache
     full: KVCache
-
-
-class Output(NamedTuple):
-    """Logits [B, T, V] in float32, and the caches if they were given."""
-
-    logits: Array
-    cache: Caches | None = None
 
 
 class Kind(NamedTuple):
@@ -114,7 +109,7 @@ class Block(nnx.Module):
         return jax.lax.cond(is_local, as_local, as_full, x_BTD, caches)
 
 
-class Model(nnx.Module):
+class Model(LanguageModel):
     """Tokens to logits."""
 
     weights, stacks = WEIGHTS, ("layers",)
@@ -133,29 +128,7 @@ class Model(nnx.Module):
         make_head = functools.partial(Head, cfg.dim, cfg.vocab_size, compute=cfg.compute)
         self.head = None if cfg.tie_embeddings else make_head(rngs=rngs)
 
-    def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-        cache: Caches | None = None,
-    ) -> Output:
-        """Logits of the token after each token.
-
-        Args:
-          tokens: ids.
-          positions: of each token in its document; by default counted from 0, or on from the cache.
-          segment_ids: documents of a packed row, from 1 on; 0 is padding.
-          mask: True for real tokens; an alternative to `segment_ids` for padded rows.
-          cache: from `init_cache` or an earlier call; the tokens come after what it holds.
-        """
-        x_BTD, cache = self.features(
-            tokens, positions=positions, segment_ids=segment_ids, mask=mask, cache=cache
-        )
-        return Output(self.unembed(x_BTD), cache)
-
+    @on_own_mesh
     def features(
         self,
         tokens: Int[Array, "B T"],
@@ -202,12 +175,14 @@ class Model(nnx.Module):
             Kind(rope_angles(place.positions_BT, *full), None),
         )
 
+    @on_own_mesh
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Hidden states to logits, float32."""
         logits_BTV = self.embed.unembed(x_BTD) if self.head is None else self.head(x_BTD)
         cap = self.cfg.logits_soft_cap
         return logits_BTV if cap is None else jnp.tanh(logits_BTV / cap) * cap
 
+    @on_own_mesh
     def init_cache(
         self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
     ) -> Caches:

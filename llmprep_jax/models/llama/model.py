@@ -7,7 +7,6 @@ cached decoding are all the same forward pass.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,19 +16,14 @@ from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.weights import WEIGHTS
 from llmprep_jax.nn.attention import NO_WINDOW, Attention, Tokens, place_tokens
 from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.rope import rope_angles, rope_frequencies
 from llmprep_jax.nn.stack import scan, stack
+from llmprep_jax.sharding import on_own_mesh
 from llmprep_jax.types import Array, Bool, Float, Int
-
-
-class Output(NamedTuple):
-    """Logits [B, T, V] in float32, and the cache if one was given."""
-
-    logits: Array
-    cache: KVCache | None = None
 
 
 class Block(nnx.Module):
@@ -68,7 +62,7 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
 
-class Model(nnx.Module):
+class Model(LanguageModel):
     """Tokens to logits."""
 
     weights, stacks = WEIGHTS, ("layers",)
@@ -84,29 +78,7 @@ class Model(nnx.Module):
         make_head = functools.partial(Head, cfg.dim, cfg.vocab_size, compute=cfg.compute)
         self.head = None if tied else make_head(rngs=rngs)
 
-    def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
-    ) -> Output:
-        """Logits of the token after each token.
-
-        Args:
-          tokens: ids.
-          positions: of each token in its document; by default counted from 0, or on from the cache.
-          segment_ids: documents of a packed row, from 1 on; 0 is padding.
-          mask: True for real tokens; an alternative to `segment_ids` for padded rows.
-          cache: from `init_cache` or an earlier call; the tokens come after what it holds.
-        """
-        x_BTD, cache = self.features(
-            tokens, positions=positions, segment_ids=segment_ids, mask=mask, cache=cache
-        )
-        return Output(self.unembed(x_BTD), cache)
-
+    @on_own_mesh
     def features(
         self,
         tokens: Int[Array, "B T"],
@@ -134,10 +106,12 @@ class Model(nnx.Module):
         )
         return self.norm(x_BTD), None if cache is None else cache.end()
 
+    @on_own_mesh
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Hidden states to logits, float32."""
         return self.embed.unembed(x_BTD) if self.head is None else self.head(x_BTD)
 
+    @on_own_mesh
     def init_cache(
         self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
     ) -> KVCache:

@@ -1,0 +1,48 @@
+"""What the language models of all families have in common: how they are called.
+
+A family's model gives `features` (tokens to hidden states) and `unembed` (these to logits). Calls
+from outside enter the mesh of the weights, so that a model loaded on a mesh works as one on a
+single device does.
+"""
+
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from llmprep_jax.sharding import on_own_mesh
+from llmprep_jax.types import Array, Bool, Int
+
+
+class Output(NamedTuple):
+    """Logits [B, T, V] in float32, and the cache if one was given."""
+
+    logits: Array
+    cache: Any = None
+
+
+class LanguageModel(nnx.Module):
+    """Tokens to logits."""
+
+    @on_own_mesh
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: Any = None,
+    ) -> Output:
+        """Logits of the token after each token.
+
+        Args:
+          tokens: ids.
+          positions: of each token in its document; by default counted from 0, or on from the cache.
+          segment_ids: documents of a packed row, from 1 on; 0 is padding.
+          mask: True for real tokens; an alternative to `segment_ids` for padded rows.
+          cache: from `init_cache` or an earlier call; the tokens come after what it holds.
+        """
+        x_BTD, cache = self.features(
+            tokens, positions=positions, segment_ids=segment_ids, mask=mask, cache=cache
+        )
+        return Output(self.unembed(x_BTD), cache)
