@@ -21,14 +21,14 @@ def to_host(x: jax.Array | np.ndarray, place: tuple[int, ...] = ()) -> np.ndarra
       place: e.g. the numbers of the layer and the expert; (): the whole array.
     """
     if isinstance(x, np.ndarray):
-        return x[place]
+        return np.asarray(x[place])  # a scalar too
     sharding = x.sharding
     if sharding.is_fully_replicated:
         own = x.addressable_data(0)
         on_cpu = next(iter(own.devices())).platform == "cpu"
-        return np.asarray(own)[place] if on_cpu or not place else np.asarray(_take(own, place))
+        return np.asarray(np.asarray(own)[place] if on_cpu or not place else _take(own, place))
     if not isinstance(sharding, jax.sharding.NamedSharding):
-        return np.asarray(jax.device_get(x))[place]
+        return np.asarray(jax.device_get(x)[place])
     found = np.asarray(_gather(x, np.array(place, np.int32), sharding))
     return found if found.dtype == x.dtype else found.view(x.dtype)[..., 0]
 
