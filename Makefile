@@ -23,13 +23,13 @@ test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take mi
 	$(PYTEST) --ignore=tests/parity -m "slow and not behaviour" --durations=5
 
 behaviour: $(VENV)/.test      ## a fact that each adapter method teaches a real model (ten minutes)
-	$(BIN)/python -m pytest tests/behaviour -m slow --durations=0
+	XLA_FLAGS= $(BIN)/python -m pytest tests/behaviour -m slow --durations=0
 
 parity: $(VENV)/.parity       ## live comparison with transformers and peft on CPU (Python 3.11)
-	$(PYTEST) tests/parity --durations=10
+	XLA_FLAGS= $(PYTEST) tests/parity --durations=10
 
 parity-gemma3: $(VENV)/.parity ## Gemma 3 270M with real weights, where its package is installed
-	$(BIN)/python -m pytest tests/parity/gemma3_270m.py
+	XLA_FLAGS= $(BIN)/python -m pytest tests/parity/gemma3_270m.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
