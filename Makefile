@@ -8,7 +8,7 @@ DEMO   ?= runs/demo
 # a process a core: tests spend their time in the compiler, which uses one
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo demo-short test test-slow behaviour parity parity-gemma3 lint clean
+.PHONY: demo demo-short test test-slow behaviour parity parity-gemma3 mutations lint clean
 
 demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, export (about 6 minutes)
 	$(BIN)/python -m experiments.demo out=$(DEMO)
@@ -30,6 +30,9 @@ parity: $(VENV)/.parity       ## live comparison with transformers and peft on C
 
 parity-gemma3: $(VENV)/.parity ## Gemma 3 270M with real weights, where its package is installed
 	XLA_FLAGS= $(BIN)/python -m pytest tests/parity/gemma3_270m.py
+
+mutations: $(VENV)/.test      ## breaks the code at forty places, each of which the tests must see (half an hour)
+	$(BIN)/python -m tests.mutations
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
