@@ -2,9 +2,9 @@
 
     python -m experiments.convert MODEL FOLDER [dtype=bfloat16] [adapter=PEFT_FOLDER] [mesh=NAME]
 
-MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. What is written is
-re-opened and its logits compared before it is put in place; llmprep_receipt.json says how they
-agreed.
+MODEL is a Hugging Face folder, a .gguf file, a run folder of ours or a hub id. FOLDER is new, or
+empty, or one that this wrote before. What is written is re-opened and its logits compared before it
+is put in place; llmprep_receipt.json says how they agreed.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -22,15 +22,23 @@ import llmprep_jax as lp
 from configs.meshes import get_mesh
 from llmprep_jax import cli
 from llmprep_jax.config import UsageError, override, split_arguments
+from llmprep_jax.pretrained import adapter_of_run
 from llmprep_jax.sharding import MeshSizes
+from llmprep_jax.weights.receipt import RECEIPT
+
+FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """dtype None keeps the stored one; the last four pack linear layers.
+    """What is written.
 
-    mesh is a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`: for a model that
-    one device does not hold.
+    Attributes:
+      dtype: of the weights; None: as stored. The last four pack linear layers, an adapter's once it
+        is merged.
+      adapter: a PEFT folder that is merged into the model.
+      mesh: a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`: for a model that
+        one device does not hold.
     """
 
     dtype: Literal["float32", "bfloat16", "float16", "nf4", "fp4", "int8", "fp8"] | None = None
@@ -44,22 +52,48 @@ def main(arguments: list[str]) -> cli.Outputs:
         raise UsageError("give a model and the folder to write")
     source, folder = positional
     settings = override(Settings(), overrides)
-    console = rich.console.Console()
-    mesh = get_mesh(settings.mesh)
+    check_output(folder)
+    # an adapter is merged before its base is packed, so that it is rounded once
+    adapted = settings.adapter is not None or adapter_of_run(source) is not None
+    packs = adapted and settings.dtype in lp.quant.KINDS
+    dtype = "bfloat16" if packs else settings.dtype
+    console, mesh = rich.console.Console(), get_mesh(settings.mesh)
     with console.status(f"loading {source}"):
-        # an adapter is merged before its base is packed, so that it is rounded once
-        packs = settings.adapter is not None and settings.dtype in lp.quant.KINDS
-        model = lp.load_model(source, "bfloat16" if packs else settings.dtype, mesh)
+        model = lp.load_model(source, dtype=dtype, mesh=mesh)
         processor = lp.load_processor(source)
         if settings.adapter is not None:
             model = lp.peft.load(model, settings.adapter)
     with console.status(f"writing {folder}"):
-        if lp.peft.is_adapted(model):
+        if adapted:
             model = lp.peft.merge(model)
         if packs:
             model = lp.quant.quantize_model(model, settings.dtype)
         written = lp.save_model(model, folder, processor=processor)
     return {"Hugging Face folder": pathlib.Path(written)}
+
+
+def check_output(folder: str) -> None:
+    """Refuses what is no folder to write a model into.
+
+    Raises:
+      UsageError: no name, or that of a file.
+      ValueError: a folder with files that this command did not write.
+    """
+    path = pathlib.Path(folder)
+    if not folder.strip():
+        raise UsageError("the folder to write has no name")
+    if path.suffix.lower() in FILES:
+        raise UsageError(
+            f"{folder} is the name of a file, and a Hugging Face folder is written; give the name"
+            " of a folder"
+        )
+    if path.is_dir() and not (path / RECEIPT).is_file():
+        names = sorted(entry.name for entry in path.iterdir())
+        if names:
+            raise ValueError(
+                f"{folder} holds files that are no model of ours ({', '.join(names[:3])}"
+                f"{', ...' if len(names) > 3 else ''}); give a new or an empty folder"
+            )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from llmprep_jax import data, processes
 from llmprep_jax.cli import Outputs, run
 from llmprep_jax.config import UsageError, override, print_config, split_arguments, to_dict
 from llmprep_jax.evaluate.perplexity import perplexity
+from llmprep_jax.pretrained import Dtype
 from llmprep_jax.processes import Processes
 from llmprep_jax.sharding import MeshSizes, use_mesh
 from llmprep_jax.text.chat import encode_chat
@@ -45,7 +46,7 @@ class EvaluateConfig:
       split: which part, where data.holdout is set.
       adapter: a PEFT folder put on the model.
       tokenizer: where the tokenizer comes from; None: from where the model does.
-      dtype: of weights and activations; None: as stored.
+      dtype: of weights and activations, or a packed kind, as of `load_model`; None: as stored.
       mesh: a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`.
       max_batches: at most so many; None: all.
       loss_chunk: positions of each row whose logits exist at one time; None: all.
@@ -58,7 +59,7 @@ class EvaluateConfig:
     split: Literal["train", "heldout", "all"] = "all"
     adapter: str | None = None
     tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     mesh: str | MeshSizes | None = None
     max_batches: int | None = None
     loss_chunk: int | None = None

@@ -11,9 +11,10 @@ import collections
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -35,7 +36,8 @@ from llmprep_jax.weights import hub, receipt, table
 from llmprep_jax.weights.folder import refuse_adapter
 
 FLOATS = ("float32", "bfloat16", "float16")
-DTYPES = (*FLOATS, *KINDS)
+Dtype = Literal["float32", "bfloat16", "float16", "nf4", "fp4", "int8", "int4", "fp8"]
+DTYPES = get_args(Dtype)
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -57,8 +59,9 @@ def load_model(
         else (embeddings, norms, the head) is in bfloat16.
       mesh: the weights are placed on it, each device reading its part (packed ones: all of it);
         None: the default device.
-      compute: dtypes, remat and unrolling in detail; its `param_dtype` overrides a float `dtype`,
-        and with a packed one is that of everything else.
+      compute: dtypes, remat and unrolling in detail. Where a float `dtype` is given too, that is
+        the weights', and a warning says so if `param_dtype` is another; with a packed one
+        `param_dtype` is that of everything else.
 
     Raises:
       FileNotFoundError, ValueError: in one line, with the file and the remedy.
@@ -71,10 +74,9 @@ def load_model(
     checkpoint = unpacking(hub.open_checkpoint(path))
     family, cfg = _read_config(checkpoint)
     stored = _stored_dtype(checkpoint)
-    to_dense = dtype in FLOATS
-    kind, dtype = _kind_and_float(dtype)
-    dtype = compute.param_dtype if compute else dtype
-    compute = compute or Compute(dtype=dtype or stored, param_dtype=dtype or stored)
+    to_dense, kind = dtype in FLOATS, dtype if dtype in KINDS else None
+    as_stored = dtype is None and compute is None
+    compute = _settle(dtype, compute, Compute(dtype=stored, param_dtype=stored))
     cfg = dataclasses.replace(cfg, compute=compute)
     with use_mesh(mesh):
         abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
@@ -83,7 +85,7 @@ def load_model(
             abstract,
             checkpoint,
             abstract.weights,
-            dtype=dtype,
+            dtype=None if as_stored else compute.param_dtype,
             dtypes=[(RouterBias, "float32")],
             renames=family.renames,
             ignore=family.ignored(cfg),
@@ -92,9 +94,20 @@ def load_model(
     return adopt(model, compute.param_dtype)
 
 
-def _kind_and_float(dtype: str | None) -> tuple[str | None, str | None]:
-    """(format of linear layers if they are packed, dtype of everything else)."""
-    return (dtype, "bfloat16") if dtype in KINDS else (None, dtype)
+def _settle(dtype: str | None, compute: Compute | None, default: Compute) -> Compute:
+    """The dtypes in detail, from what `load_model` was told; `default` if that was nothing."""
+    if compute is None:
+        # what is not packed is in bf16
+        plain = "bfloat16" if dtype in KINDS else dtype
+        return default if plain is None else Compute(dtype=plain, param_dtype=plain)
+    if dtype not in FLOATS or dtype == compute.param_dtype:
+        return compute
+    warnings.warn(
+        f"dtype={dtype!r} and compute.param_dtype={compute.param_dtype!r} do not agree: the weights"
+        f" are in {dtype}, and computed with in {compute.dtype}",
+        stacklevel=3,
+    )
+    return dataclasses.replace(compute, param_dtype=dtype)
 
 
 def _load_run(
@@ -102,11 +115,8 @@ def _load_run(
 ) -> nnx.Module:
     """The model of a run's last checkpoint; an adapter is on the base model that the run names."""
     meta = read_meta(path)
-    trained = from_dict(Compute, meta["run"]["compute"])
-    kind, dtype = _kind_and_float(dtype)
-    if dtype is not None:
-        trained = Compute(dtype=dtype, param_dtype=dtype)
-    compute = compute or trained
+    kind = dtype if dtype in KINDS else None
+    compute = _settle(dtype, compute, from_dict(Compute, meta["run"]["compute"]))
     with use_mesh(mesh):
         if meta["adapter"] is not None:
             adapter = from_dict(AnyMethod, meta["adapter"])
@@ -123,6 +133,13 @@ def _load_run(
         model = nnx.merge(graph, params, nnx.to_pure_dict(frozen))
         whole = kind is not None and meta["adapter"] is None
         return quantize_model(model, kind) if whole else model
+
+
+def adapter_of_run(path: str | Path) -> Any | None:
+    """The settings of the adapter that a run folder trained; None for all else that is loaded."""
+    path = Path(path).expanduser()
+    adapter = read_meta(path)["adapter"] if all_steps(path) else None
+    return None if adapter is None else from_dict(AnyMethod, adapter)
 
 
 def _read_config(checkpoint: Any) -> tuple[registry.Family, Any]:
@@ -181,13 +198,16 @@ def save_model(
         them.
 
     Raises:
-      ValueError: the model has adapters, or packed weights that no folder holds, or what was
-        written does not give the same logits.
+      ValueError: the model has adapters, or packed weights or settings that no folder holds, the
+        processor's tokenizer has more ids than the model, or what was written does not give the
+        same logits.
       OSError: the folder cannot be written; what stood there before is untouched.
     """
     if is_adapted(model):
         raise ValueError("the model has adapters; save lp.peft.merge(model), or use lp.peft.save")
     export.check_can_save(model)
+    if processor is not None:
+        processor.tokenizer.check_vocab(model.cfg.vocab_size)
     family = registry.family_of(model)
     config = family.to_hf(model.cfg) | {"dtype": str(model.embed.w.dtype)}
     config |= export.config_fields(model, model.weights)

@@ -99,7 +99,7 @@ def _parse_member(text: str, kind: Any) -> Any:
         return check(_number(word, kind), kind)
     if kind in (str, Any, object):
         return _unquote(text)
-    if kind is pathlib.Path:
+    if kind is pathlib.Path and _unquote(text).strip():  # a path of nothing is the working folder
         return pathlib.Path(_unquote(text))
     if origin is tuple:
         return _parse_tuple(text.strip(), kind)

@@ -131,6 +131,8 @@ def test_an_override_is_read_by_the_declared_type(text, key, value):
         ("steps=ten", "wanted a whole number"),
         ("steps=none", "wanted a whole number"),
         ("debug=1", "wanted true or false"),
+        ("out=", "out=: wanted a path"),
+        ("out=''", "wanted a path"),
         ("optim.lr=nan", "wanted a number"),
         ("optim.lr=1e999", "wanted a number"),
         ("optim.lr=fast", "optim.lr=fast: wanted a number"),

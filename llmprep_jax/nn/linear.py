@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -184,12 +185,31 @@ class Embed(Einsum):
         return self.w.dtype
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks tokens up; ids outside the vocabulary give the nearest row (XLA clamps)."""
+        """Looks tokens up.
+
+        Raises:
+          ValueError: ids outside the vocabulary, where they are known; in compiled code they are
+            not, and give the nearest row (XLA clamps).
+        """
+        check_ids(tokens_BT, self.layer_shape[0])
         return look_up(self.w[...], tokens_BT, _HIDDEN).astype(self.compute.dtype)
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits against the same table, float32."""
         return contract_logits("BTD,VD->BTV", x_BTD, self.w[...], self.compute.operand_dtype)
+
+
+def check_ids(tokens: Array, vocab_size: int) -> None:
+    """Raises ValueError for ids outside the vocabulary; traced ones are not known, and pass."""
+    if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
+        return
+    ids = np.asarray(tokens)
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"token {outside.flat[0]} is outside the vocabulary of {vocab_size}, whose ids are 0 to"
+            f" {vocab_size - 1}; use the tokenizer that belongs to the model"
+        )
 
 
 def look_up(

@@ -22,7 +22,10 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     Raises:
       FileNotFoundError: no such path; near names are given.
       OSError: the hub cannot be reached or has no such model.
+      ValueError: it is empty.
     """
+    if not str(path_or_id).strip():  # which would be the working folder
+        raise ValueError("the path of the model is empty; give a folder, a .gguf file or a hub id")
     path = Path(path_or_id).expanduser()
     if path.exists():
         return path

@@ -1,0 +1,103 @@
+"""Loading and saving as users call them: what is said twice, and what a model and its tokenizer
+must agree on."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import llmprep_jax as lp
+from experiments import evaluate
+from llmprep_jax.models.llama.config import Config
+from llmprep_jax.models.llama.model import Model
+from llmprep_jax.nn.param import Compute
+from llmprep_jax.pretrained import DTYPES, FLOATS
+from tests.random_modules import random_module
+from tests.text.samples import train_byte_level
+
+VOCAB = 416
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_byte_level().save(str(folder / "tokenizer.json"))
+    return lp.load_processor(folder)
+
+
+@pytest.fixture(scope="module")
+def model():
+    cfg = Config(VOCAB, 8, 16, 1, 2, 1, 4, max_seq_len=64, tie_embeddings=True)
+    return random_module(lambda: Model(cfg, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def folder(model, processor, tmp_path_factory):
+    return lp.save_model(model, tmp_path_factory.mktemp("saved") / "model", processor=processor)
+
+
+def test_the_dtypes_are_floats_and_packed_kinds():
+    assert (*FLOATS, *lp.quant.KINDS) == DTYPES
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dtype_is_that_of_the_weights_whatever_compute_leaves_out(folder, dtype):
+    compute = Compute(dtype="bfloat16")
+    if dtype == compute.param_dtype:
+        loaded = lp.load_model(folder, dtype, compute=compute)
+    else:
+        with pytest.warns(UserWarning, match=f"the weights are in {dtype}, and computed with in b"):
+            loaded = lp.load_model(folder, dtype, compute=compute)
+    assert {str(x.dtype) for x in jax.tree.leaves(nnx.state(loaded))} == {dtype}
+    assert loaded.cfg.compute == dataclasses.replace(compute, param_dtype=dtype)
+
+
+def test_compute_decides_where_no_dtype_is_given(folder):
+    loaded = lp.load_model(folder, compute=Compute(dtype="bfloat16", param_dtype="bfloat16"))
+    assert {str(x.dtype) for x in jax.tree.leaves(nnx.state(loaded))} == {"bfloat16"}
+    assert str(lp.load_model(folder).embed.w.dtype) == "float32"
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("token", [-1, VOCAB, 2**31 - 1])
+def test_an_id_outside_the_vocabulary_is_named(model, as_array, token):
+    tokens = as_array(np.array([[1, token]], np.int32))
+    message = f"token {token} is outside the vocabulary of 416, whose ids are 0 to 415"
+    with pytest.raises(ValueError, match=message):
+        model(tokens)
+    with pytest.raises(ValueError, match=message):
+        model.features(tokens)
+
+
+def test_ids_at_both_ends_of_the_vocabulary_are_taken(model):
+    assert model(np.array([[0, VOCAB - 1]], np.int32)).logits.shape == (1, 2, VOCAB)
+
+
+def test_a_model_is_not_saved_with_a_tokenizer_of_more_ids(model, processor, tmp_path):
+    small = Config(64, 8, 16, 1, 2, 1, 4, max_seq_len=64, tie_embeddings=True)
+    small = random_module(lambda: Model(small, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"the model's vocabulary ends at 63; use the tokenizer"):
+        lp.save_model(small, tmp_path / "model", processor=processor)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("load", [lp.load_model, lp.load_processor])
+def test_an_empty_path_is_not_the_working_folder(folder, monkeypatch, load):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="the path of the model is empty"):
+        load("")
+
+
+def test_a_model_is_evaluated_on_packed_weights(folder, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 4)
+    results = {}
+    for dtype in ("none", "int8"):
+        settings = [f"dtype={dtype}", "data.seq_len=16", f"out={tmp_path / dtype}.json"]
+        result = evaluate.main([str(folder), str(tmp_path / "text.txt"), *settings])["result"]
+        results[dtype] = json.loads(result.read_text())["nll"]
+    assert results["int8"] != results["none"]
+    assert results["int8"] == pytest.approx(results["none"], rel=0.02)
