@@ -176,15 +176,24 @@ def by_one(work: Callable[[], Any]) -> Any:
         try:
             outcome = {"result": work()}
         except (OSError, ValueError) as failure:
-            kind = "OSError" if isinstance(failure, OSError) else "ValueError"
-            outcome, error = {"kind": kind, "message": str(failure)}, failure
+            outcome, error = {"error": _described(failure)}, failure
         client.key_value_set(key, json.dumps(outcome))
         if error is not None:
             raise error
     outcome = json.loads(client.blocking_key_value_get(key, _LONG_MS))
-    if "kind" in outcome:
-        raise {"OSError": OSError, "ValueError": ValueError}[outcome["kind"]](outcome["message"])
+    if "error" in outcome:
+        kind, arguments = outcome["error"]
+        raise {"OSError": OSError, "ValueError": ValueError}[kind](*arguments)
     return outcome["result"]
+
+
+def _described(error: OSError | ValueError) -> tuple[str, list[Any]]:
+    """An error as JSON; one of the system keeps its number, from which the remedy follows."""
+    if not isinstance(error, OSError):
+        return "ValueError", [str(error)]
+    if error.errno is None:
+        return "OSError", [str(error)]
+    return "OSError", [error.errno, error.strerror, error.filename and str(error.filename)]
 
 
 def check_alike(what: str, value: Any) -> None:

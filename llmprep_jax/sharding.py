@@ -235,6 +235,14 @@ def batch_shards() -> Shards:
     return Shards(count, tuple(sorted({rows.start or 0 for (rows,) in indices})))
 
 
+def on_devices(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
+    """An abstract array's sharding on the mesh in force, where one without is replicated."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return sharding
+    return jax.sharding.NamedSharding(mesh, jax.P() if sharding is None else sharding.spec)
+
+
 def sharding_of(x: jax.Array) -> jax.sharding.NamedSharding | None:
     """The sharding that the type of `x` carries; None without a mesh."""
     return jax.typeof(x).sharding if has_mesh() else None

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 
 from llmprep_jax import processes
 from llmprep_jax.config import settle
+from llmprep_jax.sharding import on_devices
 from llmprep_jax.train.offload import retype
 from llmprep_jax.train.state import TrainState, path_name
 
@@ -384,9 +385,14 @@ def read_params(
     with open_for_reading(path) as manager:
         _compare(path, manager, item, abstract)
         with _readable(path):
-            args = ocp.args.Composite(**{item: _restore_arrays(abstract)})
+            target = jax.tree.map(_on_devices, abstract)
+            args = ocp.args.Composite(**{item: _restore_arrays(target)})
             # without a sharding, Orbax restores numpy arrays
             return jax.tree.map(jnp.asarray, manager.restore(int(path.name), args=args)[item])
+
+
+def _on_devices(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_devices(x.sharding))
 
 
 def _checkpoint_path(out: pathlib.Path, step: int | None) -> pathlib.Path:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llmprep_jax.sharding import on_devices
 from llmprep_jax.weights.folder import MISSHAPEN, MISSING, Checkpoint
 from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.names import canonical_names
@@ -179,19 +180,11 @@ def load(
             packer = None if pack is None else pack(row.path)
             value = None if packer is None else packer(row, list(names.values()))
             if value is None:
-                sharding = _on_devices(variable.get_value().sharding)
+                sharding = on_devices(variable.get_value().sharding)
                 of = next((to for kind, to in dtypes if isinstance(variable, kind)), dtype)
                 value = _read(row, names, checkpoint, of, sharding, pool)
             flat.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
-def _on_devices(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
-    """An abstract array's sharding on the mesh in force, where one without is replicated."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return sharding
-    return jax.sharding.NamedSharding(mesh, jax.P() if sharding is None else sharding.spec)
 
 
 def _check(
