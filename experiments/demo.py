@@ -26,9 +26,10 @@ from experiments.train import train
 from llmprep_jax import cli
 from llmprep_jax.config import look_up, only_overrides, override
 from llmprep_jax.runs import open_data
+from llmprep_jax.train.loop import lock_folder
 from llmprep_jax.train.metrics import read_jsonl
 from llmprep_jax.train.monitor import METRICS_FILE
-from llmprep_jax.train.run import claim_folder
+from llmprep_jax.train.run import RunConfig
 
 QUESTION = [{"role": "user", "content": "Define politics."}]
 
@@ -36,8 +37,12 @@ QUESTION = [{"role": "user", "content": "Define politics."}]
 def main(arguments: list[str]) -> cli.Outputs:
     cfg = override(get_config(), ["out=runs/demo", "eval_batches=None", *only_overrides(arguments)])
     cfg = look_up(cfg)
-    claim_folder(cfg)
+    with lock_folder(cfg.out):
+        return show(cfg)
 
+
+def show(cfg: RunConfig) -> cli.Outputs:
+    """The five parts of the demo."""
     rich.print("[bold]1. Load[/] SmolLM2-135M-Instruct")
     processor = lp.load_processor(cfg.model)
     base = lp.load_model(cfg.model, compute=cfg.compute)

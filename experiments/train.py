@@ -5,16 +5,20 @@
 
 CONFIG is a Python file whose get_config() returns a RunConfig; a.b=c changes a field of it. The
 same command again goes on from the last checkpoint, to the bit. SIGTERM saves and ends with exit
-code 0. On a cluster (SLURM, GKE, a TPU pod) each host runs this command; on plain machines each
-with processes.coordinator=HOST:PORT processes.count=2 processes.index=0, the other with index=1.
-Outputs in `out`: run.json, metrics.jsonl, tensorboard/, tokenizer/, checkpoints/, and adapter/ in
-PEFT's format where an adapter was trained.
+code 0, Ctrl-C with 130; a second one ends at once. On a cluster (SLURM, GKE, a TPU pod) each host
+runs this command; on plain machines each with processes.coordinator=HOST:PORT processes.count=2
+processes.index=0, the other with index=1. Outputs in `out`: run.json, metrics.jsonl, tensorboard/,
+tokenizer/, checkpoints/, and adapter/ in PEFT's format where an adapter was trained (adapter_ema/
+holds its running average).
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
     from experiments.command.start import start
 
     start(__doc__, "llmprep_jax.train.run:RunConfig")
+
+import dataclasses
+import shlex
 
 import jax
 import rich.console
@@ -25,13 +29,22 @@ from configs.meshes import get_mesh
 from llmprep_jax import processes
 from llmprep_jax.cli import Outputs, run
 from llmprep_jax.config import UsageError, load_config, print_config, split_arguments
+from llmprep_jax.interrupts import Interrupted
 from llmprep_jax.models import registry
-from llmprep_jax.runs import build_model, make_trainer, open_data
+from llmprep_jax.runs import build_model, count_steps, make_trainer, open_data, open_processor
 from llmprep_jax.sharding import use_mesh
-from llmprep_jax.train.loop import FitResult, fit
+from llmprep_jax.text.processor import Processor
+from llmprep_jax.train.loop import FitResult, fit, lock_folder
 from llmprep_jax.train.metrics import count_flops
 from llmprep_jax.train.monitor import METRICS_FILE
-from llmprep_jax.train.run import RunConfig, claim_folder, describe_data, make_meta, padding_share
+from llmprep_jax.train.run import (
+    RunConfig,
+    claim_folder,
+    count_trained,
+    describe_data,
+    make_meta,
+    saved_steps,
+)
 from llmprep_jax.train.state import count
 from llmprep_jax.train.step import own_rows
 from llmprep_jax.train.trainer import Trainer
@@ -51,27 +64,42 @@ def main(arguments: list[str]) -> Outputs:
     print_config(cfg, console)
     mesh = get_mesh(cfg.mesh)
     processes.refuse_apart(mesh)
-    for change in claim_folder(cfg):
-        console.print(f"changed since the run began: {change}", markup=False)
-    with use_mesh(mesh):
+    with lock_folder(cfg.out), use_mesh(mesh):
         result = train(cfg, mesh)
-        outputs = {"run": cfg.out, "metrics": cfg.out / METRICS_FILE}
-        outputs["checkpoint"] = cfg.out / "checkpoints" / str(result.step)
-        if cfg.adapter is not None and not result.preempted:
-            model = result.ema_model or result.model
-            outputs["adapter"] = lp.peft.save(model, cfg.out / "adapter", base_model=cfg.model)
+        if result.stopped == "SIGINT":
+            command = shlex.join(["python", "-m", "experiments.train", *arguments])
+            raise Interrupted(f"interrupted and saved at step {result.step}; to go on: {command}")
+        return write_outputs(cfg, result, mesh)
+
+
+def write_outputs(cfg: RunConfig, result: FitResult, mesh: jax.sharding.Mesh | None) -> Outputs:
+    """Writes the adapter, of the best checkpoint where that is kept, and names all outputs."""
+    checkpoints = cfg.out / "checkpoints"
+    outputs = {"run": cfg.out, "metrics": cfg.out / METRICS_FILE}
+    outputs["checkpoint"] = checkpoints / str(result.step)
     if result.preempted:
-        console.print("stopped by SIGTERM; the same command goes on from here")
+        console.print(f"stopped by {result.stopped}; the same command goes on from here")
+        return outputs
+    models = {"adapter": result.model, "adapter_ema": result.ema_model}
+    if result.best not in (None, result.step):
+        outputs["best checkpoint"] = checkpoints / str(result.best)
+        models = {"adapter": lp.load_model(outputs["best checkpoint"], mesh=mesh)}
+        console.print(f"adapter/ is of step {result.best}, whose eval_loss was the lowest")
+    for name, model in models.items() if cfg.adapter is not None else ():
+        if model is not None:
+            outputs[name] = lp.peft.save(model, cfg.out / name, base_model=cfg.model)
     return outputs
 
 
 def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
-    """Builds model and data, and fits one to the other."""
+    """Builds model and data, and fits one to the other; the folder's lock is held."""
     own_rows(cfg.data.batch_size, cfg.accumulate)  # refuses rows that do not part
-    processor = lp.load_processor(cfg.tokenizer or cfg.model)
-    if cfg.chat_template is not None:
-        processor.tokenizer.read_chat_template(cfg.chat_template)
-    model = build_model(cfg, mesh)
+    processor = open_processor(cfg)
+    cfg = settle_steps(cfg, processor)
+    cfg, changes = claim_folder(cfg)
+    for change in changes:
+        console.print(f"changed since the run began: {change}", markup=False)
+    model, method = build_model(cfg, mesh, lambda words: console.print(words, markup=False))
     processor.tokenizer.check_vocab(model.cfg.vocab_size)
     processes.by_one(lambda: processor.save(cfg.out / "tokenizer"))
     batches, evaluate = open_data(cfg, processor)
@@ -83,19 +111,32 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
         batches,
         out=cfg.out,
         evaluate=evaluate,
-        meta=make_meta(cfg, registry.family_of(model).to_hf(model.cfg)),
+        meta=make_meta(cfg, registry.family_of(model).to_hf(model.cfg), method),
         flops=count_flops(model.cfg, parts.params, parts.frozen, cfg.data.seq_len),
         console=console,
+        locked=True,
     )
-    rows_of_tokens = cfg.data.batch_size * cfg.data.seq_len
     if processes.is_writer():
-        padding = padding_share(cfg.out / METRICS_FILE, rows_of_tokens)
-        console.print(describe_data(batches.report(), padding), soft_wrap=True, highlight=False)
+        trained = count_trained(cfg.out / METRICS_FILE, cfg.data.batch_size * cfg.data.seq_len)
+        console.print(describe_data(batches.report(), trained), soft_wrap=True, highlight=False)
     return result
 
 
+def settle_steps(cfg: RunConfig, processor: Processor) -> RunConfig:
+    """The config whose steps are its epochs."""
+    if cfg.epochs is None:
+        return cfg
+    with console.status("counting the batches of the data"):
+        steps = saved_steps(cfg) or count_steps(cfg, processor)
+    console.print(f"epochs={cfg.epochs}: {steps} steps")
+    return dataclasses.replace(cfg, steps=steps)
+
+
 def describe(cfg: RunConfig, model: nnx.Module, trainer: Trainer) -> None:
-    """Says what is trained and what memory that takes."""
+    """Says what a step is, what is trained and what memory that takes."""
+    rows, micro = cfg.data.batch_size, cfg.data.batch_size // cfg.accumulate
+    parts = f", in {cfg.accumulate} microbatches of {micro}" if cfg.accumulate > 1 else ""
+    console.print(f"a step: {rows} rows of {cfg.data.seq_len} tokens{parts}")
     trained, frozen = count(trainer.split.params), count(trainer.split.frozen)
     total = trained + frozen
     console.print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")

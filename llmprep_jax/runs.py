@@ -1,51 +1,124 @@
 """What a run is made of, built from its `RunConfig`: model, data and trainer.
 
-`experiments.train` puts them together. A base that an adapter is trained on is packed while it is
-read where the adapter is a QLoRA.
+`experiments.train` puts them together.
 """
 
 import dataclasses
 import functools
+import pathlib
+import typing
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
 
-from llmprep_jax import data, peft
+from llmprep_jax import data, peft, quant
+from llmprep_jax.config import from_dict
 from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.models import registry
 from llmprep_jax.nn.param import TRAINED, AdapterParam
-from llmprep_jax.pretrained import load_model
+from llmprep_jax.peft import AnyMethod
+from llmprep_jax.peft.adapter import adapters
+from llmprep_jax.pretrained import load_model, load_processor
 from llmprep_jax.text.chat import encode_chat
 from llmprep_jax.text.processor import Processor
+from llmprep_jax.train.checkpoint import all_steps, read_meta
 from llmprep_jax.train.loop import Evaluate
 from llmprep_jax.train.losses import next_token_loss, training_loss
 from llmprep_jax.train.run import RunConfig
 from llmprep_jax.train.step import own_rows
 from llmprep_jax.train.trainer import Trainer
 
+ADAPTER_CONFIG = "adapter_config.json"
 
-def build_model(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> nnx.Module:
-    """The model with its adapter, on the mesh."""
-    if cfg.model is not None:
-        packed = getattr(cfg.adapter, "kind", None)  # QLoRA packs while it reads
-        model = load_model(cfg.model, packed, mesh=mesh, compute=cfg.compute)
-    else:
+
+def open_processor(cfg: RunConfig) -> Processor:
+    """The tokenizer of the run, with its chat template."""
+    processor = load_processor(cfg.tokenizer or cfg.model)
+    if cfg.chat_template is not None:
+        processor.tokenizer.read_chat_template(cfg.chat_template)
+    return processor
+
+
+def build_model(
+    cfg: RunConfig, mesh: jax.sharding.Mesh | None, say: Callable[[str], Any] = print
+) -> tuple[nnx.Module, AnyMethod | None]:
+    """The model with its adapter, on the mesh, and the adapter's method.
+
+    Args:
+      say: tells what becomes of an adapter that the model comes with.
+
+    Raises:
+      ValueError: all weights are to be trained and some are packed.
+    """
+    folder, method = open_adapter(cfg.adapter)
+    model = load_base(cfg, mesh, getattr(method, "kind", None), say)  # QLoRA packs while it reads
+    if method is None:
+        packed = quant.packed_layers(model)
+        if packed:
+            raise ValueError(
+                f"{cfg.model} has packed weights ({next(iter(packed))}), which only adapters train "
+                "around: give adapter=LoRA"
+            )
+        return model, None
+    if folder is not None:
+        model = peft.load(model, folder)
+        return model, dataclasses.replace(method, targets=tuple(adapters(model)))
+    return peft.inject(model, method, seed=cfg.seed), method
+
+
+def load_base(
+    cfg: RunConfig,
+    mesh: jax.sharding.Mesh | None,
+    packed: str | None,
+    say: Callable[[str], Any] = print,
+) -> nnx.Module:
+    """The model without adapters: those of a run that the weights come from are merged."""
+    if cfg.model is None:
         name = cfg.architecture
         sizes = registry.preset(name) if isinstance(name, str) else name
         sizes = dataclasses.replace(sizes, compute=cfg.compute)
-        model = jax.jit(lambda: registry.build(sizes, rngs=nnx.Rngs(cfg.seed)))()
-    return model if cfg.adapter is None else peft.inject(model, cfg.adapter, seed=cfg.seed)
+        return jax.jit(lambda: registry.build(sizes, rngs=nnx.Rngs(cfg.seed)))()
+    if not has_adapter(cfg.model):
+        return load_model(cfg.model, packed, mesh=mesh, compute=cfg.compute)
+    model = peft.merge(load_model(cfg.model, mesh=mesh, compute=cfg.compute))
+    say(f"the adapter of {cfg.model} is merged into its base, and training begins from that")
+    return model if packed is None else quant.quantize_model(model, packed)
+
+
+def has_adapter(path: str | pathlib.Path) -> bool:
+    """Whether a path is a run that trained an adapter."""
+    path = pathlib.Path(path)
+    return bool(all_steps(path)) and read_meta(path)["adapter"] is not None
+
+
+def open_adapter(adapter: AnyMethod | str | None) -> tuple[pathlib.Path | None, AnyMethod | None]:
+    """The PEFT folder that training goes on from, if any, and the method.
+
+    Raises:
+      ValueError: there is no adapter in the folder.
+    """
+    if not isinstance(adapter, str):
+        return None, adapter
+    folder = pathlib.Path(adapter).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file():
+        folder = folder / "adapter"  # of a run
+    if not (folder / ADAPTER_CONFIG).is_file():
+        names = ", ".join(kind.__name__ for kind in typing.get_args(AnyMethod))
+        raise ValueError(
+            f"adapter={adapter}: there is no {ADAPTER_CONFIG}; give a folder that PEFT or a run of "
+            f"ours wrote, or one of the methods {names}"
+        )
+    run = folder.parent
+    if all_steps(run) and has_adapter(run):  # a QLoRA's folder does not say how its base is packed
+        return folder, from_dict(AnyMethod, read_meta(run)["adapter"])
+    return folder, peft.read_method(folder)
 
 
 def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evaluate | None]:
     """The training batches, and a function that evaluates a model on the held-out ones."""
-    tokenizer = processor.tokenizer
-    settings = {
-        "encode": tokenizer.encode,
-        "encode_chat": functools.partial(encode_chat, tokenizer),
-        "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.pad_id or 0,
-    }
+    settings = _encoding(processor)
     batches = data.build(cfg.data, **settings, rows=own_rows(cfg.data.batch_size, cfg.accumulate))
     if cfg.eval_data is None and not cfg.data.holdout:
         return batches, None
@@ -58,6 +131,24 @@ def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evalu
         return {"eval_loss": found.nll, "eval_perplexity": found.perplexity}
 
     return batches, evaluate
+
+
+def count_steps(cfg: RunConfig, processor: Processor) -> int:
+    """How many batches the run's epochs are."""
+    once = dataclasses.replace(cfg.data, prefetch=0)
+    batches = data.build(once, **_encoding(processor), rows=())
+    return max(sum(1 for _ in batches), 1)
+
+
+def _encoding(processor: Processor) -> dict[str, Any]:
+    """What `data.build` is told of the tokenizer."""
+    tokenizer = processor.tokenizer
+    return {
+        "encode": tokenizer.encode,
+        "encode_chat": functools.partial(encode_chat, tokenizer),
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id or 0,
+    }
 
 
 def make_trainer(cfg: RunConfig, model: nnx.Module) -> Trainer:

@@ -34,7 +34,10 @@ MAY_IMPORT = {
     "generate": {"nn", "text", *BASE},
     "evaluate": {"train", "generate", "data", *BASE},
     "pretrained": {"models", "nn", "peft", "quant", "text", "train", "weights", "config", *BASE},
-    "runs": {"models", "nn", "peft", "text", "train", "data", "evaluate", "pretrained"},
+    "runs": {
+        *{"models", "nn", "peft", "quant", "text", "train", "data", "evaluate", "pretrained"},
+        "config",
+    },
     "__init__": {"peft", "quant", "generate", "pretrained"},
 }
 _NNX = ("jit", "grad", "value_and_grad", "vmap", "pmap", "scan", "remat", "shard_map", "Optimizer")

@@ -11,7 +11,7 @@ from llmprep_jax.peft.lokr import LoKr
 from llmprep_jax.peft.longlora import LongLoRA
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.merging import blend, unmerge
-from llmprep_jax.peft.peft_format import load, save
+from llmprep_jax.peft.peft_format import load, read_method, save
 from llmprep_jax.peft.qlora import QLoRA
 from llmprep_jax.peft.tied import untie
 from llmprep_jax.peft.training import train_mode
@@ -39,6 +39,7 @@ __all__ = [
     "load",
     "merge",
     "print_counts",
+    "read_method",
     "save",
     "select",
     "split",

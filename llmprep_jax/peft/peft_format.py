@@ -168,6 +168,16 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     return biases.read(adapted, of_biases, file, _PREFIX)
 
 
+def read_method(folder: str | Path) -> Method:
+    """The settings of the adapters in a PEFT folder, but for the names of targets.
+
+    Raises:
+      FileNotFoundError, ValueError: the folder holds none, or of a method that we do not have.
+    """
+    config = read_config(Path(folder) / CONFIG, _read_json(Path(folder)))
+    return dataclasses.replace(config.method, modules_to_save=config.saved)
+
+
 def _read_json(folder: Path) -> dict:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}; give the folder of a PEFT adapter")

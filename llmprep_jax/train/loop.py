@@ -208,12 +208,18 @@ class _Run:
             self.saved = step
 
     def _first_compiles(self, step: Step) -> Step:
-        """The step, whose first call is shown as compiling."""
+        """The step, whose first call is shown as compiling, and then what memory it takes."""
         phases = iter([self.monitor.phase("compiling")])
 
         def call(*args):
-            with next(phases, contextlib.nullcontext()):
+            phase = next(phases, None)
+            if phase is None:
                 return step(*args)
+            with phase:
+                memory = step.lower(*args).compile().memory_analysis()
+                if memory is not None:
+                    self.monitor.progress.say(describe_memory(memory))
+                return step(*args)  # by the program that was just compiled
 
         return call
 
@@ -239,6 +245,15 @@ class _Run:
             return False
         self.best, self.checkpoints.best = (loss, step), step
         return True
+
+
+def describe_memory(memory: Any) -> str:
+    """What a compiled step takes on a device, by its `memory_analysis`."""
+    kept, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return (
+        f"memory of a step: {kept / 2**20:,.1f} MiB of weights, optimizer state and batch, "
+        f"{temporary / 2**20:,.1f} MiB of activations, gradients and buffers"
+    )
 
 
 def _due(step: int, every: int | None) -> bool:

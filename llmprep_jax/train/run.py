@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprep_jax import processes
-from llmprep_jax.config import UsageError, changed_fields, to_dict
+from llmprep_jax.config import UsageError, changed_fields, from_dict, to_dict
 from llmprep_jax.data import DataConfig
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.stack import REMAT_POLICIES
@@ -22,14 +22,20 @@ from llmprep_jax.processes import Processes
 from llmprep_jax.sharding import MeshSizes
 from llmprep_jax.train.checkpoint import all_steps
 from llmprep_jax.train.metrics import read_jsonl
+from llmprep_jax.train.optim import OptimConfig, make_schedule
 from llmprep_jax.train.trainer import FitConfig
 
 RUN_FILE = "run.json"
 DTYPES = ("float32", "bfloat16", "float16")
-# what may differ when a run goes on: where, how fast and how often, not what is computed
-FREE = ("out", "steps", "accumulate", "log_every", "eval_every", "eval_batches", "eval_data")
-FREE = (*FREE, "checkpoint", "mesh", "peak_flops", "loss_chunk", "compute.remat", "compute.unroll")
-FREE = (*FREE, "data.paths", "data.prefetch", "data.threads", "optim.offload")
+# what may differ when a run goes on: where, how fast, how often and how far it learns; not what the
+# checkpoint's arrays are, nor which data it is at
+FREE = ("out", "steps", "schedule_steps", "epochs", "accumulate", "log_every", "skip_nonfinite")
+FREE = (*FREE, "eval_every", "eval_batches", "eval_data", "checkpoint", "mesh", "peak_flops")
+FREE = (*FREE, "loss_chunk", "compute.remat", "compute.unroll", "optim")
+FREE = (*FREE, "data.paths", "data.prefetch", "data.threads", "data.num_epochs")
+FIXED = ("optim.optimizer", "optim.moment_dtype")  # by them the moments are other arrays
+OURS = ("run.json", "run.tmp", "metrics.jsonl", "metrics.tmp", "tensorboard", "tokenizer")
+OURS = (*OURS, "checkpoints", "adapter", "adapter_ema")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +49,13 @@ class RunConfig(FitConfig):
       tokenizer: where the tokenizer comes from; None: from where `model` does.
       chat_template: a Jinja file, for the tokenizer of a base model, which has none; it is saved
         with the run.
-      adapter: a LoRA or LongLoRA that is trained in place of the model; None: all of it is.
+      adapter: what is trained in place of the model: a method, by its name (adapter=QLoRA) or its
+        settings (adapter.rank=8), or a folder of PEFT's or a run's, whose adapter is trained on;
+        None: all of the model is.
+      epochs: how often the data are read; sets `steps`, after counting their batches once.
       data: what it is trained on; data.batch_size rows of data.seq_len tokens a step.
-      eval_data: what it is evaluated on, all splits of it; None: what data.holdout keeps back, if
-        anything.
+      eval_data: what it is evaluated on, all splits of it; settings that are not given are those of
+        data; None: what data.holdout keeps back, if anything.
       eval_batches: at most so many; None: all.
       compute: dtypes, rematerialisation and unrolling. Weights are float32 masters with compute in
         bf16 for `dtype="bfloat16", param_dtype="float32"`.
@@ -61,9 +70,10 @@ class RunConfig(FitConfig):
     architecture: Any | None = None
     tokenizer: str | None = None
     chat_template: pathlib.Path | None = None
-    adapter: AnyMethod | None = None
+    adapter: AnyMethod | str | None = None
+    epochs: int | None = None
     data: DataConfig
-    eval_data: DataConfig | None = None
+    eval_data: DataConfig | None = dataclasses.field(default=None, metadata={"like": "data"})
     eval_batches: int | None = None
     compute: Compute = dataclasses.field(default_factory=Compute)
     mesh: str | MeshSizes | None = None
@@ -84,14 +94,17 @@ class RunConfig(FitConfig):
                 f"accumulate={self.accumulate}"
             )
         if self.adapter is None and self.optim.lora_plus != 1:
-            raise ValueError(
-                "optim.lora_plus is for LoRA adapters: leave it or set adapter._type=LoRA"
-            )
+            raise ValueError("optim.lora_plus is for LoRA adapters: leave it or set adapter=LoRA")
+        if str(self.out) == ".":
+            raise ValueError("out is the working folder; give a folder of its own: out=runs/NAME")
         _check_compute(self.compute)
-        for name in ("eval_batches", "loss_chunk"):
+        for name in ("eval_batches", "loss_chunk", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.epochs is not None and self.data.num_epochs != self.epochs:
+            data = dataclasses.replace(self.data, num_epochs=self.epochs)
+            object.__setattr__(self, "data", data)
 
 
 def _check_compute(compute: Compute) -> None:
@@ -104,31 +117,65 @@ def _check_compute(compute: Compute) -> None:
         raise ValueError(f"compute.remat={compute.remat!r}; the policies are {', '.join(remats)}")
 
 
-def claim_folder(cfg: RunConfig) -> list[str]:
-    """Makes the run's folder and writes the config into it.
+def claim_folder(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Writes the config into the run's folder, whose lock the caller holds (`lock_folder`).
 
     Returns:
-      What of the config differs from that of the run it goes on with, one line each.
+      The config, whose schedule stays laid over as many steps as when the run began, unless
+      `schedule_steps` is given; and what of it differs from that of the run it goes on with, one
+      line each.
 
     Raises:
-      UsageError: it holds checkpoints of a run with another config.
+      UsageError: it holds checkpoints of a run with another config, or files of something else.
       OSError: it cannot be written.
     """
-    path = cfg.out / RUN_FILE
-    changes = []
+    path, changes = cfg.out / RUN_FILE, []
     if all_steps(cfg.out) and path.is_file():
         old = _read_run(path)
+        cfg, words = _keep_schedule(cfg, old)
         changes = list(changed_fields(old, saved_fields(cfg)))
         fixed = [(key, was, now) for key, was, now in changes if not _is_free(key)]
         if fixed:
             key, was, now = fixed[0]
             raise UsageError(
                 f"{cfg.out} holds a run with another config ({key} was {was!r}, is {now!r}); give "
-                "another out folder, or go on from its weights by model=PATH"
+                f"another out folder by out=FOLDER, or go on from its weights by model={cfg.out}"
             )
+        changes = [f"{key}: {was!r} -> {now!r}" for key, was, now in changes] + words
+    elif not path.is_file() and cfg.out.is_dir():
+        others = sorted(f.name for f in cfg.out.iterdir() if f.name not in (*OURS, ".lock"))
+        if others:
+            raise UsageError(f"{cfg.out} holds {others[0]}, no run; give a new folder by out=")
     processes.check_alike("the config", saved_fields(cfg))
     processes.by_one(lambda: _write_run(path, cfg))
-    return [f"{key}: {was!r} -> {now!r}" for key, was, now in changes]
+    return cfg, changes
+
+
+def _keep_schedule(cfg: RunConfig, old: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The config with the horizon that the run began with, and what that means, in words."""
+    was = old.get("schedule_steps") or old.get("steps") or cfg.horizon
+    if cfg.schedule_steps is None and was != cfg.steps:
+        words = (
+            f"the learning rate keeps its {cfg.optim.schedule} schedule over {was} steps; "
+            f"schedule_steps={cfg.steps} lays it over all {cfg.steps}"
+        )
+        return dataclasses.replace(cfg, schedule_steps=was), [words]
+    done = max(all_steps(cfg.out))
+    before = from_dict(OptimConfig, old["optim"]) if "optim" in old else cfg.optim
+    rates = [
+        float(make_schedule(optim, steps)(done))
+        for optim, steps in ((before, was), (cfg.optim, cfg.horizon))
+    ]
+    if rates[0] == rates[1]:
+        return cfg, []
+    return cfg, [f"the learning rate of step {done + 1}: {rates[0]:.3g} -> {rates[1]:.3g}"]
+
+
+def saved_steps(cfg: RunConfig) -> int | None:
+    """The steps that a run's epochs were counted to be, where it goes on with as many."""
+    path = cfg.out / RUN_FILE
+    old = _read_run(path) if all_steps(cfg.out) and path.is_file() else {}
+    return old.get("steps") if old.get("epochs") == cfg.epochs else None
 
 
 def saved_fields(cfg: RunConfig) -> dict[str, Any]:
@@ -157,37 +204,60 @@ def _read_run(path: pathlib.Path) -> dict[str, Any]:
     return old
 
 
-def describe_data(report: Mapping[str, Any], padding: float | None) -> str:
-    """What became of the documents that were read, in one line.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run has been trained on: tokens, those of them that are targets, and padding's share
+    of the rows."""
+
+    tokens: int
+    targets: int
+    padding: float
+
+
+def count_trained(metrics: pathlib.Path, tokens_per_step: int) -> Trained | None:
+    """Sums up the steps of a metrics file that changed anything; None where there are none."""
+    records = read_jsonl(metrics) if metrics.exists() else []
+    records = [r for r in records if "input_tokens" in r and "skipped" not in r]
+    if not records:
+        return None
+    tokens, targets = (int(sum(r[name] for r in records)) for name in ("input_tokens", "tokens"))
+    return Trained(tokens, targets, 1 - tokens / (len(records) * tokens_per_step))
+
+
+def describe_data(report: Mapping[str, Any], trained: Trained | None) -> str:
+    """What was trained on, and what became of the documents that were read, in one line.
 
     Args:
       report: of `Batches.report`; its documents run ahead of the batches by a packing window.
-      padding: the share of the batches' tokens that was padding; None: not known.
+      trained: of the whole run; None: nothing was.
     """
     cut = {name: report[name] for name in ("split", "truncated", "dropped") if report[name]}
     long = ", ".join(f"{number:,} {name}" for name, number in cut.items()) or "none"
     lost = f" ({report['lost']:,} targets lost)" if report["lost"] else ""
-    parts = [
-        f"read {report['documents']:,} documents, {report['tokens']:,} tokens",
-        *([] if padding is None else [f"padding {padding:.1%}"]),
+    parts = []
+    if trained is not None:
+        parts = [
+            f"trained on {trained.tokens:,} tokens, {trained.targets:,} of them targets",
+            f"padding {trained.padding:.1%}",
+        ]
+    parts += [
+        f"read ahead up to {report['documents']:,} documents of {report['tokens']:,} tokens",
         f"longer than the context: {long}{lost}",
         *([f"without a target: {report['empty']:,}"] if report["empty"] else []),
     ]
     return "data: " + "; ".join(parts)
 
 
-def padding_share(metrics: pathlib.Path, tokens_per_step: int) -> float | None:
-    """The share of padding in all batches of a run, from its metrics file."""
-    inputs = [record["input_tokens"] for record in read_jsonl(metrics) if "input_tokens" in record]
-    return 1 - sum(inputs) / (len(inputs) * tokens_per_step) if inputs else None
-
-
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+    is_free = any(key == free or key.startswith(f"{free}.") for free in FREE)
+    return is_free and key not in FIXED
 
 
-def make_meta(cfg: RunConfig, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def make_meta(cfg: RunConfig, hf_config: Mapping[str, Any], method: Any | None) -> dict[str, Any]:
     """What each checkpoint says of its model, for `load_model` to rebuild it.
+
+    Args:
+      method: of the adapter that is trained.
 
     Returns:
       base: path of the frozen weights, None where all weights are in the checkpoint; config: the
@@ -199,7 +269,7 @@ def make_meta(cfg: RunConfig, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "format": 1,
         "base": cfg.model if cfg.adapter is not None else None,
         "config": dict(hf_config),
-        "adapter": to_dict(cfg.adapter),
+        "adapter": to_dict(method),
         "run": saved_fields(cfg),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }

@@ -27,8 +27,9 @@ from llmprep_jax.models.llama.model import Model
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.sharding import make_mesh
 from llmprep_jax.train.checkpoint import all_steps, read_meta
+from llmprep_jax.train.loop import lock_folder
 from llmprep_jax.train.metrics import read_jsonl
-from llmprep_jax.train.run import claim_folder, describe_data
+from llmprep_jax.train.run import Trained, claim_folder, describe_data
 from tests.text.samples import CORPUS, train_byte_level
 
 CONFIG = """
@@ -162,6 +163,43 @@ def test_an_adapter_is_trained_and_saved_for_peft(files, tmp_path, method):
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(saved))  # lora_b began as zero
 
 
+@pytest.fixture(scope="module")
+def lora_run(files, tmp_path_factory):
+    """A run that trained a LoRA for a step."""
+    out = tmp_path_factory.mktemp("lora") / "run"
+    keys = [*with_adapter(files, "LoRA"), "optim.warmup_steps=0", "steps=1"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(command(files, out, *keys))
+    return out
+
+
+@pytest.mark.parametrize("folder", ["", "adapter"], ids=["run", "PEFT"])
+def test_training_goes_on_from_an_adapter(files, lora_run, tmp_path, folder):
+    if folder:  # without its run beside it
+        shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
+    keys = ["architecture=none", f"model={files / 'model'}", "tokenizer=none", "data.holdout=0"]
+    keys += [f"adapter={tmp_path / 'adapter' if folder else lora_run}", "optim.lr=0", "steps=1"]
+    outputs = train.main(command(files, tmp_path / "on", *keys, "optim.warmup_steps=0"))
+    first, on = (nnx.state(lp.load_model(out), AdapterParam) for out in (lora_run, tmp_path / "on"))
+    jax.tree.map(np.testing.assert_array_equal, first, on)
+    assert (outputs["adapter"] / "adapter_config.json").is_file()
+
+
+def test_an_adapter_is_merged_and_said_before_all_weights_are_trained(
+    files, lora_run, tmp_path, capsys
+):
+    keys = ["architecture=none", f"model={lora_run}", "data.holdout=0", "steps=1", "optim.lr=0"]
+    train.main(command(files, tmp_path, *keys, "optim.warmup_steps=0"))
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"the adapter of {lora_run} is merged into its base, and training begins" in text
+    assert "(100.00%)" in text
+    model = lp.load_model(tmp_path)
+    assert not lp.peft.is_adapted(model)
+    tokens = np.array([[1, 2, 3]])
+    expected = lp.load_model(lora_run)(tokens).logits
+    np.testing.assert_allclose(model(tokens).logits, expected, atol=1e-5)
+
+
 @pytest.mark.slow  # two runs
 def test_a_run_drops_what_its_adapter_asks_for(files, tmp_path):
     for name, rate in {"whole": 0.0, "dropped": 0.5}.items():
@@ -196,7 +234,11 @@ def test_evaluate_prints_and_writes_the_perplexity(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "code", "message"),
     [
-        (["optim.lrr=1"], 2, "unknown key optim.lrr; did you mean lr?"),
+        (["optim.lrr=1"], 2, "unknown key optim.lrr; did you mean optim.lr?"),
+        (["rank=8"], 2, "unknown key rank; did you mean adapter.rank?"),
+        (["out="], 2, "out is the working folder; give a folder of its own: out=runs/NAME"),
+        (["epochs=0"], 2, "epochs must be at least 1, not 0"),
+        (["adapter=LoRa"], 1, "adapter=LoRa: there is no adapter_config.json; give a folder"),
         (["steps=many"], 2, "steps=many: wanted a whole number"),
         (["accumulate=3"], 2, "data.batch_size=8 is no multiple of accumulate=3"),
         (["compute.dtype=bfloat"], 2, "compute.dtype='bfloat'; the dtypes are float32"),
@@ -225,22 +267,35 @@ def test_bad_input_is_one_line_and_an_exit_code(files, tmp_path, capsys, overrid
 
 def test_a_run_ends_by_saying_what_became_of_its_documents(run_text):
     out, text = run_text
-    found = re.search(r"data: read (\d+) documents, [\d,]+ tokens; padding (\d+\.\d)%;", text)
+    pattern = r"data: trained on ([\d,]+) tokens, ([\d,]+) of them targets; padding (\d+\.\d)%;"
+    found = re.search(pattern, text)
     assert found, text
-    assert int(found[1]) > 20
-    read = sum(r["input_tokens"] for r in read_jsonl(out / "metrics.jsonl") if "loss" in r)
-    assert float(found[2]) == pytest.approx(100 * (1 - read / (6 * 8 * 32)), abs=0.05)
+    steps = [r for r in read_jsonl(out / "metrics.jsonl") if "loss" in r]
+    read, targets = (sum(r[name] for r in steps) for name in ("input_tokens", "tokens"))
+    assert [int(number.replace(",", "")) for number in found.groups()[:2]] == [read, targets]
+    assert float(found[3]) == pytest.approx(100 * (1 - read / (6 * 8 * 32)), abs=0.05)
+    assert re.search(r"read ahead up to \d+ documents of [\d,]+ tokens;", text)
+
+
+def test_a_run_says_what_a_step_is_and_only_what_differs_from_the_defaults(run_text):
+    _, text = run_text
+    assert "a step: 8 rows of 32 tokens" in text
+    assert "optim.warmup_steps = 2" in text
+    assert "optim.betas" not in text
+    assert re.search(r"memory of a step: [\d.,]+ MiB of weights", text), text
 
 
 def test_the_report_tells_of_documents_that_were_too_long():
     counts = dict.fromkeys(("split", "truncated", "lost", "dropped", "empty"), 0)
     report = {"documents": 1234, "tokens": 56789, **counts}
-    whole = "data: read 1,234 documents, 56,789 tokens; padding 4.2%; longer than the context: none"
-    assert describe_data(report, 0.042) == whole
+    assert describe_data(report, Trained(5000, 4000, 0.042)) == (
+        "data: trained on 5,000 tokens, 4,000 of them targets; padding 4.2%; "
+        "read ahead up to 1,234 documents of 56,789 tokens; longer than the context: none"
+    )
     report |= {"truncated": 2, "lost": 30, "dropped": 1, "empty": 4}
     assert describe_data(report, None) == (
-        "data: read 1,234 documents, 56,789 tokens; longer than the context: 2 truncated, "
-        "1 dropped (30 targets lost); without a target: 4"
+        "data: read ahead up to 1,234 documents of 56,789 tokens; longer than the context: "
+        "2 truncated, 1 dropped (30 targets lost); without a target: 4"
     )
 
 
@@ -276,18 +331,82 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(files, run_folder, tm
     out = tmp_path / "run"
     shutil.copytree(run_folder, out)
     before = (out / "run.json").read_text()
-    code, error = exit_of(capsys, train.main, command(files, out, "optim.lr=1"))
-    assert code == 2
-    assert "holds a run with another config (optim.lr was 0.01, is 1.0)" in error
-    assert (out / "run.json").read_text() == before
-    cfg = load_config(files / "config.py", [f"out={out}", "steps=7", "checkpoint.every=3"])
-    changes = claim_folder(cfg)  # of where, how long and how often: it is the same run
-    assert changes == ["steps: 6 -> 7", "checkpoint.every: 2 -> 3", changes[-1]]
-    assert changes[-1].startswith("out: ")
-    assert json.loads((out / "run.json").read_text())["steps"] == 7
+    for setting in ("data.seed=1", "optim.optimizer=adamw8bit"):
+        code, error = exit_of(capsys, train.main, command(files, out, setting))
+        assert code == 2
+        assert "holds a run with another config (" in error
+        assert (out / "run.json").read_text() == before
+    assert "(optim.optimizer was 'adamw', is 'adamw8bit')" in error
+    cfg = load_config(files / "config.py", [f"out={out}", "checkpoint.every=3"])
+    _, changes = claim_folder(cfg)  # of where, how long and how often: it is the same run
+    assert changes[:1] == ["checkpoint.every: 2 -> 3"]
+    assert changes[1].startswith("out: ")
+    assert json.loads((out / "run.json").read_text())["checkpoint"]["every"] == 3
     (out / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is damaged; delete it to go on"):
         claim_folder(cfg)
+
+
+def claim(files, out, *overrides):
+    """What a command with these overrides makes of the folder: the config, and its words."""
+    return claim_folder(load_config(files / "config.py", [f"out={out}", *overrides]))
+
+
+def test_a_run_of_another_length_keeps_its_rates_unless_it_is_told_otherwise(
+    files, run_folder, tmp_path
+):
+    out = tmp_path / "run"
+    shutil.copytree(run_folder, out)
+    cfg, words = claim(files, out, "steps=9")
+    assert (cfg.steps, cfg.horizon) == (9, 6)
+    assert "steps: 6 -> 9" in words
+    assert words[-1] == (
+        "the learning rate keeps its cosine schedule over 6 steps; schedule_steps=9 lays it over "
+        "all 9"
+    )
+    assert claim(files, out, "steps=9")[0].horizon == 6  # again: as run.json has it by now
+    cfg, words = claim(files, out, "steps=9", "schedule_steps=9")
+    assert cfg.horizon == 9
+    assert words[-1] == "the learning rate of step 7: 0.001 -> 0.00269"
+
+
+def test_optimizer_settings_may_change_when_a_run_goes_on_and_the_new_rate_is_said(
+    files, run_folder, tmp_path
+):
+    out = tmp_path / "run"
+    shutil.copytree(run_folder, out)
+    cfg, words = claim(files, out, "optim.lr=0.1", "optim.weight_decay=0", "skip_nonfinite=3")
+    assert cfg.optim.lr == 0.1
+    assert "optim.lr: 0.01 -> 0.1" in words
+    assert words[-1] == "the learning rate of step 7: 0.001 -> 0.01"
+
+
+def test_a_folder_with_other_files_is_refused(files, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, error = exit_of(capsys, train.main, command(files, tmp_path))
+    assert (code, f"{tmp_path} holds thesis.tex, no run" in error) == (2, True)
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["thesis.tex"]
+
+
+def test_a_command_that_is_refused_leaves_a_live_run_alone(files, tmp_path, capsys):
+    with lock_folder(tmp_path):
+        (tmp_path / "run.json").write_text("of the live run")
+        code, error = exit_of(capsys, train.main, command(files, tmp_path, "steps=3"))
+    assert (code, "is in use by another run" in error) == (1, True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "run.json"]
+    assert (tmp_path / "run.json").read_text() == "of the live run"
+
+
+def test_epochs_are_counted_and_end_the_run(files, tmp_path, capsys):
+    train.main(command(files, tmp_path, "epochs=2", "optim.warmup_steps=1", "eval_every=none"))
+    text = " ".join(capsys.readouterr().out.split())
+    steps = int(re.search(r"epochs=2: (\d+) steps", text)[1])
+    saved = json.loads((tmp_path / "run.json").read_text())
+    assert (saved["epochs"], saved["steps"], saved["data"]["num_epochs"]) == (2, steps, 2)
+    assert list(losses(tmp_path)) == list(range(1, steps + 1))
+    assert all_steps(tmp_path)[-1] == steps
+    read = sum(r["input_tokens"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in r)
+    assert f"trained on {int(read):,} tokens" in text
 
 
 def start(files, out, cache) -> subprocess.Popen:
