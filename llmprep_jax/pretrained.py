@@ -120,7 +120,7 @@ def _load_run(
     with use_mesh(mesh):
         if meta["adapter"] is not None:
             adapter = from_dict(AnyMethod, meta["adapter"])
-            kind = kind or getattr(adapter, "kind", None)
+            kind = kind or adapter.base_dtype
             model = load_model(meta["base"], kind, mesh=mesh, compute=compute)
             model = inject(model, adapter)
             graph, params, frozen = nnx.split(model, AdapterParam, ...)

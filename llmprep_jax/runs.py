@@ -53,7 +53,7 @@ def build_model(
       ValueError: all weights are to be trained and some are packed.
     """
     folder, method = open_adapter(cfg.adapter)
-    model = load_base(cfg, mesh, getattr(method, "kind", None), say)  # QLoRA packs while it reads
+    model = load_base(cfg, mesh, method and method.base_dtype, say)  # QLoRA packs while it reads
     if method is None:
         packed = quant.packed_layers(model)
         if packed:

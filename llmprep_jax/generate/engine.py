@@ -21,6 +21,7 @@ from llmprep_jax.generate import layout, speculative
 from llmprep_jax.generate.prompt import read_prompt
 from llmprep_jax.generate.sampler import Sampling, draw, shape_logits
 from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.settle import settle
 from llmprep_jax.types import Array
 
 PROMPT_STEP = 32  # prompts are padded to a multiple, so that a new length seldom compiles anew
@@ -53,7 +54,7 @@ class Engine:
     """A model laid out for generation: on one CPU as `layout` does, elsewhere as it is."""
 
     def __init__(self, model: nnx.Module):
-        self.model, self.cfg = model, model.cfg
+        self.model, self.cfg = settle(model), model.cfg
         self._leaves = jax.tree.leaves(model)
         devices = self._leaves[0].devices()
         self._on_cpu = len(devices) == 1 and next(iter(devices)).platform == "cpu"

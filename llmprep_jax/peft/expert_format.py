@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.peft.adapter import Layout, Method, dims
 from llmprep_jax.peft.experts import experts, letters
-from llmprep_jax.peft.lora import LoRA
+from llmprep_jax.peft.layout import Layout, dims
+from llmprep_jax.peft.method import Method
 from llmprep_jax.peft.targets import bases, plain, rows
 
 
@@ -39,7 +39,7 @@ def expert_tensors(method: Method, path: str, base: Einsum, pattern: str) -> dic
     Raises:
       ValueError: PEFT has no format for the method there, or for a parameter of this layout.
     """
-    if type(method) is not LoRA:
+    if not method.adds_product:
         raise ValueError(
             f"{path} holds experts, and PEFT has a format for LoRA alone there, none for"
             f" {type(method).__name__}; save the merged model (lp.peft.merge)"

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.peft.adapter import Adapted, adapters, dims
-from llmprep_jax.peft.lora import LoRA
+from llmprep_jax.peft.adapter import Adapted, adapters
+from llmprep_jax.peft.layout import dims
 from llmprep_jax.peft.targets import bases, plain
 from llmprep_jax.weights.safetensors import SafetensorsFile
 
@@ -52,16 +52,16 @@ def join(model: nnx.Module) -> nnx.Module:
     """
     found, changed = adapters(model), {}
     for group in _groups(model):
-        of = [found[path] for path in group if path in found]
-        if not of or not all(type(each.method) is LoRA for each in of):
+        parts = [found[path] for path in group if path in found]
+        if not parts or not all(part.method.adds_product for part in parts):
             continue
-        if len(of) < len(group) or len({each.method for each in of}) > 1:
+        if len(parts) < len(group) or len({part.method for part in parts}) > 1:
             raise ValueError(
                 f"{' and '.join(group)} are one parameter in transformers, with one LoRA in PEFT;"
                 " adapt them alike, or save the merged model (lp.peft.merge)"
             )
-        if any(not jnp.array_equal(each.lora_a[...], of[0].lora_a[...]) for each in of):
-            changed |= zip(group, _side_by_side(of), strict=True)
+        if any(not jnp.array_equal(part.lora_a[...], parts[0].lora_a[...]) for part in parts):
+            changed |= zip(group, _side_by_side(parts), strict=True)
     visit = lambda path, node: changed.get(".".join(map(str, path)), node)  # noqa: E731
     return nnx.recursive_map(visit, model) if changed else model
 

@@ -7,6 +7,7 @@ reader would get wrong: merging therefore changes the bias too.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,36 +15,45 @@ from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import scale_by
-from llmprep_jax.peft.adapter import Layout, shape_of
+from llmprep_jax.peft.layout import Layout, shape_of
+from llmprep_jax.peft.method import Method
+from llmprep_jax.peft.peft_fields import names as names_field
+from llmprep_jax.peft.peft_fields import shortest
 from llmprep_jax.peft.targets import Targets, matches
 from llmprep_jax.sharding import spec
 
 
 @dataclasses.dataclass(frozen=True)
-class IA3:
+class IA3(Method):
     """Settings of (IA)^3.
 
     Attributes:
-      targets: which layers, see `adapter.inject`.
-      feedforward: of these, those whose inputs are rescaled; names or a regex, like targets.
-      dtype: of the vectors.
-      modules_to_save: modules that are trained whole, see `tuned`.
+      feedforward: of the targets, those whose inputs are rescaled; names or a regex, like targets.
     """
 
-    targets: Targets = ("k_proj", "v_proj", "down_proj")
-    feedforward: Targets = ("down_proj",)
-    dtype: str = "float32"
-    modules_to_save: Targets = ()
+    targets: Targets = dataclasses.field(default=("k_proj", "v_proj", "down_proj"), kw_only=True)
+    feedforward: Targets = dataclasses.field(default=("down_proj",), kw_only=True)
 
-    def __post_init__(self):
-        for name in ("targets", "feedforward", "modules_to_save"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+    peft_type: ClassVar[str] = "IA3"
+    peft_fields: ClassVar[tuple[str, ...]] = ("feedforward_modules",)
 
     def resolve(self, names: Sequence[str]) -> "IA3":
         inputs = bool(self.feedforward) and matches(self.feedforward, names)
         feedforward = "all-linear" if inputs else ()
-        return dataclasses.replace(self, targets=(), feedforward=feedforward, modules_to_save=())
+        return dataclasses.replace(super().resolve(names), feedforward=feedforward)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "IA3":
+        return cls(feedforward=names_field(config, "feedforward_modules") or ())
+
+    @classmethod
+    def to_peft(cls, by_name: Mapping[str, "IA3"]) -> dict[str, Any]:
+        inputs = {name: True for name, method in by_name.items() if method.feedforward}
+        return {
+            "feedforward_modules": sorted(shortest(inputs, by_name)),
+            "fan_in_fan_out": False,
+            "init_ia3_weights": True,
+        }
 
     def tensors(self, layout: Layout) -> dict[str, tuple[str, str]]:
         of_ins = f"1 {layout.their_ins} -> {layout.ins}"

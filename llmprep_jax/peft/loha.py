@@ -6,18 +6,21 @@ U(+-1/sqrt(columns)), and w2b is zero, so the model is unchanged until the first
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.peft.adapter import Layout, axes_of, shape_of
-from llmprep_jax.peft.low_rank import Added, LowRank, check_rank, draw, outer
-from llmprep_jax.sharding import spec
+from llmprep_jax.peft.layout import Layout, axes_of, dims, shape_of
+from llmprep_jax.peft.low_rank import Added, LowRank, draw, outer
+from llmprep_jax.sharding import has_mesh, spec
+
+_FACTORS = ("1_a", "1_b", "2_a", "2_b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,18 @@ class LoHa(Added, LowRank):
     """Settings of LoHa."""
 
     scaled: ClassVar[str] = "hada_w1_a"
+    pads: ClassVar[bool] = True
+    decayed: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    peft_type: ClassVar[str] = "LOHA"
+    peft_fields: ClassVar[tuple[str, ...]] = ("r", "alpha", "rank_pattern", "alpha_pattern")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "LoHa":
+        return cls(**cls.ranks_from_peft(config, "alpha"))
+
+    @classmethod
+    def to_peft(cls, by_name: Mapping[str, "LoHa"]) -> dict[str, Any]:
+        return cls.ranks_to_peft(by_name, "alpha")
 
     def tensors(self, layout: Layout) -> dict[str, tuple[str, str]]:
         to_a = f"{layout.their_outs} r -> r {layout.outs}"
@@ -33,7 +48,6 @@ class LoHa(Added, LowRank):
         return {name: (name, pattern) for name, pattern in patterns.items()}
 
     def init(self, base: Einsum, rngs: nnx.Rngs) -> dict[str, Array]:
-        check_rank(self, base)
         (ins, outs), (in_axes, out_axes) = shape_of(base), axes_of(base)
         a = (self.rank, *outs), (None, *out_axes), self.rank, self.dtype
         b = (*ins, self.rank), (*in_axes, None), math.prod(ins), self.dtype
@@ -43,6 +57,21 @@ class LoHa(Added, LowRank):
             "hada_w2_a": draw(rngs, *a),
             "hada_w2_b": jnp.zeros(b[0], self.dtype, out_sharding=spec(*b[1], shape=b[0])),
         }
+
+    def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
+        """For few tokens by way of rank r^2, sum of (w1a w2a) over pairs of (w1b w2b) x."""
+        x_dims, ins, outs, y_dims = dims(base)
+        rows = y_dims.removesuffix(outs)
+        tokens = math.prod(x.shape[: len(rows)])
+        num_ins, num_outs = map(math.prod, shape_of(base))
+        of_pairs = tokens * self.rank**2 * (num_ins + num_outs)
+        if has_mesh() or of_pairs > (2 * self.rank + tokens) * num_ins * num_outs:
+            return super().forward(params, base, x)
+        w1a, w1b, w2a, w2b = (params[f"hada_w{n}"].astype(base.dtype) for n in _FACTORS)
+        multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        pairs = multiply(f"{x_dims},{ins}r,{ins}s->{rows}rs", x.astype(base.dtype), w1b, w2b)
+        y = multiply(f"{rows}rs,r{outs},s{outs}->{y_dims}", pairs.astype(base.dtype), w1a, w2a)
+        return base(x) + (self.scale * y).astype(x.dtype)
 
     def delta(self, params: Mapping[str, Array], base: Einsum) -> Array:
         factors = [outer(params[f"hada_{w}_b"], params[f"hada_{w}_a"], base) for w in ("w1", "w2")]

@@ -8,16 +8,21 @@ the factors cut outputs and inputs into blocks of the merged matrix, so they kno
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.peft.adapter import Layout, shape_of
-from llmprep_jax.peft.low_rank import Added, LowRank, check_rank, draw
-from llmprep_jax.sharding import spec
+from llmprep_jax.peft.layout import Layout, shape_of
+from llmprep_jax.peft.low_rank import Added, LowRank, draw
+from llmprep_jax.peft.peft_fields import flag
+from llmprep_jax.sharding import has_mesh, sharding_of, spec
+from llmprep_jax.weights.safetensors import quoted
+
+NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +35,38 @@ class LoKr(Added, LowRank):
         square root as its divisors allow.
     """
 
+    _: dataclasses.KW_ONLY
     decompose_both: bool = False
     decompose_factor: int = -1
 
     scaled: ClassVar[str] = "lokr_w1"
+    decayed: ClassVar[tuple[str, ...]] = NAMES
+    peft_type: ClassVar[str] = "LOKR"
+    peft_fields: ClassVar[tuple[str, ...]] = (
+        *("r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"),
+    )
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "LoKr":
+        factor = config.get("decompose_factor", -1)
+        is_whole = isinstance(factor, int) and not isinstance(factor, bool)
+        if not is_whole or not (factor == -1 or factor > 0):
+            raise ValueError(f"decompose_factor is {quoted(factor)}; it must be -1 or at least 1")
+        blocks = {"decompose_both": flag(config, "decompose_both"), "decompose_factor": factor}
+        return cls(**cls.ranks_from_peft(config, "alpha"), **blocks)
+
+    @classmethod
+    def to_peft(cls, by_name: Mapping[str, "LoKr"]) -> dict[str, Any]:
+        first = next(iter(by_name.values()))
+        return cls.ranks_to_peft(by_name, "alpha") | {
+            "decompose_both": first.decompose_both,
+            "decompose_factor": first.decompose_factor,
+        }
 
     def tensors(self, layout: Layout) -> dict[str, tuple[str, str]]:
-        names = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-        return {name: (name, "a b -> a b") for name in names}
+        return {name: (name, "a b -> a b") for name in NAMES}
 
     def init(self, base: Einsum, rngs: nnx.Rngs) -> dict[str, Array]:
-        check_rank(self, base)
         shapes = self._shapes(base)
         params = {}
         for name, shape in shapes.items():
@@ -68,6 +94,23 @@ class LoKr(Added, LowRank):
                 shapes[f"lokr_{name}_b"] = (self.rank, columns)
         return shapes
 
+    def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
+        """As (w1 (x) w2) x = w1 X w2^T, of the inputs X cut into blocks."""
+        (ins, outs), place = shape_of(base), sharding_of(x)
+        rows = x.shape[: x.ndim - len(ins)]
+        if has_mesh():  # a block's inputs may lie on several devices
+            x_cut = jax.reshard(x, jax.P(*place.spec[: len(rows)], *[None] * len(ins)))
+        else:
+            x_cut = x
+        w1, w2 = (_factors(params, name) for name in ("lokr_w1", "lokr_w2"))
+        y = x_cut.reshape(*rows, w1[-1].shape[1], w2[-1].shape[1]).astype(base.dtype)
+        for w in reversed(w2):
+            y = _multiply("...ab,cb->...ac", y, w, base.dtype)
+        for w in reversed(w1):
+            y = _multiply("...ba,cb->...ca", y, w, base.dtype)
+        y = (self.scale * y).reshape(*rows, *outs).astype(x.dtype)
+        return base(x) + (jax.reshard(y, spec(*base.out_axes, shape=y.shape)) if has_mesh() else y)
+
     def delta(self, params: Mapping[str, Array], base: Einsum) -> Array:
         w1, w2 = (_factor(params, name) for name in ("lokr_w1", "lokr_w2"))
         (out_1, in_1), (out_2, in_2) = w1.shape, w2.shape
@@ -89,8 +132,16 @@ def factors(size: int, limit: int = -1) -> tuple[int, int]:
     return best
 
 
+def _factors(params: Mapping[str, Array], name: str) -> list[Array]:
+    """What a factor is the product of."""
+    parts = [name] if name in params else [f"{name}_a", f"{name}_b"]
+    return [params[part].astype(jnp.float32) for part in parts]
+
+
 def _factor(params: Mapping[str, Array], name: str) -> Array:
-    if name in params:
-        return params[name].astype(jnp.float32)
-    a, b = params[f"{name}_a"].astype(jnp.float32), params[f"{name}_b"].astype(jnp.float32)
-    return jnp.matmul(a, b, precision="highest")
+    first, *rest = _factors(params, name)
+    return jnp.matmul(first, *rest, precision="highest") if rest else first
+
+
+def _multiply(eqn: str, x: Array, w: Array, dtype: jnp.dtype) -> Array:
+    return jnp.einsum(eqn, x, w.astype(dtype), preferred_element_type=jnp.float32).astype(dtype)

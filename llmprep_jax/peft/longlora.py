@@ -35,6 +35,7 @@ class LongLoRA(LoRA):
 
     rank: int = 8
     alpha: Number = 16.0
+    _: dataclasses.KW_ONLY
     targets: Targets = ("attn.q", "attn.k", "attn.v", "attn.o")
     modules_to_save: Targets = r".*(embed|norm).*"
     groups: int = 4

@@ -3,15 +3,15 @@ trained.
 
 The weights are einsum weights with unmerged dimensions, so A is [inputs..., r] and B [r,
 outputs...]. With `rslora` s = alpha / sqrt(r) (Kalajdzievski 2023). LoRA+ (Hayou et al. 2024) is a
-setting of the optimiser, which finds B by its name, `lora_b`. The one thing a reader would get
-wrong: A is drawn from U(+-1/sqrt(fan in)) and B is zero, so the model is unchanged, bit for bit,
-until the first step.
+setting of the optimiser. A is drawn from U(+-1/sqrt(fan in)) and B is zero, so the model is
+unchanged, bit for bit, until the first step. The one thing a reader would get wrong: of an
+embedding, as in PEFT, it is A that is zero and B that is drawn.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,12 @@ from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum, Embed, contract, contract_logits
 from llmprep_jax.peft import biases, principal
-from llmprep_jax.peft.adapter import Layout, axes_of, shape_of
-from llmprep_jax.peft.low_rank import LowRank, bypass, check_rank, draw, outer
+from llmprep_jax.peft.layout import Layout, axes_of, shape_of
+from llmprep_jax.peft.low_rank import LowRank, bypass, draw, outer
+from llmprep_jax.peft.peft_fields import flag
 from llmprep_jax.peft.targets import Number
 from llmprep_jax.sharding import spec
-
-PRINCIPAL = ("pissa", "olora")
+from llmprep_jax.weights.safetensors import quoted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +37,27 @@ class LoRA(LowRank):
       bias: which biases are trained too: "none", those of the adapted layers ("lora_only"), "all".
       dropout: the share of A's inputs that is dropped in `peft.train_mode` with a key.
       init_weights: how A and B begin: "default", "gaussian" (A from N(0, 1/r^2), as in PEFT), or
-        from the weight, "pissa" and "olora" (see `principal`).
+        from the weight, "pissa", "pissa_niter_4" and "olora" (see `principal`).
     """
 
     rank: int = 16
     alpha: Number = 32.0
+    _: dataclasses.KW_ONLY
     rslora: bool = False
     dropout: float = 0.0
     bias: str = "none"
     init_weights: str = "default"
 
-    scaled: ClassVar[str] = "lora_b"
     adapts_embeddings: ClassVar[bool] = True
+    adds_product: ClassVar[bool] = True
+    pads: ClassVar[bool] = True
+    ties_tables: ClassVar[bool] = True
+    scaled: ClassVar[str] = "lora_b"
+    peft_type: ClassVar[str] = "LORA"
+    peft_fields: ClassVar[tuple[str, ...]] = (
+        *("r", "rank_pattern", "alpha_pattern", "lora_alpha", "use_rslora", "use_dora", "bias"),
+        *("init_lora_weights", "ensure_weight_tying", "lora_dropout", "target_parameters"),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,16 +65,31 @@ class LoRA(LowRank):
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.bias not in biases.KINDS:
             raise ValueError(f"bias is {self.bias!r}; it must be one of {', '.join(biases.KINDS)}")
-        if self.init_weights not in ("default", "gaussian", *PRINCIPAL):
-            kinds = ", ".join(("default", "gaussian", *PRINCIPAL))
+        if self.init_weights not in ("default", "gaussian") and not self.takes_part:
+            kinds = ", ".join(("default", "gaussian", *principal.KINDS))
             raise ValueError(f"init_weights is {self.init_weights!r}; it must be one of {kinds}")
-        if self.init_weights == "pissa" and self.alpha < 0:
+        if self.init_weights.startswith("pissa") and self.alpha < 0:
             raise ValueError(f"pissa takes roots of its scale, but alpha is {self.alpha}; give > 0")
 
     @property
+    def takes_part(self) -> bool:
+        """Whether A and B begin as a part of the weight, whose rest stays."""
+        return principal.is_one(self.init_weights)
+
+    reads_weight = takes_part
+
+    @property
     def frozen(self) -> tuple[str, ...]:
-        """Parameters that are not trained: of what is taken out of the weight."""
-        return ("lora_a0", "lora_b0") if self.init_weights in PRINCIPAL else ()
+        """What the part was that was taken out of the weight."""
+        return ("lora_a0", "lora_b0") if self.takes_part else ()
+
+    @property
+    def decayed(self) -> tuple[str, ...]:
+        """Both factors; none where what they began as is the identity, and zero is not."""
+        return () if self.takes_part else ("lora_a", "lora_b")
+
+    def hastened(self, base: Einsum) -> tuple[str, ...]:
+        return ("lora_a",) if isinstance(base, Embed) else ("lora_b",)
 
     @property
     def scale(self) -> float:
@@ -81,16 +105,50 @@ class LoRA(LowRank):
             "lora_b": (b, f"{layout.their_outs} r -> r {layout.outs}"),
         }
 
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        return not flag(config, "use_dora")
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "LoRA":
+        dropout = config.get("lora_dropout") or 0.0
+        if not isinstance(dropout, (int, float)):
+            raise ValueError(f"lora_dropout is {quoted(dropout)}; it must be a number")
+        return cls(
+            **cls.ranks_from_peft(config, "lora_alpha"),
+            rslora=flag(config, "use_rslora"),
+            bias=config.get("bias") or "none",
+            dropout=float(dropout),
+        )
+
+    @classmethod
+    def to_peft(cls, by_name: Mapping[str, "LoRA"]) -> dict[str, Any]:
+        first = next(iter(by_name.values()))
+        return cls.ranks_to_peft(by_name, "lora_alpha") | {
+            "lora_dropout": first.dropout,
+            "use_rslora": first.rslora,
+            "use_dora": False,
+            "fan_in_fan_out": False,
+            "bias": first.bias,
+            "init_lora_weights": True,
+        }
+
+    def check(self, base: Einsum) -> None:
+        super().check(base)
+        if isinstance(base, Embed) and self.init_weights != "default":
+            raise ValueError(f"an embedding begins as default, not {self.init_weights}")
+        if self.takes_part:
+            principal.check(self.init_weights, base, self.rank)
+
     def init(self, base: Einsum, rngs: nnx.Rngs) -> dict[str, Array]:
         (ins, outs), (in_axes, out_axes) = shape_of(base), axes_of(base)
-        check_rank(self, base)
-        if self.frozen:
-            return self._begin_in_the_weight(base)
+        if self.takes_part:
+            a, b = principal.begin(self.init_weights, base, self.rank, self.scale, rngs)
+            a, b = a.astype(self.dtype), b.astype(self.dtype)
+            return {"lora_a": a, "lora_b": b, "lora_a0": a, "lora_b0": b}
         a = (*ins, self.rank), (*in_axes, None)
         b = (self.rank, *outs), (None, *out_axes)
         if isinstance(base, Embed):  # the other way round: a table's gradient is in its rows
-            if self.init_weights != "default":
-                raise ValueError(f"an embedding begins as default, not {self.init_weights}")
             return {"lora_a": self._zeros(*a), "lora_b": self._normal(rngs, *b)}
         if self.init_weights == "gaussian":
             return {"lora_a": self._normal(rngs, *a) / self.rank, "lora_b": self._zeros(*b)}
@@ -106,19 +164,6 @@ class LoRA(LowRank):
         place = spec(*axes, shape=shape)
         return jax.random.normal(rngs.params(), shape, self.dtype, out_sharding=place)
 
-    def _begin_in_the_weight(self, base: Einsum) -> dict[str, Array]:
-        if isinstance(base, Embed):
-            raise ValueError(f"an embedding begins as default, not {self.init_weights}")
-        ins, outs = map(math.prod, shape_of(base))
-        if 2 * self.rank > min(ins, outs):
-            raise ValueError(
-                f"rank {self.rank} and its frozen half exceed the dimensions {ins} x {outs} of the"
-                " layer; lower rank, or give the layer its own in rank_pattern"
-            )
-        begun = principal.begin(self.init_weights, base, self.rank, self.scale)
-        a, b = (x.astype(self.dtype) for x in begun)
-        return {"lora_a": a, "lora_b": b, "lora_a0": a, "lora_b0": b}
-
     def forward(
         self, params: Mapping[str, Array], base: Einsum, x: Array, dropped: Array | None = None
     ) -> Array:
@@ -127,7 +172,7 @@ class LoRA(LowRank):
 
     def rest(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
         """The base's result, without the part of it that is trained."""
-        return base(x) - self.added(_frozen(params), base, x) if self.frozen else base(x)
+        return base(x) - self.added(_taken(params), base, x) if self.takes_part else base(x)
 
     def added(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
         """s B A x; of an embedding's tokens, x, s B of rows of A."""
@@ -147,7 +192,7 @@ class LoRA(LowRank):
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         delta = outer(params["lora_a"], params["lora_b"], base)
-        if self.frozen:
+        if self.takes_part:
             delta = delta - outer(params["lora_a0"], params["lora_b0"], base)
         return base.weight().astype(jnp.float32) + self.scale * delta
 
@@ -161,10 +206,10 @@ class LoRA(LowRank):
         """A layer's parameters as those of an adapter on the whole weight: [A; A0] and [B, -B0]."""
         a = jnp.concatenate([params["lora_a"], params["lora_a0"]], axis=-1)
         b = jnp.concatenate([params["lora_b"], -params["lora_b0"]], axis=0)
-        more = {name: x for name, x in params.items() if name not in ("lora_a", "lora_b")}
-        more = {name: x for name, x in more.items() if name not in self.frozen}
+        factors = ("lora_a", "lora_b", "lora_a0", "lora_b0")
+        more = {name: x for name, x in params.items() if name not in factors}
         return {"lora_a": a, "lora_b": b, **more}
 
 
-def _frozen(params: Mapping[str, Array]) -> dict[str, Array]:
+def _taken(params: Mapping[str, Array]) -> dict[str, Array]:
     return {"lora_a": params["lora_a0"], "lora_b": params["lora_b0"]}

@@ -1,13 +1,10 @@
-"""What methods with a rank have in common: their settings, and added matrices.
-
-The one thing a reader would get wrong: settings are resolved for each layer by its names, so a
-method in a model has neither targets nor patterns left.
-"""
+"""What methods with a rank have in common: their settings, and added matrices."""
 
 import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,40 +12,34 @@ from flax import nnx
 from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum, Embed, Head, contract, look_up
-from llmprep_jax.peft.adapter import dims, shape_of
-from llmprep_jax.peft.targets import Number, Pattern, Targets, as_pattern, check_number, first
+from llmprep_jax.peft.layout import dims, shape_of
+from llmprep_jax.peft.method import Method, Params
+from llmprep_jax.peft.peft_fields import mapping, shortest, whole
+from llmprep_jax.peft.targets import Number, Pattern, as_pattern, check_number, first
 from llmprep_jax.sharding import spec
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRank:
+class LowRank(Method):
     """Settings of a method with a rank.
 
     Attributes:
       rank: r. alpha: the scale is alpha / rank.
-      targets: which layers, see `adapter.inject`.
       rank_pattern, alpha_pattern: (name or regex of a path's end, value) for layers that differ;
         the first that matches holds.
-      dtype: of the adapter's parameters.
-      modules_to_save: modules that are trained whole beside the adapters (embeddings, norms, the
-        head), matched as targets are; see `tuned`.
     """
 
     rank: int = 8
     alpha: Number = 8.0
-    targets: Targets = "all-linear"
+    _: dataclasses.KW_ONLY
     rank_pattern: Pattern = ()
     alpha_pattern: Pattern = ()
-    dtype: str = "float32"
-    modules_to_save: Targets = ()
 
     def __post_init__(self):
+        super().__post_init__()
         name = type(self).__name__
         check_number(f"{name}'s rank", self.rank, whole=True)
         check_number(f"{name}'s alpha", self.alpha, whole=False)
-        for name in ("targets", "modules_to_save"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = as_pattern(name, getattr(self, name), whole=name == "rank_pattern")
             object.__setattr__(self, name, pattern)
@@ -61,39 +52,67 @@ class LowRank:
     def resolve(self, names: Sequence[str]) -> "LowRank":
         rank, alpha = first(self.rank_pattern, names), first(self.alpha_pattern, names)
         return dataclasses.replace(
-            self,
+            super().resolve(names),
             rank=self.rank if rank is None else int(rank),
             alpha=self.alpha if alpha is None else alpha,
-            targets=(),
             rank_pattern=(),
             alpha_pattern=(),
-            modules_to_save=(),
         )
+
+    def check(self, base: Einsum) -> None:
+        super().check(base)
+        ins, outs = map(math.prod, shape_of(base))
+        if self.rank > min(ins, outs):
+            raise ValueError(
+                f"{type(self).__name__}'s rank {self.rank} exceeds the dimensions {ins} x {outs} of"
+                " the layer; lower rank, or give the layer its own in rank_pattern"
+            )
+
+    @classmethod
+    def ranks_from_peft(cls, config: Mapping[str, Any], alpha: str) -> dict[str, Any]:
+        """Rank, alpha and their patterns, as settings; `alpha` is PEFT's name of that."""
+        check_number("r", config["r"], whole=True)
+        check_number(alpha, config[alpha], whole=False)
+        ranks, alphas = (mapping(config, name) for name in ("rank_pattern", "alpha_pattern"))
+        return {
+            "rank": int(config["r"]),
+            "alpha": config[alpha],
+            "rank_pattern": as_pattern("rank_pattern", ranks, whole=True),
+            "alpha_pattern": as_pattern("alpha_pattern", alphas, whole=False),
+        }
+
+    @classmethod
+    def ranks_to_peft(cls, by_name: Mapping[str, "LowRank"], alpha: str) -> dict[str, Any]:
+        """The inverse of `ranks_from_peft`, for methods by module."""
+        first = next(iter(by_name.values()))
+
+        def pattern(field: str) -> dict[str, Any]:
+            values = {name: getattr(method, field) for name, method in by_name.items()}
+            default = getattr(first, field)
+            short = shortest(values, by_name)
+            return {name: whole(value) for name, value in short.items() if value != default}
+
+        return {
+            "r": first.rank,
+            alpha: whole(first.alpha),
+            "rank_pattern": pattern("rank"),
+            "alpha_pattern": pattern("alpha"),
+        }
 
 
 class Added(abc.ABC):
-    """A method that adds a matrix to the weight, which it forms whole."""
+    """A method that adds to the weight a matrix `delta`, which no cheaper form is known of."""
 
     @abc.abstractmethod
-    def delta(self, params: Mapping[str, Array], base: Einsum) -> Array:
+    def delta(self, params: Params, base: Einsum) -> Array:
         """What is added to the weight, in its layout, float32."""
 
-    def forward(self, params: Mapping[str, Array], base: Einsum, x: Array) -> Array:
+    def forward(self, params: Params, base: Einsum, x: Array) -> Array:
         delta = self.delta(params, base)
         return base(x) + contract(base.eqn, x, delta, base.dtype, base.out_axes)
 
-    def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
+    def merge(self, params: Params, base: Einsum) -> Array:
         return base.weight().astype(jnp.float32) + self.delta(params, base)
-
-
-def check_rank(method: LowRank, base: Einsum) -> None:
-    """Refuses a rank above a layer's dimensions."""
-    ins, outs = map(math.prod, shape_of(base))
-    if method.rank > min(ins, outs):
-        raise ValueError(
-            f"{type(method).__name__}'s rank {method.rank} exceeds the dimensions {ins} x {outs} of"
-            " the layer; lower rank, or give the layer its own in rank_pattern"
-        )
 
 
 def draw(

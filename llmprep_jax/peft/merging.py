@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.peft.adapter import Adapted, adapters, dims, is_adapted, map_adapted, with_weights
+from llmprep_jax.peft.adapter import Adapted, adapters, is_adapted, map_adapted, with_weights
 from llmprep_jax.peft.by_name import names
-from llmprep_jax.peft.lora import LoRA
-from llmprep_jax.peft.low_rank import check_rank
+from llmprep_jax.peft.layout import dims
 from llmprep_jax.peft.several import Several, check_weights
 from llmprep_jax.peft.targets import Number, bases
 from llmprep_jax.sharding import on_own_mesh
@@ -35,7 +34,7 @@ def blend(model: nnx.Module, weights: Mapping[str, Number]) -> nnx.Module:
     check_weights(names(model), weights)
     for path, layer in adapters(model).items():
         for name, one in layer.each().items():
-            if name in weights and type(one.method) is not LoRA:
+            if name in weights and not one.method.adds_product:
                 raise ValueError(
                     f"adapter {name!r} is {type(one.method).__name__} around {path}, and only LoRAs"
                     " add up to a LoRA; lp.peft.merge(model, weights) takes every method"
@@ -56,7 +55,7 @@ def _blended(layer: Several, weights: Mapping[str, Number]) -> nnx.Module:
     method = dataclasses.replace(
         next(iter(parts.values())).method, rank=rank, alpha=rank, rslora=False, dtype="float32"
     )
-    check_rank(method, layer.base)
+    method.check(layer.base)
     before_outs = -len(dims(layer.base)[2]) - 1
     joined = {"lora_a": jnp.concatenate(a, -1), "lora_b": jnp.concatenate(b, before_outs)}
     return Adapted(layer.base, method, joined)

@@ -19,13 +19,12 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
-from llmprep_jax.peft import adapter, biases, tied, tuned
-from llmprep_jax.peft.adalora import AdaLoRA
-from llmprep_jax.peft.adapter import Layout, Method
+from llmprep_jax.peft import adapter, biases, injection, tied, tuned
 from llmprep_jax.peft.expert_format import expert_layers, expert_module, expert_tensors
 from llmprep_jax.peft.experts import experts, letters
 from llmprep_jax.peft.fused_format import PartsFile, join, join_tensors, marks, split_names
-from llmprep_jax.peft.lora import LoRA
+from llmprep_jax.peft.layout import Layout, axes_of, dims
+from llmprep_jax.peft.method import Method
 from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
 from llmprep_jax.peft.targets import (
     Place,
@@ -132,7 +131,7 @@ def save(
 def _shared_tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
     """(PEFT's name, array) of what all layers share."""
     adapted = next(iter(adapter.adapters(model).values()))
-    for name, theirs in getattr(adapted.method, "shared", {}).items():
+    for name, theirs in adapted.method.shared.items():
         yield theirs, to_host(getattr(adapted, name)[...])
 
 
@@ -162,6 +161,7 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
         base = bases(model)[path]
         methods[path] = _one_method(path, layers, base)
         params[path] = _read(base, methods[path], layers, file)
+        params[path] |= injection.derive(methods[path], base)
     shared = _read_shared(config, [bases(model)[path] for path in methods], file)
     tied.check(model, file, _PREFIX)
     adapted = tuned.read(adapter.wrap(model, methods, params, shared), whole, file)
@@ -243,7 +243,7 @@ def _layers(
             if config.targets == "all-linear" and is_table(of_model[path]):
                 continue
             if config.targets is not None:
-                adapter.refuse_embedding(config.method, {path: of_model[path]})
+                injection.refuse_embedding(config.method, {path: of_model[path]})
             method = config.method.resolve((module, f"{module}.weight"))
             tensors = {
                 name: (f"{theirs}{shared.get(path, '')}", way)
@@ -258,7 +258,7 @@ def _layers(
                 found.setdefault(path, {})[place] = layer
     wanted = [layer for layers in found.values() for layer in layers.values()]
     expected = {row.name: row.their_shape() for layer in wanted for row in layer.rows.values()}
-    of_biases = biases.names_of(model, getattr(config.method, "bias", "none"), found, whole)
+    of_biases = biases.names_of(model, config.method.bias, found, whole)
     expected |= tuned.shapes(whole) | tied.shapes(model, file, _PREFIX)
     expected |= biases.shapes(model, of_biases, _PREFIX)
     problems = _differences(wanted, expected, file)
@@ -295,9 +295,10 @@ def _shapes(method: Method, base: Einsum) -> dict[str, tuple[int, ...]]:
 
     def init(base: Einsum) -> dict[str, jax.Array]:
         base = base if stacked(base) is None else jax.tree.map(lambda x: x[0], base)
-        return adapter.init_layer(method, base, jax.random.key(0))
+        return injection.init_layer(method, base, jax.random.key(0))
 
-    return {name: tuple(x.shape) for name, x in jax.eval_shape(init, base).items()}
+    found = jax.eval_shape(init, base)
+    return {name: tuple(x.shape) for name, x in found.items() if name not in method.frozen}
 
 
 def _differences(
@@ -309,10 +310,12 @@ def _differences(
     shape = {name: file.shape(name) for name in names if 0 not in file.shape(name)}
     unlike = {
         f"{a} is {_dims(shape[a])} and {b} is {_dims(shape[b])}": (a, b)
-        for a, b in (layer.names[:2] for layer in wanted if isinstance(layer.method, LoRA))
+        for a, b in (
+            layer.names[:2] for layer in wanted if {"lora_a", "lora_b"} <= layer.rows.keys()
+        )
         if {a, b} <= set(shape) and shape[a][:1] != shape[b][-1:]
     }
-    shared = {name for layer in wanted for name in getattr(layer.method, "shared", {}).values()}
+    shared = {name for layer in wanted for name in layer.method.shared.values()}
     told = {name for names in unlike.values() for name in names}
     kinds = {
         "missing": [name for name in expected if name not in shape],
@@ -344,7 +347,7 @@ def _one_method(path: str, layers: Mapping[Place, Layer], base: Einsum) -> Metho
     methods = {layer.method for layer in layers.values()}
     whole = len(layers) == (stacked(base) or 1)
     one = max(methods, key=lambda method: getattr(method, "rank", 0))
-    if type(one) not in (LoRA, AdaLoRA) and (len(methods) > 1 or not whole):
+    if not one.pads and (len(methods) > 1 or not whole):
         raise ValueError(
             f"the folder adapts layers of the stack {path} unlike each other by"
             f" {type(one).__name__}; unstack(model.layers) first, or adapt all alike"
@@ -356,11 +359,11 @@ def _read_shared(
     config: AdapterConfig, layers: Sequence[Einsum], file: SafetensorsFile
 ) -> dict[str, jax.Array]:
     """What all layers share: as the file has it, else as the config has it drawn."""
-    method, theirs = config.method, getattr(config.method, "shared", {})
+    method, theirs = config.method, config.method.shared
     if not theirs:
         return {}
     if config.draws and not any(name in file for name in theirs.values()):
-        return adapter.place_shared(method.draw_shared(layers))
+        return injection.place_shared(method.draw_shared(layers))
     found = {}
     for name, shape in method.shared_shapes(layers).items():
         dims = file.shape(theirs[name]) if theirs[name] in file else None
@@ -371,7 +374,7 @@ def _read_shared(
                 f" {_dims(shape)}; load it on the base that {CONFIG} names, or save it again"
             )
         found[name] = np.array(file.read(theirs[name]), np.float32)
-    return adapter.place_shared(found)
+    return injection.place_shared(found)
 
 
 def _read(
@@ -398,8 +401,8 @@ def _read(
 
 def _axes(method: Method, base: Einsum) -> dict[str, tuple[str | None, ...]]:
     """The logical axes of one layer's parameters, from the dimensions in their patterns."""
-    _, ins, outs, _ = adapter.dims(base)
-    (in_axes, out_axes) = adapter.axes_of(base)
+    _, ins, outs, _ = dims(base)
+    in_axes, out_axes = axes_of(base)
     by_letter = dict(zip(ins + outs, (*in_axes, *out_axes), strict=True))
     layout = Layout(" ".join(ins), " ".join(outs), " ".join(ins), " ".join(outs))
     of_experts = tuple(base.axes[letters(base)[1].index(dim)] for dim in experts(base))

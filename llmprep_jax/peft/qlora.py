@@ -23,11 +23,17 @@ class QLoRA(LoRA):
       kind: one of `quant.KINDS`; "nf4" is with double quantisation.
     """
 
+    _: dataclasses.KW_ONLY
     kind: str = "nf4"
 
     def __post_init__(self):
         super().__post_init__()
         check_kind(self.kind)
+
+    @property
+    def base_dtype(self) -> str:
+        """What `load_model` packs while it reads."""
+        return self.kind
 
     def prepare(self, model: nnx.Module) -> nnx.Module:
         """The model with its linear layers packed; as it is, where some are packed already."""

@@ -18,8 +18,9 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum, contract
 from llmprep_jax.nn.param import Shared
-from llmprep_jax.peft.adapter import Adapted, Method, dims
-from llmprep_jax.peft.lora import LoRA
+from llmprep_jax.peft.adapter import Adapted
+from llmprep_jax.peft.layout import dims
+from llmprep_jax.peft.method import Method
 from llmprep_jax.peft.targets import Number
 from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Float
@@ -90,6 +91,13 @@ class Several(Adapted):
                 setattr(one, key, variable.replace(variable[...]))
         return found
 
+    def owned(self) -> dict[str, Adapted]:
+        return {f"parts.{name}": one for name, one in self.each().items()}
+
+    def settled(self) -> "Several":
+        parts = {name: one.settled() for name, one in self.each().items()}
+        return Several(self.base, self.order, parts, None if self.rows is None else self.rows[...])
+
     def by_row(self, rows: Array) -> "Several":
         """The layer with an adapter for each row of a batch."""
         return Several(self.base, self.order, self.each(), rows)
@@ -157,7 +165,7 @@ class Several(Adapted):
 
 def _is_plain(method: Method) -> bool:
     """Whether a method is LoRA, and adds s B A and nothing else."""
-    return type(method) is LoRA and not method.frozen
+    return method.adds_product and not method.takes_part
 
 
 def _variables(part: Adapted) -> dict[str, nnx.Variable]:

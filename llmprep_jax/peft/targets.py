@@ -9,7 +9,7 @@ layers in a list (`nn.stack.unstack`) are picked one by one.
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -148,6 +148,34 @@ def select(
             )
         chosen += [path] if found == {True} else []
     return chosen
+
+
+def is_among(numbers: Collection[int], within: Sequence[str], name: str) -> bool:
+    """Whether a name is of one of the layers of these numbers, as PEFT reads names.
+
+    Args:
+      within: regexes of what the layers are numbered in; (): anything.
+    """
+    starts = [rf"(?:.*?\.)??(?:{container})" for container in within] or [r".*?\.[^.]*"]
+    found = (re.match(rf"{start}\.(?P<layer>\d+)\.", name) for start in starts)
+    number = next((match["layer"] for match in found if match), None)
+    return number is not None and int(number) in numbers
+
+
+def check_layers(targets: Targets, numbers: Any, within: Sequence[str]) -> None:
+    """Refuses what is no selection of layers by number."""
+    for container in within:
+        check_regex("layers_pattern", container)
+    if numbers is None:
+        if within:
+            raise ValueError("layers_pattern is for layers_to_transform; give the layers' numbers")
+        return
+    if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"layers_to_transform is {numbers!r}; it must hold layers' numbers")
+    if isinstance(targets, str) and targets != "all-linear":
+        raise ValueError(
+            f"layers_to_transform is for targets by name; put the numbers into {targets!r}"
+        )
 
 
 def first(pattern: Pattern, names: Sequence[str]) -> Number | None:

@@ -1,25 +1,98 @@
-"""What a model with adapters does while it is trained, and at no other time.
+"""What a model with adapters does while it is trained, and what its methods ask of the training.
 
-The training loss calls `train_mode` on the model that it is given; evaluation, generation and
-saving see the model itself. The one thing a reader would get wrong: nothing of it is state. The
-switched model is another one with the same arrays, so there is no mode to leave, and what it drops
-is a function of the key.
+The training loss calls `train_mode` on the model that it is given and adds `extra_loss`;
+evaluation, generation and saving see the model itself. An optimizer follows `rules` and goes
+through `wrap_optimizer`. The one thing a reader would get wrong: nothing of `train_mode` is state.
+The switched model is another one with the same arrays, so there is no mode to leave, and what it
+drops is a function of the key.
 """
 
+import dataclasses
 import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from llmprep_jax.nn.attention import Attention
 from llmprep_jax.nn.linear import Embed
-from llmprep_jax.nn.param import Buffer
-from llmprep_jax.peft.adapter import Adapted, methods
-from llmprep_jax.peft.longlora import LongLoRA, ShiftedAttention
+from llmprep_jax.nn.param import AdapterParam, Buffer
+from llmprep_jax.peft.adapter import Adapted, adapters
+from llmprep_jax.peft.longlora import ShiftedAttention
 from llmprep_jax.peft.targets import plain, stacked
 from llmprep_jax.sharding import on_own_mesh
+from llmprep_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How an adapter's parameter is updated.
+
+    Attributes:
+      decays: whether weight decay holds for it; it moves what it holds for to zero, which must be
+        the identity.
+      is_hastened: whether LoRA+ gives it a higher rate.
+    """
+
+    decays: bool = False
+    is_hastened: bool = False
+
+
+def owners(model: nnx.Module) -> dict[str, Adapted]:
+    """The adapters by the path that the names of their parameters follow."""
+    return {
+        f"{path}.{inner}" if inner else path: one
+        for path, adapted in adapters(model).items()
+        for inner, one in adapted.owned().items()
+    }
+
+
+def rules(model: nnx.Module) -> dict[str, Rule]:
+    """By path, how the parameters that adapters brought are updated.
+
+    Copies of what the base has, trained whole, do not decay: they rest at the base's values.
+    """
+    found, of_model = owners(model), {}
+    for (*owner, name), _ in nnx.to_flat_state(nnx.state(model, AdapterParam)):
+        path = ".".join(map(str, owner))
+        one = found.get(path)
+        rule = Rule()
+        if one is not None:
+            rule = Rule(name in one.method.decayed, name in one.method.hastened(one.base))
+        of_model[f"{path}.{name}"] = rule
+    return of_model
+
+
+def wrap_optimizer(
+    model: nnx.Module, tx: optax.GradientTransformation, params: Any, num_steps: int
+) -> optax.GradientTransformation:
+    """The optimizer with what the model's methods do after its updates.
+
+    Args:
+      params: the tree that is trained, of arrays or shapes. num_steps: of the run.
+
+    Raises:
+      ValueError: a method's settings do not fit the run.
+    """
+    for layers in _by_method(model).values():
+        tx = layers[0].method.wrap_optimizer(tx, params, num_steps)
+    return tx
+
+
+def extra_loss(model: nnx.Module) -> Array | None:
+    """What the model's methods add to the mean loss; None: nothing."""
+    terms = [layers[0].method.extra_loss(layers) for layers in _by_method(model).values()]
+    terms = [term for term in terms if term is not None]
+    return sum(terms) if terms else None
+
+
+def _by_method(model: nnx.Module) -> dict[type, list[Adapted]]:
+    found: dict[type, list[Adapted]] = {}
+    for one in owners(model).values():
+        found.setdefault(type(one.method), []).append(one)
+    return found
 
 
 @on_own_mesh
@@ -31,15 +104,22 @@ def train_mode(model: nnx.Module, key: jax.Array | None = None) -> nnx.Module:
 
     Args:
       key: of this step's dropout; None: nothing is dropped.
+
+    Raises:
+      ValueError: adapters by row attend unlike each other.
     """
-    of_model = methods(model)
-    groups = {each.groups for each in of_model.values() if isinstance(each, LongLoRA)}
-    drops = key is not None and any(getattr(each, "dropout", 0) for each in of_model.values())
-    if not groups and not drops:
+    methods = {one.method for one in owners(model).values()}
+    groups = {method.groups for method in methods}
+    drops = key is not None and any(method.dropout for method in methods)
+    if len(groups) > 1:
+        raise ValueError(
+            "LongLoRA attends in groups, and other adapters of these rows do not; train them apart"
+        )
+    if groups <= {None} and not drops:
         return model
 
     def visit(path: tuple, node: Any) -> Any:
-        if groups and isinstance(node, Attention):
+        if groups != {None} and isinstance(node, Attention):
             node.within = ShiftedAttention(*groups)
         if drops and _drops(node):
             node.key = nnx.data(Buffer(_keys(".".join(map(str, path)), stacked(node.base), key)))
@@ -52,7 +132,7 @@ def _drops(node: Any) -> bool:
     """Whether a node is an adapter with dropout; as in PEFT, none around an embedding has it."""
     if not isinstance(node, Adapted) or isinstance(node.base, Embed):
         return False
-    return bool(getattr(node.method, "dropout", 0))
+    return any(one.method.dropout for one in node.owned().values())
 
 
 def _keys(path: str, num_layers: int | None, key: jax.Array) -> jax.Array:

@@ -9,8 +9,8 @@ bit, from `seed`. b is zero at first, so the model is unchanged until the first 
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,45 +19,63 @@ from flax import nnx
 from jaxtyping import Array
 
 from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.peft.adapter import Layout, axes_of, shape_of
+from llmprep_jax.peft.layout import Layout, axes_of, shape_of
 from llmprep_jax.peft.low_rank import bypass, outer
-from llmprep_jax.peft.targets import Number, Targets, check_number
+from llmprep_jax.peft.method import Method
+from llmprep_jax.peft.targets import Number, check_number
 from llmprep_jax.sharding import has_mesh, spec
 
 
 @dataclasses.dataclass(frozen=True)
-class VeRA:
+class VeRA(Method):
     """Settings of VeRA.
 
     Attributes:
       rank: r, which may exceed a layer's dimensions: a rank costs one number a layer.
       initial: of every value of d at first.
       seed: that A and B are drawn from; PEFT's projection_prng_key.
-      targets: which layers, see `adapter.inject`.
-      dtype: of the vectors.
     """
 
     rank: int = 256
     initial: Number = 0.1
     seed: int = 0
-    targets: Targets = "all-linear"
-    dtype: str = "float32"
 
+    decayed: ClassVar[tuple[str, ...]] = ("vera_lambda_b",)
     shared: ClassVar[Mapping[str, str]] = {
         "vera_a": "base_model.vera_A",
         "vera_b": "base_model.vera_B",
     }
+    peft_type: ClassVar[str] = "VERA"
+    peft_fields: ClassVar[tuple[str, ...]] = (
+        *("r", "d_initial", "projection_prng_key", "save_projection", "bias"),
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         check_number("VeRA's rank", self.rank, whole=True)
         check_number("VeRA's initial", self.initial, whole=False)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
             raise ValueError(f"VeRA's seed is {self.seed!r}; it must be a whole number from 0 on")
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
 
-    def resolve(self, names: Sequence[str]) -> "VeRA":
-        return dataclasses.replace(self, targets=())
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "VeRA":
+        check_number("r", config["r"], whole=True)
+        initial, seed = config.get("d_initial", 0.1), config.get("projection_prng_key", 0)
+        return cls(int(config["r"]), initial, seed)
+
+    @classmethod
+    def draws_shared(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("save_projection") is False
+
+    @classmethod
+    def to_peft(cls, by_name: Mapping[str, "VeRA"]) -> dict[str, Any]:
+        first = next(iter(by_name.values()))
+        return {
+            "r": first.rank,
+            "d_initial": first.initial,
+            "projection_prng_key": first.seed,
+            "save_projection": True,
+        }
 
     def tensors(self, layout: Layout) -> dict[str, tuple[str, str]]:
         return {

@@ -8,7 +8,7 @@ because a bf16 average with decay 0.95 no longer sees changes below 1/256 of its
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from llmprep_jax.config import settle
+from llmprep_jax.peft.training import Rule, rules, wrap_optimizer
 from llmprep_jax.train.adam8bit import scale_by_adam8bit
 from llmprep_jax.train.offload import keep_on_host
-from llmprep_jax.train.state import path_name
+from llmprep_jax.train.state import Split, merge, path_name
 
-NO_DECAY = ("scale", "b", "bias", "magnitude")  # last names of paths: norms, biases, DoRA's lengths
+NO_DECAY = ("scale", "b", "bias")  # last names of a model's own parameters: norms and biases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,13 @@ class OptimConfig:
       schedule: after the warmup, "cosine" and "linear" fall to `final_ratio` of the peak at the
         last step; "wsd" stays and falls linearly over the last `decay_fraction` of the run.
       warmup_steps: steps of linear rise; the first has lr / warmup_steps.
+      weight_decay: of matrices; norms and biases have none, and of adapters what their method says
+        (`peft.Method.decayed`).
       decay_embeddings: whether weight decay holds for embedding tables too.
       clip_norm: largest global norm of the gradient; None: no clipping.
-      lora_plus: ratio of the learning rate of the `lora_b` leaves to that of all others (LoRA+,
-        Hayou et al. 2024, section 4); 1 is plain LoRA.
+      lora_plus: ratio of the learning rate of the factors that are zero at first, LoRA's B and of
+        embeddings its A, to that of all others (LoRA+, Hayou et al. 2024, section 4); 1 is plain
+        LoRA.
       optimizer: "adamw", or "adamw8bit" for moments of about 2 bytes a parameter in place of 8.
       moment_dtype: of adamw's first moment.
       offload: whether the moments are kept in host memory between updates.
@@ -115,39 +119,41 @@ def make_schedule(cfg: OptimConfig, num_steps: int) -> optax.Schedule:
     return schedule
 
 
-def decay_mask(params: Any, decay_embeddings: bool = True) -> Any:
-    """True for the leaves that weight decay holds for: no norm, no bias, embeddings on request."""
+def decay_mask(
+    params: Any, decay_embeddings: bool = True, of_adapters: Mapping[str, Rule] | None = None
+) -> Any:
+    """True for the leaves that weight decay holds for: no norm, no bias, embeddings on request.
+
+    Args:
+      of_adapters: the rules of what adapters brought, which go before names.
+    """
+    of_adapters = of_adapters or {}
 
     def is_decayed(path, _):
-        names = path_name(path).split(".")
-        return names[-1] not in NO_DECAY and (decay_embeddings or "embed" not in names)
+        name = path_name(path)
+        parts, rule = name.split("."), of_adapters.get(name)
+        decays = parts[-1] not in NO_DECAY if rule is None else rule.decays
+        return decays and (decay_embeddings or "embed" not in parts)
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def lora_b_mask(params: Any) -> Any:
-    """True for the leaves named lora_b."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path_name(path).split(".")[-1] == "lora_b", params
-    )
-
-
-def make_optimizer(
-    cfg: OptimConfig,
-    params: Any,
-    num_steps: int,
-    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx,
-) -> optax.GradientTransformation:
-    """AdamW for a tree of parameters (arrays or shapes) over a run of `num_steps`.
+def make_optimizer(cfg: OptimConfig, params: Any, num_steps: int) -> optax.GradientTransformation:
+    """AdamW for what is trained over a run of `num_steps`.
 
     Args:
-      wrap: what an adapter method adds to the optimizer; what it keeps may be offloaded too.
+      params: a model that was split, whose adapters say how they are updated, or a tree of arrays
+        or shapes without adapters.
 
     Raises:
-      ValueError: LoRA+ is asked for and no leaf is a lora_b, a schedule does not fit the run, or
-        offload is asked for and the backend cannot address the host's memory.
+      ValueError: LoRA+ is asked for and there is nothing to speed up, a schedule or an adapter does
+        not fit the run, or offload is asked for and the backend cannot address the host's memory.
     """
-    decay = decay_mask(params, cfg.decay_embeddings)
+    model = None
+    if isinstance(params, Split):
+        model, params = merge(params.graphdef, params.params, params.frozen), params.params
+    of_adapters = {} if model is None else rules(model)
+    decay = decay_mask(params, cfg.decay_embeddings, of_adapters)
     parts = [
         _scale_by_moments(cfg),
         optax.add_decayed_weights(cfg.weight_decay, decay),
@@ -156,12 +162,25 @@ def make_optimizer(
     if cfg.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(cfg.clip_norm))
     if cfg.lora_plus != 1.0:
-        is_lora_b = lora_b_mask(params)
-        if not any(jax.tree.leaves(is_lora_b)):
-            raise ValueError(f"lora_plus={cfg.lora_plus}, but nothing trained is a lora_b")
-        parts.append(optax.masked(optax.scale(cfg.lora_plus), is_lora_b))
-    tx = wrap(_with_float32_state(optax.chain(*parts)))
+        parts.append(_hasten(cfg.lora_plus, params, of_adapters))
+    tx = _with_float32_state(optax.chain(*parts))
+    if model is not None:
+        tx = wrap_optimizer(model, tx, params, num_steps)
     return keep_on_host(tx) if cfg.offload else tx
+
+
+def _hasten(
+    ratio: float, params: Any, of_adapters: Mapping[str, Rule]
+) -> optax.GradientTransformation:
+    """LoRA+: the factors that are zero at first at a multiple of the rate."""
+    if not any(rule.is_hastened for rule in of_adapters.values()):
+        raise ValueError(
+            f"lora_plus={ratio}, but nothing trained is a factor of LoRA; leave it at 1"
+        )
+    is_hastened = jax.tree_util.tree_map_with_path(
+        lambda path, _: of_adapters.get(path_name(path), Rule()).is_hastened, params
+    )
+    return optax.masked(optax.scale(ratio), is_hastened)
 
 
 def _scale_by_moments(cfg: OptimConfig) -> optax.GradientTransformation:

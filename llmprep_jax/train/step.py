@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from llmprep_jax.nn.balance import load_metrics, rebalanced
+from llmprep_jax.peft.training import extra_loss
 from llmprep_jax.sharding import batch_shards, has_mesh, spec
 from llmprep_jax.train.losses import LossSum
 from llmprep_jax.train.offload import fetch, put_back
@@ -46,7 +47,7 @@ def make_train_step(
 
     Args:
       graphdef: of the model, from `split_model`.
-      loss_fn: `loss_fn(model, microbatch, key) -> LossSum`.
+      loss_fn: `loss_fn(model, microbatch, key) -> LossSum`; adapters' `extra_loss` is added.
       schedule: the learning rate, for the metrics.
       bias_rate: the step by which routers' biases follow the load; None: they stay.
       ema_decay: of the running average, where the state has one.
@@ -54,8 +55,9 @@ def make_train_step(
     """
 
     def loss_of(params, frozen, micro, key):
-        loss = loss_fn(merge(graphdef, params, frozen), micro, key)
-        return loss.total, (loss.count, loss.stats or {})
+        model = merge(graphdef, params, frozen)
+        loss = loss_fn(model, micro, key)
+        return _with_extra(loss, model), (loss.count, loss.stats or {})
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, frozen, batch):
@@ -86,6 +88,12 @@ def make_train_step(
         return TrainState(step, params, opt_state, ema, state.key), metrics
 
     return train_step
+
+
+def _with_extra(loss: LossSum, model: Any) -> jax.Array:
+    """The summed loss, with what adapter methods add to the mean."""
+    added = extra_loss(model)
+    return loss.total if added is None else loss.total + loss.count * added
 
 
 def _sum_gradients(loss_of, params, frozen, batch, key):

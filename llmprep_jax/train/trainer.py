@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 from llmprep_jax.config import settle
@@ -22,12 +21,6 @@ from llmprep_jax.train.optim import (
     make_bias_schedule,
     make_optimizer,
     make_schedule,
-)
-from llmprep_jax.train.rank_budget import (
-    adalora_of,
-    allocate_ranks,
-    check_ranks,
-    with_orthogonality,
 )
 from llmprep_jax.train.state import TrainState, count_bytes, create_state, merge, split_model
 from llmprep_jax.train.step import LossFn, Metrics, make_train_step, place_batch
@@ -93,7 +86,7 @@ class Trainer:
     Args:
       model: its arrays are taken over.
       trainable: what is trained, a Variable class or filter (`nnx.split`).
-      loss_fn: `loss_fn(model, microbatch, key) -> LossSum`; AdaLoRA's regulariser is added.
+      loss_fn: `loss_fn(model, microbatch, key) -> LossSum`.
 
     Attributes:
       split: the model in three (`split_model`).
@@ -112,8 +105,7 @@ class Trainer:
         loss_fn: LossFn = lambda model, batch, key: training_loss(model, batch),
     ):
         self.cfg, self.split = cfg, split_model(model, trainable)
-        wrap, loss_fn = _ask_method(model, self.split.params, cfg.horizon, loss_fn)
-        self.tx = make_optimizer(cfg.optim, self.split.params, cfg.horizon, wrap)
+        self.tx = make_optimizer(cfg.optim, self.split, cfg.horizon)
         self.step = make_train_step(
             self.split.graphdef,
             self.tx,
@@ -151,17 +143,6 @@ class Trainer:
         if ema:
             params = jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema, params)
         return merge(self.split.graphdef, params, self.split.frozen)
-
-
-def _ask_method(
-    model: nnx.Module, params: Any, num_steps: int, loss_fn: LossFn
-) -> tuple[Callable[[optax.GradientTransformation], optax.GradientTransformation], LossFn]:
-    """What the model's adapter method makes of the optimizer, and the loss with its own term."""
-    method = adalora_of(model)
-    if method is None:
-        return lambda tx: tx, loss_fn
-    check_ranks(method, params, num_steps)
-    return lambda tx: allocate_ranks(tx, method), with_orthogonality(loss_fn, method)
 
 
 class TrainSteps:

@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.nn.stack import unstack
-from llmprep_jax.peft.adapter import methods
+from llmprep_jax.peft.adapter import adapters, methods
 from llmprep_jax.peft.peft_format import adapter_table, trained_table
-from llmprep_jax.train.rank_budget import allocate_ranks, orthogonality
+from llmprep_jax.peft.rank_budget import allocate_ranks, orthogonality
 from llmprep_jax.weights.table import export
 from tests.parity import torch_models
 
@@ -246,7 +246,7 @@ def test_adalora_prunes_what_peft_prunes(base, tmp_path, every):
     model = lp.peft.load(ours, tmp_path / "start")
     graph, state, frozen = nnx.split(model, AdapterParam, ...)
     method = next(iter(methods(model).values()))
-    tx = allocate_ranks(optax.sgd(0.1), method)
+    tx = allocate_ranks(optax.sgd(0.1), method, nnx.to_pure_dict(state), 8)
     params = nnx.to_pure_dict(state)
     opt_state, update = tx.init(params), jax.jit(tx.update)
     weights = {
@@ -316,7 +316,7 @@ def test_the_orthogonality_of_adalora_is_what_peft_adds_to_the_loss(base, tmp_pa
             losses.append(
                 adapted(torch.tensor(TOKENS), labels=torch.tensor(TOKENS).long()).loss.item()
             )
-    found = 0.25 * orthogonality(lp.peft.load(ours, tmp_path))
+    found = 0.25 * orthogonality([*adapters(lp.peft.load(ours, tmp_path)).values()])
     np.testing.assert_allclose(found, losses[0] - losses[1], rtol=1e-5)
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import peft
 import pytest
 
-from llmprep_jax.peft.peft_config import READ, REFUSED, SELECTION, WITHOUT_EFFECT
+from llmprep_jax.peft.method import Method
+from llmprep_jax.peft.peft_config import REFUSED, SELECTION, WITHOUT_EFFECT
 
 pytestmark = pytest.mark.parity
 
@@ -16,19 +17,22 @@ CONFIGS = {
     "IA3": peft.IA3Config,
     "VERA": peft.VeraConfig,
     "ADALORA": peft.AdaLoraConfig,
+    "OFT": peft.OFTConfig,
+    "HRA": peft.HRAConfig,
 }
 
 
 def test_every_field_of_peft_is_known():
-    assert CONFIGS.keys() == READ.keys()
+    read = {kind: classes[0].peft_fields for kind, classes in Method.readers.items()}
+    assert CONFIGS.keys() == read.keys()
     fields = {
         kind: {field.name for field in dataclasses.fields(config)}
         for kind, config in CONFIGS.items()
     }
     known = {"peft_type", *SELECTION, *WITHOUT_EFFECT, *REFUSED}
     for kind, names in fields.items():
-        assert names <= {*known, *READ[kind]}, kind
-        assert set(READ[kind]) <= names
+        assert names <= {*known, *read[kind]}, kind
+        assert set(read[kind]) <= names
     assert known <= set().union(*fields.values())
 
 

@@ -106,7 +106,7 @@ def test_a_step_taken_again_from_its_state_is_the_same_to_the_bit_and_steps_diff
     parts, tokens = split_model(adapted(), AdapterParam), make_tokens()
     batch = {"tokens": tokens, "targets": tokens, "loss_mask": np.ones(tokens.shape, np.float32)}
     cfg = OptimConfig(lr=0.0, weight_decay=0.0, warmup_steps=0)  # steps differ by what they drop
-    tx = make_optimizer(cfg, parts.params, 10)
+    tx = make_optimizer(cfg, parts, 10)
     step = make_train_step(
         parts.graphdef,
         tx,

@@ -16,7 +16,7 @@ from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Compute
 from llmprep_jax.nn.stack import scan, stack, unstack
 from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr, LoRA
-from llmprep_jax.peft.adapter import axes_of, dims, shape_of
+from llmprep_jax.peft.layout import axes_of, dims, shape_of
 from llmprep_jax.sharding import has_mesh, make_mesh, spec, use_mesh
 from tests.peft.test_methods import QUICK, assert_near, scattered
 from tests.random_modules import random_module

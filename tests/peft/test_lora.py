@@ -150,7 +150,7 @@ def test_one_step_moves_the_adapters_alone():
     batch = {"tokens": tokens, "targets": tokens, "loss_mask": np.ones(tokens.shape, np.float32)}
     cfg = OptimConfig(lr=1e-2, warmup_steps=0)
     parts = split_model(model, AdapterParam)
-    tx = make_optimizer(cfg, parts.params, 10)
+    tx = make_optimizer(cfg, parts, 10)
     step = make_train_step(
         parts.graphdef,
         tx,

@@ -17,7 +17,7 @@ from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Compute, Shared
 from llmprep_jax.nn.stack import unstack
-from llmprep_jax.peft import IA3, AdaLoRA, DoRA, LoHa, LoKr, LoRA, VeRA
+from llmprep_jax.peft import HRA, IA3, OFT, AdaLoRA, DoRA, LoHa, LoKr, LoRA, VeRA
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.peft.lokr import factors
 from llmprep_jax.sharding import make_mesh, use_mesh
@@ -33,6 +33,10 @@ METHODS = {
     "ia3": IA3(),
     "vera": VeRA(rank=48),
     "adalora": AdaLoRA(rank=4, alpha=8, total_steps=10),
+    "oft": OFT(block_size=8),
+    "oft-exact": OFT(num_blocks=4, targets=("q_proj", "o_proj"), neumann=False),
+    "oft-coft": OFT(targets=("up_proj",), coft=True, eps=0.3, share_blocks=True),
+    "hra": HRA(rank=4),
     "ia3-outputs": IA3(targets="all-linear", feedforward=()),
     "whole": LoRA(4, 8, targets=("q_proj",), modules_to_save=("embed", "attn_norm", "v", "head")),
     "tables": LoRA(4, 8, targets=("embed_tokens", "lm_head", "q_proj")),
@@ -103,7 +107,13 @@ def assert_near(found, expected, tolerance: float = 1e-5) -> None:
 @each_method
 def test_a_method_starts_as_identity_bit_for_bit(method):
     adapted = lp.peft.inject(base(), method)
-    np.testing.assert_array_equal(logits_of(adapted), logits_of(base()), strict=True)
+    assert_identity(method, adapted)
+
+
+def assert_identity(method, adapted: nnx.Module) -> None:
+    """The adapted model says what its base does, to the bit where the method can."""
+    is_exact = not isinstance(method, HRA)  # whose pairs of reflections cancel to rounding
+    assert_near(logits_of(adapted), logits_of(base()), 0.0 if is_exact else 1e-5)
 
 
 @each_method

@@ -234,7 +234,10 @@ REFUSED = {
         put(modules_to_save=["layers.0.input_layernorm"]),
         r"takes some layers of the stack layers.attn_norm and leaves others; unstack",
     ),
-    "another method": (put(peft_type="BOFT"), "is of peft_type .*BOFT.*; supported: LORA"),
+    "another method": (
+        put(peft_type="BOFT"),
+        "is of peft_type .*BOFT.*; supported: ADALORA, HRA, IA3, LOHA, LOKR, LORA, OFT, VERA",
+    ),
     "no rank": (lambda f: (f / JSON).write_text('{"peft_type": "LORA"}'), "has no 'r'; save"),
     "rank in words": (put(r="eight"), "r is 'eight'; it must be a whole number"),
     "rank 0": (put(r=0), "r is 0; it must be a whole number of at least 1"),

@@ -8,23 +8,79 @@ pruned E is set to zero after the update, yet trains on and may come back at the
 the last one is final.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.peft.adalora import AdaLoRA
-from llmprep_jax.peft.adapter import adapters, dims
+from llmprep_jax.peft.layout import dims
+from llmprep_jax.peft.peft_fields import mapping, number
+from llmprep_jax.peft.targets import Number, Pattern, check_number
 from llmprep_jax.sharding import spec
-from llmprep_jax.train.step import LossFn
-from llmprep_jax.types import Array, Float
+from llmprep_jax.types import Array
+from llmprep_jax.weights.safetensors import quoted
 
+FIELDS = {  # settings by PEFT's names
+    "init_r": "rank",
+    "orth_reg_weight": "orthogonality",
+    "target_r": "target_rank",
+    "tinit": "warmup_steps",
+    "tfinal": "final_steps",
+    "deltaT": "every",
+    "beta1": "beta1",
+    "beta2": "beta2",
+    "total_step": "total_steps",
+}
 Triplets = dict[str, dict[str, Array]]  # lora_a, lora_b and lora_e by the layer's path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """When how many triplets are pruned.
+
+    Attributes:
+      total_steps: T of the schedule (section 3.3, eq. 12).
+      target_rank: mean over the layers at its end.
+      warmup_steps, final_steps: first and last of the T steps, which prune nothing.
+      every: steps between prunings.
+      beta1, beta2: of the averages of sensitivity and uncertainty (eq. 9 and 10).
+      orthogonality: weight of the regulariser in the loss (eq. 7).
+    """
+
+    total_steps: int
+    target_rank: int = 8
+    warmup_steps: int = 0
+    final_steps: int = 0
+    every: int = 1
+    beta1: Number = 0.85
+    beta2: Number = 0.85
+    orthogonality: Number = 0.5
+
+    def check_budget(self, rank: int, rank_pattern: Pattern, alpha_pattern: Pattern) -> None:
+        """Refuses settings that make no sense, beside those of LoRA."""
+        if alpha_pattern:
+            raise ValueError(f"AdaLoRA's alpha_pattern must be empty, not {alpha_pattern}")
+        if any(own > rank for _, own in rank_pattern):
+            raise ValueError(f"AdaLoRA's rank_pattern must not exceed rank, not {rank_pattern}")
+        for name in ("target_rank", "every", "total_steps"):
+            check_number(f"AdaLoRA's {name}", getattr(self, name), whole=True)
+        wrong = {
+            "warmup_steps must be >= 0": self.warmup_steps < 0,
+            "final_steps must be >= 0": self.final_steps < 0,
+            "total_steps must exceed warmup_steps + final_steps": self.total_steps
+            <= self.warmup_steps + self.final_steps,
+            "beta1 must be in (0, 1)": not 0 < self.beta1 < 1,
+            "beta2 must be in (0, 1)": not 0 < self.beta2 < 1,
+            "orthogonality must be >= 0": not self.orthogonality >= 0,
+        }
+        for message, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(f"AdaLoRA's {message}, not {getattr(self, message.split()[0])}")
 
 
 class RankState(NamedTuple):
@@ -45,13 +101,23 @@ class RankState(NamedTuple):
 
 
 def allocate_ranks(
-    tx: optax.GradientTransformation, method: AdaLoRA
+    tx: optax.GradientTransformation, budget: Budget, params: Any, num_steps: int
 ) -> optax.GradientTransformation:
-    """The same optimizer, which prunes triplets after its updates.
+    """The same optimizer, which prunes triplets after its updates, over a run of `num_steps`.
 
     Parameters are nested dicts; of two stacked layers' triplets each counts for itself.
+
+    Raises:
+      ValueError: nothing in params is AdaLoRA's, or the last pruning lies behind the run's end.
     """
-    end = method.total_steps - method.final_steps
+    end = budget.total_steps - budget.final_steps
+    if not triplets(params):
+        raise ValueError("the model has AdaLoRA adapters, but nothing trained is a lora_e")
+    if end > num_steps:
+        raise ValueError(
+            f"AdaLoRA prunes until step {end} (total_steps - final_steps), but the run ends at step"
+            f" {num_steps}; set total_steps to it"
+        )
 
     def init(params):
         layers = triplets(params)
@@ -63,13 +129,13 @@ def allocate_ranks(
     def update(grads, state, params):
         updates, inner = tx.update(grads, state.inner, params)
         layers, step = triplets(optax.apply_updates(params, updates)), state.step + 1
-        averages = _averages(method, layers, triplets(grads), state)
+        averages = _averages(budget, layers, triplets(grads), state)
         averages = jax.tree.map(
             lambda new, old: jnp.where(step < end, new, old),
             averages,
             (state.sensitivity, state.uncertainty),
         )
-        counts = jnp.asarray(num_pruned(method, layers))[jnp.minimum(step, end)]
+        counts = jnp.asarray(num_pruned(budget, layers))[jnp.minimum(step, end)]
         prunes = (step <= end) & (counts >= 0)
         kept = jax.tree.map(
             lambda new, old: jnp.where(prunes, new, old), _best(counts, *averages), state.kept
@@ -94,46 +160,24 @@ def triplets(tree: Any) -> Triplets:
     }
 
 
-def adalora_of(model: nnx.Module) -> AdaLoRA | None:
-    """The settings of a model's AdaLoRA adapters."""
-    found = (each.method for each in adapters(model).values())
-    return next((method for method in found if isinstance(method, AdaLoRA)), None)
-
-
-def check_ranks(method: AdaLoRA, params: Any, num_steps: int) -> None:
-    """Refuses settings that do not fit a run.
-
-    Raises:
-      ValueError: nothing trained is AdaLoRA's, or the last pruning lies behind the run's end.
-    """
-    if not triplets(params):
-        raise ValueError("the model has AdaLoRA adapters, but nothing trained is a lora_e")
-    end = method.total_steps - method.final_steps
-    if end > num_steps:
-        raise ValueError(
-            f"AdaLoRA prunes until step {end} (total_steps - final_steps), but the run ends at step"
-            f" {num_steps}; set total_steps to it"
-        )
-
-
-def num_pruned(method: AdaLoRA, layers: Triplets) -> np.ndarray:
+def num_pruned(budget: Budget, layers: Triplets) -> np.ndarray:
     """How many triplets lack after each step, up to the last pruning; -1 where none is pruned.
 
     In whole numbers on the host: in float32 the budget would be off by one here and there.
     """
-    start, end = method.warmup_steps, method.total_steps - method.final_steps
+    start, end = budget.warmup_steps, budget.total_steps - budget.final_steps
     initial = sum(layer["lora_e"].size for layer in layers.values())
     matrices = sum(layer["lora_e"].size // layer["lora_e"].shape[-1] for layer in layers.values())
-    target, counts = method.target_rank * matrices, np.full(end + 1, -1, np.int32)
+    target, counts = budget.target_rank * matrices, np.full(end + 1, -1, np.int32)
     for step in range(start + 1, end + 1):
-        if step % method.every == 0 or step == end:
+        if step % budget.every == 0 or step == end:
             left = 1 - (step - start) / (end - start)
             counts[step] = max(initial - int((initial - target) * left**3 + target), 0)
     return counts
 
 
 def _averages(
-    method: AdaLoRA, layers: Triplets, grads: Triplets, state: RankState
+    budget: Budget, layers: Triplets, grads: Triplets, state: RankState
 ) -> tuple[Triplets, Triplets]:
     """Sensitivity and uncertainty after this step (eq. 8 to 10)."""
 
@@ -144,9 +188,9 @@ def _averages(
         return jnp.abs(w.astype(jnp.float32) * grad.astype(jnp.float32))
 
     now = jax.tree.map(product, layers, grads)
-    smooth = jax.tree.map(lambda *x: average(method.beta1, *x), state.sensitivity, now)
+    smooth = jax.tree.map(lambda *x: average(budget.beta1, *x), state.sensitivity, now)
     strays = jax.tree.map(lambda a, b: jnp.abs(a - b), now, smooth)
-    return smooth, jax.tree.map(lambda *x: average(method.beta2, *x), state.uncertainty, strays)
+    return smooth, jax.tree.map(lambda *x: average(budget.beta2, *x), state.uncertainty, strays)
 
 
 def _best(count: Array, sensitivity: Triplets, uncertainty: Triplets) -> dict[str, Array]:
@@ -164,13 +208,13 @@ def _best(count: Array, sensitivity: Triplets, uncertainty: Triplets) -> dict[st
 def _without(updates: Any, params: Any, kept: dict[str, Array], prunes: Array) -> Any:
     """Updates that end at zero for each E that is pruned."""
 
-    def of(path, update, param):
+    def prune(path, update, param):
         layer, name = _split(path)
         if name != "lora_e":
             return update
         return jnp.where(prunes & ~kept[layer], -param.astype(update.dtype), update)
 
-    return jax.tree_util.tree_map_with_path(of, updates, params)
+    return jax.tree_util.tree_map_with_path(prune, updates, params)
 
 
 def _split(path: tuple[Any, ...]) -> tuple[str, str]:
@@ -179,7 +223,40 @@ def _split(path: tuple[Any, ...]) -> tuple[str, str]:
     return layer, name
 
 
-def orthogonality(model: nnx.Module) -> Float[Array, ""]:
+def read_budget(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `FIELDS` that an adapter_config.json holds."""
+    for name in ("init_r", "total_step"):
+        check_number(name, config.get(name), whole=True)
+    return {ours: number(config, name, 0) for name, ours in FIELDS.items() if name in config}
+
+
+def read_ranks(config: Mapping[str, Any]) -> dict[str, int]:
+    """How many triplets pruning left, by module; modules that a config says nothing of lack."""
+    kept = {}
+    for name, left in mapping(config, "rank_pattern").items():
+        is_list = isinstance(left, list) and all(isinstance(value, bool) for value in left)
+        if not is_list or len(left) != config.get("init_r"):
+            raise ValueError(
+                f"rank_pattern of {quoted(name)} is {quoted(left)}; it must hold true or false for"
+                " each of init_r triplets"
+            )
+        kept[name.split(".lora_E")[0]] = sum(left)
+    return kept
+
+
+def write_budget(by_name: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `read_budget` and `read_ranks`, of AdaLoRAs by module."""
+    first = next(iter(by_name.values()))
+    left = {
+        f"{name}.lora_E": [i < method.rank for i in range(first.initial_rank)]
+        for name, method in by_name.items()
+    }
+    settings = {name: getattr(first, ours) for name, ours in FIELDS.items()}
+    pruned = any(False in kept for kept in left.values())
+    return settings | {"init_r": first.initial_rank, "rank_pattern": left if pruned else None}
+
+
+def orthogonality(layers: Sequence[Any]) -> Array:
     """The mean over A and B of all layers of |A A^T - I| and |B^T B - I|, Frobenius norms.
 
     It is eq. 7 as its authors' code and PEFT compute it: norms, not their squares, and a mean.
@@ -194,18 +271,4 @@ def orthogonality(model: nnx.Module) -> Float[Array, ""]:
             found.append(jnp.linalg.norm(gram - jnp.eye(len(gram))))
         return jnp.stack(found)
 
-    layers = [each for each in adapters(model).values() if isinstance(each.method, AdaLoRA)]
     return jnp.mean(jnp.concatenate([layer.map(norms).reshape(-1) for layer in layers]))
-
-
-def with_orthogonality(loss_fn: LossFn, method: AdaLoRA | None) -> LossFn:
-    """The loss whose mean has the weighted `orthogonality` added; without AdaLoRA as it is."""
-    if method is None:
-        return loss_fn
-
-    def of(model, batch, key):
-        loss = loss_fn(model, batch, key)
-        added = method.orthogonality * orthogonality(model)
-        return loss._replace(total=loss.total + loss.count * added)
-
-    return of
