@@ -4,11 +4,14 @@
 """
 
 from llmprep_jax import peft, quant
-from llmprep_jax.generate.engine import generate_tokens
-from llmprep_jax.generate.text import generate
+from llmprep_jax.generate.decoding import generate_tokens, stream_tokens
+from llmprep_jax.generate.prompt_cache import PromptCache
+from llmprep_jax.generate.text import Scored, generate
 from llmprep_jax.pretrained import load_model, load_processor, save_model
 
 __all__ = [
+    "PromptCache",
+    "Scored",
     "generate",
     "generate_tokens",
     "load_model",
@@ -16,4 +19,5 @@ __all__ = [
     "peft",
     "quant",
     "save_model",
+    "stream_tokens",
 ]

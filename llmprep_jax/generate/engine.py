@@ -1,15 +1,16 @@
-"""Generation: one prefill of the prompts, then a loop of single tokens that stays on the device.
+"""Generation on the device: one prefill of the prompts, then a loop of single tokens.
 
 The loop is a `jax.lax.while_loop` over the cache, the last logits and a buffer of new tokens; it
-ends when every row has met a stop id. Streaming runs the same loop a few tokens at a time, and
-speculative decoding (`speculative`) has a loop of its own. The one thing a reader would get wrong:
-prompts of unequal length are aligned at their ends (padding left), so that all rows write the same
-cache slot.
+ends when every row has met a stop id. `decoding` runs it some tokens at a time, so that text can be
+looked at in between, and speculative decoding (`speculative`) has a loop of its own. Few programs
+are compiled: the width of prompts and the slots of a cache are powers of two, and sampling numbers,
+seeds and ids are arguments.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,13 +19,27 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.generate import layout, speculative
-from llmprep_jax.generate.prompt import read_prompt
+from llmprep_jax.generate.prompt import (
+    MAX_BLOCK,
+    MIN_PROMPT,
+    block_size,
+    bucket,
+    by_row,
+    check_length,
+    everywhere,
+    pad_left,
+    read_batch,
+    read_prompt,
+)
+from llmprep_jax.generate.prompt_cache import PromptCache, is_cache, room
 from llmprep_jax.generate.sampler import Sampling, draw, shape_logits
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.settle import settle
+from llmprep_jax.sharding import mesh_of, on_mesh_of
 from llmprep_jax.types import Array
 
-PROMPT_STEP = 32  # prompts are padded to a multiple, so that a new length seldom compiles anew
+MIN_SLOTS = 128  # of a cache while it is decoded with
+MIN_STOPS = 8  # stop ids that a program takes; -1 fills them up
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +51,7 @@ class State:
       cache: keys and values. logits_BV: of the token to draw. step: tokens drawn so far.
       done_B: rows that have met a stop id.
       seen_BV: tokens of the prompt and the text, with a repetition penalty; else None.
-      tokens_BT, logprobs_BT: what was drawn, T = max_new_tokens.
+      tokens_BT, logprobs_BT: what was drawn, with room for as many as the cache has slots.
       keys_B: each row's random key.
     """
 
@@ -51,13 +66,44 @@ class State:
 
 
 class Engine:
-    """A model laid out for generation: on one CPU as `layout` does, elsewhere as it is."""
+    """A model laid out for generation: on one CPU as `layout` does, elsewhere as it is.
+
+    It holds copies of layers, and of the model only weak references: with the model, or with any of
+    its weights, the engine that `engine_of` keeps goes too.
+    """
 
     def __init__(self, model: nnx.Module):
-        self.model, self.cfg = settle(model), model.cfg
-        self._leaves = jax.tree.leaves(model)
-        devices = self._leaves[0].devices()
-        self._on_cpu = len(devices) == 1 and next(iter(devices)).platform == "cpu"
+        leaves, self._structure = jax.tree.flatten(model)
+        forget = functools.partial(_forget, weakref.ref(self))
+        self.weights = tuple(weakref.ref(leaf, forget) for leaf in leaves)
+        settled = settle(model)
+        is_settled = jax.tree.structure(settled) == self._structure
+        self._settled = None if is_settled else settled
+        self.attach(model)
+        self.cfg, self._mesh = model.cfg, mesh_of(model)
+        devices = leaves[0].devices()
+        is_one_cpu = len(devices) == 1 and next(iter(devices)).platform == "cpu"
+        self._on_cpu = is_one_cpu and self._mesh is None
+
+    def attach(self, model: nnx.Module) -> None:
+        """Takes a model of the very weights of this engine."""
+        # what was settled holds weights, so it can only go with the model
+        forget = functools.partial(_forget, weakref.ref(self))
+        self._model = weakref.ref(model, None if self._settled is None else forget)
+
+    @property
+    def model(self) -> nnx.Module:
+        """The model; who uses the engine holds it."""
+        model = self._model() if self._settled is None else self._settled
+        assert model is not None, "the model is gone"
+        return model
+
+    def is_of(self, model: nnx.Module) -> bool:
+        """Whether the model still holds the very arrays that this engine was made from."""
+        leaves, structure = jax.tree.flatten(model)
+        return structure == self._structure and all(
+            a is b() for a, b in zip(leaves, self.weights, strict=True)
+        )
 
     @functools.cached_property
     def _listed(self) -> nnx.Module:
@@ -67,24 +113,27 @@ class Engine:
     def _row_wise(self) -> nnx.Module:
         return layout.row_wise(self.model)
 
+    @functools.cached_property
+    def _is_packed(self) -> bool:
+        """Whether layers have packed weights, and copies of them are dense."""
+        return bool(layout.packed_layers(self.model))
+
+    @functools.cached_property
+    def _has_layouts(self) -> bool:
+        return self._on_cpu and not (self._is_packed and not layout.can_unpack(self.model))
+
     def _model_for(self, num_tokens: int) -> nnx.Module:
         """The layout that is fastest for so many tokens at once.
 
         SmolLM2 in milliseconds, scanned, listed, row-wise: one token 28, 23, 19 in float32 and 50,
         42, 11 in bf16; eight 48, 67, 69 and 94, 41, 83.
         """
-        if not self._on_cpu:
+        if not self._has_layouts:
             return self.model
         if num_tokens == 1:
             return self._row_wise
-        return self.model if self.cfg.compute.operand_dtype == jnp.float32 else self._listed
-
-    def is_of(self, model: nnx.Module) -> bool:
-        """Whether the model still holds the very arrays that this engine was made from."""
-        leaves = jax.tree.leaves(model)
-        return len(leaves) == len(self._leaves) and all(
-            a is b for a, b in zip(leaves, self._leaves, strict=True)
-        )
+        as_it_is = self.cfg.compute.operand_dtype == jnp.float32 and not self._is_packed
+        return self.model if as_it_is else self._listed
 
     def start(
         self,
@@ -95,31 +144,77 @@ class Engine:
         seed: int,
         pad_id: int,
         draft: str | None = None,
+        num_samples: int = 1,
+        prompt_cache: PromptCache | None = None,
     ) -> State | speculative.State:
-        """Reads the prompts in.
+        """Reads the prompts in; each has `num_samples` rows in what is decoded.
 
         Raises:
-          ValueError: an empty or misshapen batch, a row without a token, prompt and new tokens
-            together beyond the model's context, or a draft that the model has no modules for.
+          ValueError: an empty or misshapen batch, a row without a token, an id outside the
+            vocabulary, prompt and new tokens together beyond the model's context, or a draft that
+            the model has no modules for.
         """
         speculative.check_draft(self.model, draft)
-        tokens_BT, mask_BT = _align_right(tokens, mask)
-        total = tokens_BT.shape[1] + max_new_tokens
-        if total > self.cfg.max_seq_len:
-            raise ValueError(
-                f"{tokens_BT.shape[1]} prompt tokens and {max_new_tokens} new exceed the model's"
-                f" context of {self.cfg.max_seq_len}; shorten the prompt or max_new_tokens"
-            )
-        padding = -tokens_BT.shape[1] % PROMPT_STEP
-        tokens_BT = np.pad(tokens_BT, ((0, 0), (padding, 0)))
-        mask_BT = np.pad(mask_BT, ((0, 0), (padding, 0)))
-        prefill = _prefill if draft is None else speculative.prefill
-        reader, key = self._model_for(tokens_BT.size), jax.random.key(seed)
-        state = prefill(reader, tokens_BT, mask_BT, key, sampling, max_new_tokens, pad_id)
-        stepper = self._stepper(state)
-        if layout.is_listed(stepper) and not layout.is_listed(reader):
-            state = dataclasses.replace(state, cache=_unstack_cache(state.cache))
-        return state
+        tokens_BT, mask_BT = read_batch(tokens, mask, self.cfg.vocab_size)
+        check_length(tokens_BT, max_new_tokens, self.cfg.max_seq_len)
+        width = bucket(tokens_BT.shape[1], MIN_PROMPT)
+        padded = [pad_left(x_BT, width) for x_BT in (tokens_BT, mask_BT)]
+        with on_mesh_of(self.model):
+            draws = (jax.random.key(seed), np.int32(pad_id), sampling)
+            if draft is not None:
+                padded = [np.repeat(x_BT, num_samples, axis=0) for x_BT in padded]
+                return self._start_drafts(*padded, *draws, max_new_tokens)
+            kept = prompt_cache and prompt_cache.take(self.weights, tokens_BT[0])
+            cache, logits_BV, num_slots = self._read(tokens_BT, mask_BT, max_new_tokens, kept)
+            seen = padded if sampling.switches.penalises else None
+            stepper = self._stepper(len(tokens_BT) * num_samples)
+            return _begin(stepper, cache, logits_BV, seen, *draws, num_slots, num_samples)
+
+    def _read(
+        self, tokens_BT: np.ndarray, mask_BT: np.ndarray, max_new_tokens: int, kept: Any = None
+    ) -> tuple[Any, Array, int]:
+        """(the cache, the logits after the prompts, slots to decode with).
+
+        Args:
+          kept: a cache that holds the first tokens already, and how many.
+        """
+        cache, num_known = kept or (None, 0)
+        length = tokens_BT.shape[1] - num_known
+        width = bucket(length, MIN_PROMPT)
+        block = block_size(width)
+        needed = -(-length // block) * block + max_new_tokens
+        reader = self._model_for(len(tokens_BT) * width)
+        if cache is not None:
+            num_slots, num_used = room(cache)
+            needed += num_used
+            if needed > self.cfg.max_seq_len + MAX_BLOCK:  # padding between turns has added up
+                return self._read(tokens_BT, mask_BT, max_new_tokens)
+            num_slots = max(num_slots, self._num_slots(needed))
+            cache = _refit(reader, cache, num_slots)
+        new = [pad_left(x_BT[:, num_known:], width) for x_BT in (tokens_BT, mask_BT)]
+        cache, logits_BV = _prefill(reader, *new, cache, block)
+        return cache, logits_BV, num_slots if kept else self._num_slots(needed)
+
+    def _num_slots(self, needed: int) -> int:
+        """A power of two, or what the model's context can need."""
+        return min(bucket(needed, MIN_SLOTS), max(needed, self.cfg.max_seq_len + MAX_BLOCK))
+
+    def _start_drafts(
+        self,
+        tokens_BT: np.ndarray,
+        mask_BT: np.ndarray,
+        key: Array,
+        pad_id: np.int32,
+        sampling: Sampling,
+        max_new_tokens: int,
+    ) -> speculative.State:
+        needed = speculative.num_slots(self.model, *tokens_BT.shape, max_new_tokens)
+        num_slots = bucket(needed, MIN_SLOTS)
+        reader, limit = self._model_for(tokens_BT.size), np.int32(max_new_tokens)
+        prompt = (tokens_BT, mask_BT, key, pad_id, limit)
+        state = speculative.prefill(reader, *prompt, sampling, num_slots)
+        stepper = self._stepper(len(tokens_BT), state.drafts_BM.size)
+        return dataclasses.replace(state, cache=_lay_drafts(stepper, state.cache, num_slots))
 
     def advance(
         self,
@@ -127,72 +222,89 @@ class Engine:
         until: int,
         stop_ids: Sequence[int],
         sampling: Sampling,
+        ended_B: np.ndarray | None = None,
     ) -> State | speculative.State:
-        """Draws tokens up to `until` in all or until every row is done; uses the given state up."""
-        decode = _decode if isinstance(state, State) else speculative.decode
-        # never an empty array: its shape would compile anew
-        stops = jnp.asarray([*stop_ids, -1], jnp.int32)
-        return decode(self._stepper(state), state, jnp.int32(until), stops, sampling)
+        """Draws tokens up to `until` in all or until every row is done; uses the given state up.
 
-    def _stepper(self, state: State | speculative.State) -> nnx.Module:
+        Args:
+          ended_B: rows that are done for other reasons than a stop id.
+        """
+        is_plain = isinstance(state, State)
+        stepper = self._stepper(len(state.done_B), 0 if is_plain else state.drafts_BM.size)
+        # few shapes, and never an empty one: each compiles anew
+        stops = np.full(bucket(len(stop_ids), MIN_STOPS), -1, np.int32)
+        stops[: len(stop_ids)] = stop_ids
+        ended_B = np.zeros(len(state.done_B), bool) if ended_B is None else ended_B
+        with on_mesh_of(self.model):
+            decode = _decode if is_plain else speculative.decode
+            return decode(stepper, state, np.int32(until), stops, ended_B, sampling)
+
+    def _stepper(self, num_rows: int, num_drafts: int = 0) -> nnx.Module:
         """The layout that is fastest for a step.
 
         One row with a draft, 81 M of DeepSeek-V3's kind in milliseconds, scanned, listed, row-wise:
         30, 30, 18 in float32 and 39, 28, 32 in bf16; without a draft row-wise 10 and 8.
         """
-        num_rows = len(state.done_B)
-        drafts = 0 if isinstance(state, State) else state.drafts_BM.size
-        if num_rows == 1 and self._on_cpu and self.cfg.compute.operand_dtype == jnp.float32:
+        is_float32 = self.cfg.compute.operand_dtype == jnp.float32
+        if num_rows == 1 and self._has_layouts and is_float32:
             return self._row_wise
-        return self._model_for(num_rows + drafts)
+        return self._model_for(num_rows + num_drafts)
 
 
-@jax.jit
-def _unstack_cache(cache: Any) -> Any:
-    is_cache = lambda x: isinstance(x, KVCache)  # noqa: E731
-    return jax.tree.map(KVCache.unstacked, cache, is_leaf=is_cache)
+@functools.partial(jax.jit, static_argnames="block", donate_argnames="cache")
+def _prefill(model, tokens_BT, mask_BT, cache, block) -> tuple[Any, Array]:
+    """(the cache, the logits after the last token); without a cache, one as long as the prompt."""
+    cache = model.init_cache(*tokens_BT.shape) if cache is None else cache
+    x_B1D, cache = read_prompt(model, tokens_BT, mask_BT, cache, block=block, last_only=True)
+    return cache, everywhere(model.unembed(by_row(x_B1D))[:, 0])
 
 
-def _align_right(tokens: Any, mask: Any | None) -> tuple[np.ndarray, np.ndarray]:
-    tokens_BT = np.asarray(tokens)
-    if tokens_BT.ndim != 2 or not tokens_BT.size or tokens_BT.dtype.kind not in "iu":
-        raise ValueError(f"tokens are {tokens_BT.dtype} {tokens_BT.shape}; give integers [B, T]")
-    mask_BT = np.ones(tokens_BT.shape, bool) if mask is None else np.asarray(mask, bool)
-    if mask_BT.shape != tokens_BT.shape or not mask_BT.any(axis=1).all():
-        raise ValueError(f"mask is {mask_BT.shape} for tokens {tokens_BT.shape}, or hides a row")
-    # a stable sort by the mask moves the padding to the left and keeps the order of the rest
-    order_BT = np.argsort(mask_BT, axis=1, kind="stable")
-    tokens_BT = np.take_along_axis(tokens_BT, order_BT, axis=1).astype(np.int32)
-    mask_BT = np.take_along_axis(mask_BT, order_BT, axis=1)
-    first = int(mask_BT.argmax(axis=1).min())
-    return tokens_BT[:, first:], mask_BT[:, first:]
+def _fit(cache: Any, empty: Any) -> Any:
+    return jax.tree.map(KVCache.fit, cache, empty, is_leaf=is_cache)
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "max_new_tokens", "pad_id"))
-def _prefill(model, tokens_BT, mask_BT, key, sampling, max_new_tokens, pad_id) -> State:
-    B, T = tokens_BT.shape
-    V = model.cfg.vocab_size
-    cache = model.init_cache(B, T + max_new_tokens)
-    x_B1D, cache = read_prompt(model, tokens_BT, mask_BT, cache, last_only=True)
+@functools.partial(jax.jit, static_argnames="num_slots")
+def _refit(model, cache, num_slots) -> Any:
+    """One row's cache in a model's layout."""
+    return _fit(cache, model.init_cache(1, num_slots))
+
+
+@functools.partial(jax.jit, static_argnames="num_slots")
+def _lay_drafts(model, cache, num_slots) -> Any:
+    """The caches of a model and of its modules in the model's layout."""
+    num_rows = cache[0].positions_BS.shape[0]
+    empty = model.init_cache(num_rows, num_slots), model.init_mtp_cache(num_rows, num_slots)
+    return _fit(cache, empty)
+
+
+@functools.partial(jax.jit, static_argnames=("num_slots", "num_samples"))
+def _begin(model, cache, logits_BV, seen, key, pad_id, sampling, num_slots, num_samples) -> State:
+    """The state before the first draw, each prompt `num_samples` times.
+
+    Args:
+      seen: tokens and mask of the prompts, if they count for a penalty.
+    """
+    logits_BV = jnp.repeat(logits_BV, num_samples, axis=0)
+    B, V = logits_BV.shape
     seen_BV = None
-    if sampling.repetition_penalty != 1.0:
+    if seen is not None:
         # padding is sent beyond the vocabulary, where a scatter drops it
-        ids_BT = jnp.where(mask_BT, tokens_BT, V)
+        ids_BT = jnp.repeat(jnp.where(seen[1], seen[0], V), num_samples, axis=0)
         seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], ids_BT].set(True, mode="drop")
     return State(
-        cache,
-        model.unembed(x_B1D)[:, 0],
+        _fit(cache, model.init_cache(B, num_slots)),
+        logits_BV,
         jnp.int32(0),
         jnp.zeros(B, bool),
         seen_BV,
-        jnp.full((B, max_new_tokens), pad_id, jnp.int32),
-        jnp.zeros((B, max_new_tokens)),
+        jnp.full((B, num_slots), pad_id, jnp.int32),
+        jnp.zeros((B, num_slots)),
         jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(B)),
     )
 
 
-@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="state")
-def _decode(model, state, until, stop_ids, sampling) -> State:
+@functools.partial(jax.jit, donate_argnames="state")
+def _decode(model, state, until, stop_ids, ended_B, sampling) -> State:
     def going(state):
         return (state.step < until) & ~jnp.all(state.done_B)
 
@@ -201,6 +313,7 @@ def _decode(model, state, until, stop_ids, sampling) -> State:
         here, step = jax.lax.optimization_barrier((model, state.step))
         return _step(here, stop_ids, sampling, dataclasses.replace(state, step=step))
 
+    state = dataclasses.replace(state, done_B=state.done_B | ended_B)
     return jax.lax.while_loop(going, step, state)
 
 
@@ -214,10 +327,10 @@ def _step(model: nnx.Module, stop_ids: Array, sampling: Sampling, state: State) 
     keep = lambda new, old: jnp.where(state.done_B, old, new)  # noqa: E731
     token_B = keep(token_B, state.tokens_BT[:, state.step])
     seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows_B, token_B].set(True)
-    x_B1D, cache = model.features(token_B[:, None], cache=state.cache)
+    x_B1D, cache = model.features(by_row(token_B[:, None]), cache=state.cache)
     return State(
         cache,
-        model.unembed(x_B1D)[:, 0],
+        everywhere(model.unembed(x_B1D)[:, 0]),
         state.step + 1,
         state.done_B | jnp.isin(token_B, stop_ids),
         seen_BV,
@@ -234,89 +347,11 @@ def engine_of(model: nnx.Module) -> Engine:
     """The engine of a model, kept from the last call if the model has not changed since."""
     if not _engines or not _engines[0].is_of(model):
         _engines[:] = [Engine(model)]
+    _engines[0].attach(model)
     return _engines[0]
 
 
-Report = Callable[[speculative.Acceptance], None]
-
-
-def _report(state: State | speculative.State, report: Report | None) -> None:
-    if report is not None and isinstance(state, speculative.State):
-        report(speculative.acceptance(state))
-
-
-def stream_tokens(
-    model: nnx.Module,
-    tokens: Any,
-    mask: Any | None = None,
-    *,
-    max_new_tokens: int = 64,
-    chunk: int = 8,
-    stop_ids: Sequence[int] = (),
-    seed: int = 0,
-    pad_id: int = 0,
-    draft: str | None = None,
-    report: Report | None = None,
-    **sampling: Any,
-) -> Iterator[np.ndarray]:
-    """As `generate_tokens`, in blocks [B, t] of up to `chunk` tokens as they are drawn.
-
-    A stream that is left early reports too.
-    """
-    settings = Sampling(**sampling)
-    engine = engine_of(model)
-    state = engine.start(tokens, mask, settings, max_new_tokens, seed, pad_id, draft)
-    shown, is_done = 0, False
-    try:
-        while not is_done:
-            until = min(shown + chunk, max_new_tokens)
-            state = engine.advance(state, until, stop_ids, settings)
-            # rows of accepted drafts may be ahead
-            drawn = int(state.step)
-            end = min(drawn, until)
-            yield np.asarray(state.tokens_BT[:, shown:end])
-            shown = end
-            is_done = shown == max_new_tokens or (shown == drawn and bool(state.done_B.all()))
-    finally:
-        _report(state, report)
-
-
-def generate_tokens(
-    model: nnx.Module,
-    tokens: Any,
-    mask: Any | None = None,
-    *,
-    max_new_tokens: int = 64,
-    stop_ids: Sequence[int] = (),
-    seed: int = 0,
-    pad_id: int = 0,
-    return_logprobs: bool = False,
-    draft: str | None = None,
-    report: Report | None = None,
-    **sampling: Any,
-) -> Any:
-    """New tokens after each prompt, [B, max_new_tokens]; after a stop id (kept) comes `pad_id`.
-
-    Args:
-      tokens: prompts, ints [B, T]. mask: True on real tokens; padding may be left or right.
-      stop_ids: ids that end a row. seed: of the draws.
-      return_logprobs: also returns the model's own log-probabilities of the new tokens, float32 [B,
-        max_new_tokens], before penalties and temperature.
-      draft: "mtp" lets the model's multi-token prediction modules draft tokens that the model
-        verifies several at once. The text is that of plain decoding, or, where it is sampled,
-        another draw from the same distribution.
-      report: called with the `Acceptance` of the drafts at the end.
-      sampling: the fields of `Sampling`: temperature, top_k, top_p, min_p, repetition_penalty.
-
-    Raises:
-      ValueError: a setting out of its range, prompt and new tokens beyond the model's context, or a
-        draft that the model has no modules for.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    settings = Sampling(**sampling)
-    engine = engine_of(model)
-    state = engine.start(tokens, mask, settings, max_new_tokens, seed, pad_id, draft)
-    state = engine.advance(state, max_new_tokens, stop_ids, settings)
-    _report(state, report)
-    return (state.tokens_BT, state.logprobs_BT) if return_logprobs else state.tokens_BT
+def _forget(engine: weakref.ref, _: weakref.ref) -> None:
+    """Drops an engine of whose weights one is gone."""
+    if _engines and _engines[0] is engine():
+        _engines.clear()

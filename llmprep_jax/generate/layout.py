@@ -2,18 +2,21 @@
 
 A scan slices each layer's weights out of the stack before it multiplies them, so layers become a
 list; and for a single row each linear layer becomes the one form of a matrix-vector product that
-XLA's CPU compiler gives to all cores at memory speed. Layers on packed weights (`quant`) are left
-as they are: rows would be dense, at two to four times their memory, which is what the packing is
-for. The one thing a reader would get wrong: that form has the weight's outputs first, in bf16 too;
-with its inputs first, bf16 runs at a tenth.
+XLA's CPU compiler gives to all cores at memory speed. Packed weights (`quant`) are unpacked once
+where memory has room for that: a CPU takes longer to unpack a weight than to read it dense. The one
+thing a reader would get wrong: the form for a single row has the weight's outputs first, in bf16
+too; with its inputs first, bf16 runs at a tenth.
 """
 
 import math
+import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import psutil
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
@@ -25,14 +28,11 @@ MAX_INPUTS = 2048  # of one product; from 4096 on XLA copies the weight at every
 
 
 def listed(model: nnx.Module) -> nnx.Module:
-    """The same model with its layers in a list, their weights in the operands' dtype."""
+    """The same model with its layers in a list, their weights dense and in the operands' dtype."""
 
     def cast(_: tuple, node: Any) -> Any:
-        if type(node) is not Einsum:
-            return node
-        graph, state = nnx.split(node)
-        state["w"] = state["w"].replace(node.w[...].astype(node.dtype))
-        return nnx.merge(graph, state)
+        is_linear = type(node) is Einsum or _is_packed(node)
+        return _dense(node) if is_linear else node
 
     return _with(model, **_unstacked(model, cast))
 
@@ -41,6 +41,7 @@ def row_wise(model: nnx.Module) -> nnx.Module:
     """The same model for one token of one row: a list of layers that read weights row by row."""
 
     def lay(_: tuple, node: Any) -> Any:
+        node = _dense(node) if _is_packed(node) else node
         return Rows(node) if type(node) is Einsum else node
 
     stacks = _unstacked(model, lay)
@@ -54,9 +55,60 @@ def row_wise(model: nnx.Module) -> nnx.Module:
     return _with(model, **stacks, head=RowsHead(table, dtype))
 
 
-def is_listed(model: nnx.Module) -> bool:
-    """Whether the model's layers are lists."""
-    return all(isinstance(layers, nnx.List) for layers in _stacks(model).values())
+def packed_layers(model: nnx.Module) -> list[Einsum]:
+    """The layers, or stacks of them, on packed weights."""
+    packed: list[Einsum] = []
+
+    def visit(_: tuple, node: Any) -> Any:
+        if _is_packed(node):
+            packed.append(node)
+        return node
+
+    nnx.recursive_map(visit, model)
+    return packed
+
+
+def can_unpack(model: nnx.Module) -> bool:
+    """Whether dense copies of packed layers fit in half of the memory that is free; says so."""
+    # one copy for prompts and batches, and one for single rows
+    layers, free = packed_layers(model), free_memory()
+    size = 2 * sum(math.prod(layer.shape) * layer.dtype.itemsize for layer in layers)
+    fits, copies = size < free / 2, f"dense copies of them, {size / 1e9:.1f} GB"
+    reason = f", do not fit in half of the {free / 1e9:.1f} GB that are free; free some memory"
+    warnings.warn(
+        "a CPU is slow on packed weights: "
+        + (f"generation keeps {copies}" if fits else copies + reason),
+        stacklevel=2,
+    )
+    return fits
+
+
+def free_memory() -> int:
+    """Bytes that the process may still take, of the machine or of its control group."""
+    free = psutil.virtual_memory().available
+    group = pathlib.Path("/sys/fs/cgroup")
+    try:
+        limit, used = [int((group / f"memory.{name}").read_text()) for name in ("max", "current")]
+    except (OSError, ValueError):  # there is none, or no limit
+        return free
+    return min(free, limit - used)
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, Einsum) and node.is_packed
+
+
+def _dense(node: Einsum) -> Einsum:
+    """A layer whose weight is dense and in the operands' dtype."""
+    w = _weight(node)
+    graph, state = nnx.split(node.with_weight(w))
+    state["w"] = state["w"].replace(w)  # not rounded to the dtype that it was stored in
+    return nnx.merge(graph, state)
+
+
+@jax.jit
+def _weight(node: Einsum) -> Array:
+    return node.weight().astype(node.dtype)
 
 
 def _stacks(model: nnx.Module) -> dict[str, nnx.Module]:

@@ -1,19 +1,109 @@
-"""Reading a prompt into a cache, a block of tokens at a time.
+"""Prompts: as a user gives them to one batch on the host, and read into a cache on the device.
 
-Attention scores of T tokens against S slots are [T, S] for each head; blocks bound that, and for
-DeepSeek the choice between the forms of latent attention is made for each. The one thing a reader
-would get wrong: the odd block comes first, so that all others are one shape and one loop.
+Rows of unequal length end in the last column (padding left), so that all of them write the same
+slots; their width is a power of two, so that few programs are compiled. A prompt is read in blocks:
+attention scores of T tokens against S slots are [T, S] for each head, blocks bound that, and for
+DeepSeek the choice between the forms of latent attention is made for each. Blocks that are all
+padding, which stand first, are skipped.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Bool, Float, Int
 
-BLOCK = 1024  # tokens of a row that are read at once
+MIN_PROMPT = 32  # tokens of the narrowest batch
+MIN_BLOCK, MAX_BLOCK = 64, 1024  # tokens of a row that are read at once; a quarter of the batch's
+
+
+def read_batch(tokens: Any, mask: Any | None, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, T] int32 and where they are real, each row ending in the last column.
+
+    Args:
+      tokens: ints [B, T], or rows of unequal length, which are padded. mask: True on real tokens;
+        padding may stand left or right.
+
+    Raises:
+      ValueError: an empty or misshapen batch, a row without a token, or an id outside the
+        vocabulary.
+    """
+    if mask is None and _is_ragged(tokens):
+        tokens, mask = _pad(tokens)
+    tokens_BT = np.asarray(tokens)
+    if tokens_BT.ndim != 2 or not tokens_BT.size or tokens_BT.dtype.kind not in "iu":
+        raise ValueError(f"tokens are {tokens_BT.dtype} {tokens_BT.shape}; give integers [B, T]")
+    mask_BT = np.ones(tokens_BT.shape, bool) if mask is None else np.asarray(mask, bool)
+    if mask_BT.shape != tokens_BT.shape or not mask_BT.any(axis=1).all():
+        raise ValueError(f"mask is {mask_BT.shape} for tokens {tokens_BT.shape}, or hides a row")
+    check_ids(tokens_BT, mask_BT, vocab_size)
+    # a stable sort by the mask moves the padding to the left and keeps the order of the rest
+    order_BT = np.argsort(mask_BT, axis=1, kind="stable")
+    tokens_BT = np.take_along_axis(np.where(mask_BT, tokens_BT, 0), order_BT, axis=1)
+    mask_BT = np.take_along_axis(mask_BT, order_BT, axis=1)
+    first = int(mask_BT.argmax(axis=1).min())
+    return tokens_BT[:, first:].astype(np.int32), mask_BT[:, first:]
+
+
+def check_ids(tokens_BT: np.ndarray, mask_BT: np.ndarray, vocab_size: int) -> None:
+    """Refuses ids that a model has no row for; a lookup would take the nearest."""
+    outside_BT = mask_BT & ((tokens_BT < 0) | (tokens_BT >= vocab_size))
+    if outside_BT.any():
+        row, column = np.argwhere(outside_BT)[0]
+        raise ValueError(
+            f"token {tokens_BT[row, column]} (row {row}, column {column}) is outside the model's"
+            f" vocabulary of {vocab_size} (ids 0 to {vocab_size - 1}); use the tokenizer that"
+            " belongs to the model, or mask padding"
+        )
+
+
+def check_length(tokens_BT: np.ndarray, max_new_tokens: int, max_seq_len: int) -> None:
+    """Refuses what goes beyond a model's context."""
+    length = tokens_BT.shape[1]
+    if length + max_new_tokens > max_seq_len:
+        raise ValueError(
+            f"{length} prompt tokens and {max_new_tokens} new exceed the model's context of"
+            f" {max_seq_len}; shorten the prompt or max_new_tokens"
+        )
+
+
+def _is_ragged(tokens: Any) -> bool:
+    """Whether these are rows of unequal length."""
+    is_rows = isinstance(tokens, Sequence) and not isinstance(tokens, str | bytes)
+    return is_rows and all(np.ndim(row) == 1 for row in tokens) and len({*map(len, tokens)}) > 1
+
+
+def _pad(rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    arrays = [np.asarray(row) for row in rows]
+    for number, row in enumerate(arrays):
+        if not row.size or row.dtype.kind not in "iu":
+            raise ValueError(f"row {number} of the tokens is {rows[number]!r}; give whole numbers")
+    width = max(map(len, arrays))
+    lengths_B1 = np.array([[len(row)] for row in arrays])
+    mask_BT = np.arange(width) >= width - lengths_B1
+    tokens_BT = np.zeros(mask_BT.shape, np.int64)
+    tokens_BT[mask_BT] = np.concatenate(arrays)
+    return tokens_BT, mask_BT
+
+
+def bucket(length: int, least: int) -> int:
+    """The power of two, or `least`, that holds so many."""
+    return max(1 << (length - 1).bit_length(), least)
+
+
+def pad_left(x_BT: np.ndarray, width: int) -> np.ndarray:
+    """Zeros on the left up to a width."""
+    return np.pad(x_BT, ((0, 0), (width - x_BT.shape[1], 0)))
+
+
+def block_size(width: int) -> int:
+    """How many tokens of a row are read at once, where rows are `width` long, a power of two."""
+    return min(max(width // 4, MIN_BLOCK), MAX_BLOCK, width)
 
 
 def read_prompt(
@@ -22,31 +112,46 @@ def read_prompt(
     mask_BT: Bool[Array, "B T"],
     cache: Any,
     *,
-    block: int = BLOCK,
+    block: int,
     last_only: bool = False,
 ) -> tuple[Float[Array, "B _ D"], Any]:
     """(final hidden states, the cache with the prompt in it).
 
     Args:
+      tokens_BT, mask_BT: padded on the left to a multiple of `block`.
+      block: tokens of a row that are read at once.
       last_only: the hidden states of the last token alone, [B, 1, D].
     """
-    num_blocks, first = divmod(tokens_BT.shape[1], block)
+    B, T = tokens_BT.shape
+    assert T % block == 0, (T, block)
+    tokens_BT, mask_BT = [by_row(x_BT) for x_BT in (tokens_BT, mask_BT)]
 
-    def read(cache, tokens_BT, mask_BT):
-        x_BTD, cache = model.features(tokens_BT, mask=mask_BT, cache=cache)
-        return cache, x_BTD[:, -1:] if last_only else x_BTD
+    def part(x: Array, index: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=1)
 
-    found = []
-    if first or not num_blocks:
-        cache, x_BTD = read(cache, tokens_BT[:, :first], mask_BT[:, :first])
-        found.append(x_BTD)
-    if num_blocks:
-        parts = [_blocks(x_BT[:, first:], num_blocks) for x_BT in (tokens_BT, mask_BT)]
-        cache, x_LBTD = jax.lax.scan(lambda cache, part: read(cache, *part), cache, tuple(parts))
-        found += [x_LBTD[-1]] if last_only else list(x_LBTD)
-    return found[-1] if last_only else jnp.concatenate(found, axis=1), cache
+    def read(index: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        hidden, cache = carry
+        x_BTD, cache = model.features(
+            part(tokens_BT, index), mask=part(mask_BT, index), cache=cache
+        )
+        x_BTD = everywhere(x_BTD)
+        if last_only:
+            return x_BTD[:, -1:], cache
+        return jax.lax.dynamic_update_slice_in_dim(hidden, x_BTD, index * block, axis=1), cache
+
+    first_B = jnp.argmax(mask_BT, axis=1)
+    hidden = jnp.zeros((B, 1 if last_only else T, model.cfg.dim), model.cfg.compute.dtype)
+    first = jnp.min(first_B) // block
+    return jax.lax.fori_loop(first, T // block, read, (hidden, cache))
 
 
-def _blocks(x_BT: Array, num_blocks: int) -> Array:
-    """[blocks, B, T / blocks]."""
-    return x_BT.reshape(len(x_BT), num_blocks, -1).swapaxes(0, 1)
+def by_row(x: Array) -> Array:
+    """Rows over the devices of a mesh, as a model takes them."""
+    if not has_mesh():
+        return x
+    return jax.reshard(x, spec("batch", *[None] * (x.ndim - 1), shape=x.shape))
+
+
+def everywhere(x: Array) -> Array:
+    """An array whole on every device of a mesh: what is drawn is small, and is drawn by all."""
+    return jax.reshard(x, jax.P(*[None] * x.ndim)) if has_mesh() else x

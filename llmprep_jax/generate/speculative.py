@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.generate.prompt import read_prompt
+from llmprep_jax.generate.prompt import block_size, by_row, everywhere, read_prompt
 from llmprep_jax.generate.sampler import Sampling, draw, shape_logits
 from llmprep_jax.nn.attention import Tokens
 from llmprep_jax.nn.cache import KVCache
@@ -41,7 +41,7 @@ class State:
         step's tokens: hidden states of the M - 1 tokens before the last.
       num_B: tokens drawn so far. done_B: rows that have met a stop id or drawn all.
       seen_BV: tokens of the prompt and the text, with a repetition penalty; else None.
-      tokens_BT, logprobs_BT: what was drawn, T = max_new_tokens.
+      tokens_BT, logprobs_BT: what was drawn, with room for more. limit: of a row's tokens.
       keys_B: each row's random key.
       steps_B: verifying passes. accepted_BM: how many of them accepted each module's draft.
     """
@@ -56,6 +56,7 @@ class State:
     seen_BV: Array | None
     tokens_BT: Array
     logprobs_BT: Array
+    limit: Array
     keys_B: Array
     steps_B: Array
     accepted_BM: Array
@@ -120,19 +121,26 @@ def check_draft(model: Any, draft: str | None) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "max_new_tokens", "pad_id"))
-def prefill(model, tokens_BT, mask_BT, key, sampling, max_new_tokens, pad_id) -> State:
+def num_slots(model: nnx.Module, num_rows: int, length: int, max_new_tokens: int) -> int:
+    """Slots that a cache needs.
+
+    A step fills as many as the row that keeps most; the last writes up to 2 M beyond.
+    """
+    M = len(model.mtp)
+    return length + min(num_rows, 1 + M) * (max_new_tokens - 1) + 2 * M
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def prefill(model, tokens_BT, mask_BT, key, pad_id, limit, sampling, slots) -> State:
     """Reads the prompts in, draws the first token and drafts the next ones."""
     (B, T), M, V = tokens_BT.shape, len(model.mtp), model.cfg.vocab_size
-    # a step fills as many slots as the row that keeps most; the last writes up to 2 M beyond
-    slots = T + min(B, 1 + M) * (max_new_tokens - 1) + 2 * M
     cache = model.init_cache(B, slots), model.init_mtp_cache(B, slots)
-    hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0])
-    logits_BV = model.unembed(hidden_BTD[:, -1:])[:, 0]
+    hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0], block=block_size(T))
+    logits_BV = _logits(model, hidden_BTD[:, -1:])[:, 0]
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(B))
     num_B = jnp.zeros(B, jnp.int32)
     seen_BV = None
-    if sampling.repetition_penalty != 1.0:
+    if sampling.switches.penalises:
         seen_BV = _add(jnp.zeros((B, V), bool), jnp.where(mask_BT, tokens_BT, V))
     shaped_BV = shape_logits(logits_BV, seen_BV, sampling)
     first_B = draw(shaped_BV, sampling, _keys(keys_B, num_B, _DRAW))
@@ -144,10 +152,11 @@ def prefill(model, tokens_BT, mask_BT, key, sampling, max_new_tokens, pad_id) ->
         jnp.zeros((B, M), jnp.int32),
         hidden_BTD[:, : M - 1],
         num_B + 1,
-        jnp.full(B, max_new_tokens == 1),
+        jnp.broadcast_to(limit == 1, B),
         _add(seen_BV, first_B[:, None]),
-        jnp.full((B, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(first_B),
-        jnp.zeros((B, max_new_tokens)).at[:, 0].set(logprobs_B),
+        jnp.full((B, slots), pad_id, jnp.int32).at[:, 0].set(first_B),
+        jnp.zeros((B, slots)).at[:, 0].set(logprobs_B),
+        limit,
         keys_B,
         jnp.zeros(B, jnp.int32),
         jnp.zeros((B, M), jnp.int32),
@@ -158,12 +167,11 @@ def prefill(model, tokens_BT, mask_BT, key, sampling, max_new_tokens, pad_id) ->
     return _draft(model, sampling, state, hidden_BTD, text_BT, place, last_B)
 
 
-@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="state")
-def decode(model, state, until, stop_ids, sampling) -> State:
-    """Draws until every row that is not done has `until` tokens or more."""
-    state = dataclasses.replace(
-        state, done_B=state.done_B | jnp.isin(state.last_BM[:, -1], stop_ids)
-    )
+@functools.partial(jax.jit, donate_argnames="state")
+def decode(model, state, until, stop_ids, ended_B, sampling) -> State:
+    """Draws until every row that is not done, or ended, has `until` tokens or more."""
+    done_B = state.done_B | ended_B | jnp.isin(state.last_BM[:, -1], stop_ids)
+    state = dataclasses.replace(state, done_B=done_B)
 
     def going(state):
         return jnp.any(~state.done_B & (state.num_B < until))
@@ -178,11 +186,12 @@ def decode(model, state, until, stop_ids, sampling) -> State:
 
 def _step(model: nnx.Module, stop_ids: Array, sampling: Sampling, state: State) -> State:
     """Verifies the drafts, keeps what is accepted and a token more, and drafts anew."""
-    M, limit = len(model.mtp), state.tokens_BT.shape[1]
+    M, limit, size = len(model.mtp), state.limit, state.tokens_BT.shape[1]
     block_BT = jnp.concatenate([state.last_BM[:, -1:], state.drafts_BM], axis=1)
     start_B = jnp.sum(state.cache[0].segments_BS > 0, axis=1) - (M - 1)
-    hidden_BTD, main = model.features(block_BT, cache=state.cache[0])
-    logits_BTV = model.unembed(hidden_BTD)
+    hidden_BTD, main = model.features(by_row(block_BT), cache=state.cache[0])
+    hidden_BTD = everywhere(hidden_BTD)
+    logits_BTV = _logits(model, hidden_BTD)
     new_BT, accepted_B = _verify(logits_BTV, state, sampling)
 
     at_BT = state.num_B[:, None] + jnp.arange(1 + M)
@@ -193,7 +202,7 @@ def _step(model: nnx.Module, stop_ids: Array, sampling: Sampling, state: State) 
     num_B = state.num_B + num_kept_B
     logprobs_BTV = jax.nn.log_softmax(logits_BTV)
     logprobs_BT = jnp.take_along_axis(logprobs_BTV, new_BT[:, :, None], axis=-1)[:, :, 0]
-    rows_B1, at_BT = jnp.arange(len(num_B))[:, None], jnp.where(kept_BT, at_BT, limit)
+    rows_B1, at_BT = jnp.arange(len(num_B))[:, None], jnp.where(kept_BT, at_BT, size)
     going_B = ~state.done_B
     state = dataclasses.replace(
         state,
@@ -261,14 +270,16 @@ def _draft(
       last_B: index of the last hidden state; behind it is junk.
     """
     M, W = len(model.mtp), text_BW.shape[1]
+    place = jax.tree.map(by_row, place)
     rows_B, rope = jnp.arange(len(last_B)), model.rope(place)
     text_BW = jnp.pad(text_BW, ((0, 0), (0, M)))
     cache = state.cache[1].begin(place.positions_BT, place.segments_BT)
     h_BWD, seen_BV, tokens, probs = hidden_BWD, state.seen_BV, [], []
     for m, module in enumerate(model.mtp):
-        next_BWD = model.embed(text_BW[:, m : m + W])
-        h_BWD, cache, _ = module(h_BWD, next_BWD, place, rope, cache, m)
-        logits_BV = model.unembed(h_BWD[rows_B, last_B][:, None])[:, 0]
+        next_BWD = model.embed(by_row(text_BW[:, m : m + W]))
+        h_BWD, cache, _ = module(by_row(h_BWD), next_BWD, place, rope, cache, m)
+        h_BWD = everywhere(h_BWD)
+        logits_BV = _logits(model, h_BWD[rows_B, last_B][:, None])[:, 0]
         probs.append(_probabilities(logits_BV, seen_BV, sampling))
         keys_B = _keys(state.keys_B, state.num_B + m, _DRAFT)
         tokens.append(draw(jnp.log(probs[-1]), sampling, keys_B))
@@ -287,10 +298,14 @@ def _draft(
     )
 
 
+def _logits(model: nnx.Module, hidden_BTD: Array) -> Array:
+    return everywhere(model.unembed(by_row(hidden_BTD)))
+
+
 def _probabilities(logits_BV: Array, seen_BV: Array | None, sampling: Sampling) -> Array:
     """The distribution that is drawn from; one-hot at temperature 0."""
     shaped_BV = shape_logits(logits_BV, seen_BV, sampling)
-    if sampling.temperature == 0:
+    if sampling.switches.is_greedy:
         return jax.nn.one_hot(jnp.argmax(shaped_BV, axis=-1), shaped_BV.shape[-1])
     return jax.nn.softmax(shaped_BV)
 

@@ -10,12 +10,13 @@ itself, and writes afterwards.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llmprep_jax.sharding import has_mesh, spec
-from llmprep_jax.types import Array, Float, Int
+from llmprep_jax.sharding import has_mesh, sharding_of, spec
+from llmprep_jax.types import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -134,10 +135,58 @@ class KVCache:
         length = start + jnp.max(num_kept_B).astype(jnp.int32)
         return dataclasses.replace(self, segments_BS=segments_BS, length=length)
 
-    def unstacked(self) -> "KVCache":
-        """The same cache with one buffer a layer."""
-        k, v = [tuple(map(_matrices, x)) for x in (self.k, self.v)]
-        return dataclasses.replace(self, k=k, v=v)
+    def cut(self, num_tokens: Int[Array, ""]) -> tuple["KVCache", Bool[Array, ""]]:
+        """The first tokens of each row alone, for a text that goes on otherwise from there.
+
+        Returns:
+          the cache, and whether it is one: a ring that went round may have lost what is within the
+          window of the token to come.
+        """
+        held_BS = (self.segments_BS > 0) & (self.positions_BS < num_tokens)
+        needed = jnp.minimum(num_tokens, self.num_slots - 1) if self.is_ring else num_tokens
+        in_reach_BS = held_BS & (self.positions_BS >= num_tokens - needed)
+        is_last_BS = held_BS & (self.positions_BS == num_tokens - 1)
+        length = 1 + jnp.max(jnp.where(is_last_BS, jnp.arange(self.num_slots), -1))
+        segments_BS = jnp.where(held_BS, self.segments_BS, 0)
+        cut = dataclasses.replace(self, segments_BS=segments_BS, length=length.astype(jnp.int32))
+        return cut, jnp.all(jnp.sum(in_reach_BS, axis=1) == needed)
+
+    def fit(self, empty: "KVCache") -> "KVCache":
+        """The same tokens in the layout, the slots and the rows of an empty cache.
+
+        That one has as many slots or more (further ones are the last; a ring must not have gone
+        round), and a whole multiple of the rows, each of which is repeated.
+        """
+        copies = empty.positions_BS.shape[0] // self.positions_BS.shape[0]
+        are_alike = copies == 1 and isinstance(self.k, tuple) == isinstance(empty.k, tuple)
+
+        def fill(new: Array, old: Array, axis: int = 0) -> Array:
+            if copies > 1:
+                old = jax.reshard(old, spec(*[None] * old.ndim)) if has_mesh() else old
+                old = jnp.repeat(old, copies, axis=axis)
+            old = jax.reshard(old, sharding_of(new).spec) if has_mesh() else old
+            if old.shape == new.shape:
+                return old
+            return jax.lax.dynamic_update_slice(new, old, [0] * new.ndim)
+
+        def fill_layers(new: Any, old: Any) -> Any:
+            if are_alike:
+                return jax.tree.map(fill, new, old)
+            rows = self.positions_BS.shape[0]
+            if isinstance(old, tuple):
+                old = jnp.stack([x.reshape(rows, len(x) // rows, *x.shape[1:]) for x in old])
+            if not isinstance(new, tuple):
+                return fill(new, old, axis=1)
+            old = jnp.repeat(old, copies, axis=1) if copies > 1 else old
+            return tuple(map(fill, new, map(_matrices, old)))
+
+        return dataclasses.replace(
+            self,
+            k=fill_layers(empty.k, self.k),
+            v=fill_layers(empty.v, self.v),
+            positions_BS=fill(empty.positions_BS, self.positions_BS),
+            segments_BS=fill(empty.segments_BS, self.segments_BS),
+        )
 
     @property
     def _dtype(self) -> jnp.dtype:

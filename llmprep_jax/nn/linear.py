@@ -122,6 +122,7 @@ class Einsum(nnx.Module):
     """
 
     is_by_row = False  # whether each row of a batch has a weight of its own, so that there is none
+    is_packed = False  # whether the weight is in few bits, see `quant`
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ class QuantEinsum(Einsum):
       dense_dtype: of the weight where it is made dense again.
     """
 
+    is_packed = True
     plain: type[Einsum] = Einsum  # what it is without the packing
 
     def __init__(self, base: Einsum, packed: Packed, dense_dtype: str | jnp.dtype):

@@ -6,7 +6,7 @@ opening tag may be missing from what the model says, because newer chat template
 prompt with it; the text then begins within the thoughts, and only the prompt tells.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from llmprep_jax.text.stream import overlap
@@ -107,15 +107,8 @@ class ThoughtSplitter:
         return answer
 
 
-def split_stream(pieces: Iterable[str], opened: bool = False) -> Iterator[Reply]:
-    """The pieces of a text as pieces of its two parts: each is of one part, and none is empty."""
-    splitter = ThoughtSplitter(opened)
-    for reply in map(splitter.push, pieces):
-        yield from _parts(reply)
-    yield from _parts(splitter.flush())
-
-
-def _parts(reply: Reply) -> Iterator[Reply]:
+def parts_of(reply: Reply) -> Iterator[Reply]:
+    """A piece in pieces that are of one part each, none of them empty."""
     if reply.reasoning_content:
         yield Reply(reasoning_content=reply.reasoning_content)
     if reply.content:

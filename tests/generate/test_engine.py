@@ -14,7 +14,8 @@ from flax import nnx
 
 import llmprep_jax as lp
 from llmprep_jax.generate import engine, layout
-from llmprep_jax.generate.engine import Engine, engine_of, generate_tokens, stream_tokens
+from llmprep_jax.generate.decoding import generate_tokens, stream_tokens
+from llmprep_jax.generate.engine import Engine, engine_of
 from llmprep_jax.generate.sampler import Sampling
 from llmprep_jax.models import registry
 from llmprep_jax.peft import LoRA

@@ -11,27 +11,30 @@ from tests.models.tiny import make_model, make_tokens
 
 
 @pytest.mark.parametrize(
-    ("name", "block"),  # with an odd block before, and without
-    [("deepseek-v3", 4), pytest.param("gemma3", 7, marks=pytest.mark.slow)],
+    ("name", "block"),
+    [("deepseek-v3", 4), pytest.param("gemma3", 8, marks=pytest.mark.slow)],
 )
 def test_blocks_change_neither_hidden_states_nor_what_is_decoded_after_them(name, block):
-    model, tokens, mask = make_model(name), make_tokens(), np.ones((2, 14), bool)
+    model, tokens, mask = make_model(name), make_tokens(2, 16), np.ones((2, 16), bool)
     mask[1, :6] = False  # a block without a token of the second row
 
     @functools.partial(jax.jit, static_argnames=("block", "last_only"))
-    def run(model, block, last_only=False):
-        cache = model.init_cache(2, 16)
+    def run(model, tokens, mask, block, last_only=False):
+        cache = model.init_cache(2, 17)
         x, cache = read_prompt(model, tokens, mask, cache, block=block, last_only=last_only)
-        return x, model.features(tokens[:, :1], cache=cache)[0]
+        return x, model.features(tokens[:, -1:], cache=cache)[0]
 
     @jax.jit
     def run_whole(model):
-        x, cache = model.features(tokens, mask=mask, cache=model.init_cache(2, 16))
-        return x, model.features(tokens[:, :1], cache=cache)[0]
+        x, cache = model.features(tokens, mask=mask, cache=model.init_cache(2, 17))
+        return x, model.features(tokens[:, -1:], cache=cache)[0]
 
     whole, after = run_whole(model)
-    found, after_blocks = run(model, block)
+    found, after_blocks = run(model, tokens, mask, block)
     np.testing.assert_allclose(found[mask], whole[mask], atol=1e-5)
     np.testing.assert_allclose(after_blocks, after, atol=1e-5)
-    last, _ = run(model, block, last_only=True)
+    # a block of padding alone before them is not read
+    tokens, mask = [np.pad(x, ((0, 0), (block, 0))) for x in (tokens, mask)]
+    last, after_blocks = run(model, tokens, mask, block, last_only=True)
     np.testing.assert_allclose(last, whole[:, -1:], atol=1e-5)
+    np.testing.assert_allclose(after_blocks, after, atol=1e-5)

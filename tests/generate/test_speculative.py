@@ -15,7 +15,8 @@ import scipy.stats
 
 import llmprep_jax as lp
 from llmprep_jax.generate import engine
-from llmprep_jax.generate.engine import Engine, generate_tokens, stream_tokens
+from llmprep_jax.generate.decoding import generate_tokens, stream_tokens
+from llmprep_jax.generate.engine import Engine
 from llmprep_jax.generate.sampler import Sampling, shape_logits
 from llmprep_jax.nn.attention import Tokens
 from tests.generate.drafting import drafting_model, with_modules
@@ -169,7 +170,8 @@ def small(num_mtp):
     ids=str,
 )
 def test_sampled_texts_have_the_models_own_probabilities(monkeypatch, num_mtp, settings):
-    monkeypatch.setattr(engine, "PROMPT_STEP", 4)
+    monkeypatch.setattr(engine, "MIN_PROMPT", 4)
+    monkeypatch.setattr(engine, "MIN_SLOTS", 4)
     rows, new, account = 8000, 4, []
     prompts = np.tile(np.array([[0, 1]], np.int32), (rows, 1))
     settings_ = dict(max_new_tokens=new, draft="mtp", report=account.append, seed=3)
@@ -210,6 +212,6 @@ def test_a_draft_that_there_is_not_is_refused_on_one_line(model, draft, problem)
     assert "\n" not in str(caught.value)
 
 
-def test_the_caches_of_a_lone_row_are_hardly_longer_than_its_text():
+def test_the_caches_of_a_lone_row_are_the_power_of_two_above_its_text():
     state = Engine(model_with(1)).start(PROMPTS[:1], None, Sampling(), 60, 0, 0, "mtp")
-    assert [cache.num_slots for cache in state.cache] == [32 + 59 + 2] * 2
+    assert [cache.num_slots for cache in state.cache] == [128] * 2  # of 32 + 59 + 2

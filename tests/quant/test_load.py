@@ -12,6 +12,8 @@ from flax import nnx
 
 import llmprep_jax as lp
 from llmprep_jax.generate import layout
+from llmprep_jax.generate.engine import Engine
+from llmprep_jax.generate.sampler import Sampling
 from llmprep_jax.models import registry
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Compute
@@ -104,12 +106,25 @@ def test_generation_is_that_of_the_dequantised_model(packed):
     np.testing.assert_array_equal(found, np.argmax(logits, -1)[:, tokens.shape[1] - 1 : -1])
 
 
-def test_layouts_for_decoding_leave_packed_layers_packed(packed):
-    for lay in (layout.listed, layout.row_wise):
-        layers = packed_layers(lay(packed))
-        assert len(layers) == 7 * LAYERS
-        for name, value in layers["layers.1.mlp.up"].packed.arrays().items():
-            np.testing.assert_array_equal(value, packed.layers.mlp.up.packed.arrays()[name][1])
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        (10**9, "a CPU is slow on packed weights: generation keeps dense copies of them"),
+        (10**5, "do not fit in half of the 0.0 GB that are free"),
+    ],
+    ids=["room", "no room"],
+)
+def test_packed_layers_are_unpacked_for_a_cpu_if_memory_has_room(monkeypatch, packed, free, said):
+    monkeypatch.setattr(layout, "free_memory", lambda: free)
+    engine, tokens = Engine(packed), make_tokens()[:1]
+    with pytest.warns(UserWarning, match=said) as warned:
+        state = engine.start(tokens, None, Sampling(), 4, 0, 0)
+    state = engine.advance(state, 4, (), Sampling())
+    assert len(warned) == 1
+    expected = lp.generate_tokens(lp.quant.dequantize_model(packed), tokens, max_new_tokens=4)
+    np.testing.assert_array_equal(np.asarray(state.tokens_BT)[:, :4], expected)
+    stepper = engine._stepper(1)
+    assert bool(layout.packed_layers(stepper)) == (stepper is packed) == (free < 10**9)
 
 
 def test_lora_trains_around_a_packed_base(packed, model):

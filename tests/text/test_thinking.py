@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmprep_jax.text import Reply, ThoughtSplitter, split_thoughts
-from llmprep_jax.text.thinking import opens_thought, split_stream
+from llmprep_jax.text.thinking import opens_thought, parts_of
 from tests.text.samples import ASSISTANT
 
 CODE = "```\n</think> <think>\n```"
@@ -84,10 +84,10 @@ def test_only_what_may_become_a_tag_is_held_back():
 
 
 def test_one_piece_may_hold_both_parts():
-    assert ThoughtSplitter().push("<think>\nhm\n</think>\n\n4") == ("hm", "4")
-    pieces = ["<think>\nhm\n</think>\n\n4", "", "2\n"]
-    assert list(split_stream(pieces)) == [("hm", ""), ("", "4"), ("", "2\n")]
-    assert list(split_stream(["a\n", "<"], opened=True)) == [("a", ""), ("\n<", "")]
+    piece = ThoughtSplitter().push("<think>\nhm\n</think>\n\n4")
+    assert piece == ("hm", "4")
+    assert list(parts_of(piece)) == [("hm", ""), ("", "4")]
+    assert list(parts_of(Reply("", ""))) == []
 
 
 @pytest.mark.parametrize(("prompt", "opens"), [
