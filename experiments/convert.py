@@ -37,12 +37,14 @@ class Settings:
       dtype: of the weights; None: as stored. The last four pack linear layers, an adapter's once it
         is merged.
       adapter: a PEFT folder that is merged into the model.
+      ema: of a run that kept one, the running average in place of the weights.
       mesh: a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`: for a model that
         one device does not hold.
     """
 
     dtype: Literal["float32", "bfloat16", "float16", "nf4", "fp4", "int8", "fp8"] | None = None
     adapter: str | None = None
+    ema: bool = False
     mesh: str | MeshSizes | None = None
 
 
@@ -59,7 +61,7 @@ def main(arguments: list[str]) -> cli.Outputs:
     dtype = "bfloat16" if packs else settings.dtype
     console, mesh = rich.console.Console(), get_mesh(settings.mesh)
     with console.status(f"loading {source}"):
-        model = lp.load_model(source, dtype=dtype, mesh=mesh)
+        model = lp.load_model(source, dtype=dtype, mesh=mesh, ema=settings.ema)
         processor = lp.load_processor(source)
         if settings.adapter is not None:
             model = lp.peft.load(model, settings.adapter)

@@ -5,7 +5,9 @@
     python -m experiments.evaluate MODEL DATA adapter=runs/mine/adapter out=after.json
 
 MODEL is a folder, a .gguf file, a run of ours or a hub id; DATA a file, a folder or a pattern.
-Prints nats a token and perplexity, and writes them with the settings to the JSON file `out`.
+Prints nats a token and perplexity, and writes them with the settings to the JSON file `out`; where
+none is given, to perplexity-DATA.json beside the model, or in the working folder where the model is
+no folder. A result under other settings stays: the new one gets a number.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -15,8 +17,10 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Literal
 
 import rich.console
@@ -45,26 +49,28 @@ class EvaluateConfig:
         conversations.
       split: which part, where data.holdout is set.
       adapter: a PEFT folder put on the model.
+      ema: of a run that kept one, the running average in place of the weights.
       tokenizer: where the tokenizer comes from; None: from where the model does.
       dtype: of weights and activations, or a packed kind, as of `load_model`; None: as stored.
       mesh: a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`.
       max_batches: at most so many; None: all.
       loss_chunk: positions of each row whose logits exist at one time; None: all.
       processes: where this process stands among several; as of experiments.train.
-      out: the JSON file.
+      out: the JSON file; None: beside the model.
     """
 
     model: str
     data: data.DataConfig
     split: Literal["train", "heldout", "all"] = "all"
     adapter: str | None = None
+    ema: bool = False
     tokenizer: str | None = None
     dtype: Dtype | None = None
     mesh: str | MeshSizes | None = None
     max_batches: int | None = None
     loss_chunk: int | None = None
     processes: Processes = dataclasses.field(default_factory=Processes)
-    out: pathlib.Path = pathlib.Path("runs/perplexity.json")
+    out: pathlib.Path | None = None
 
 
 def main(arguments: list[str]) -> Outputs:
@@ -84,13 +90,35 @@ def main(arguments: list[str]) -> Outputs:
         f"{found.tokens:,} tokens"
     )
     result = {**found._asdict(), "settings": to_dict(cfg)}
-    processes.by_one(lambda: write(cfg.out, result))
-    return {"result": cfg.out}
+    path = processes.by_one(lambda: write(cfg, result))
+    return {"result": pathlib.Path(path)}
 
 
-def write(path: pathlib.Path, result: dict) -> None:
+def write(cfg: EvaluateConfig, result: dict) -> str:
+    """Writes a result and tells where."""
+    paths = [cfg.out] if cfg.out is not None else free_paths(cfg)
+    path = next(path for path in paths if path == cfg.out or is_free(path, result["settings"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
+    return str(path)
+
+
+def free_paths(cfg: EvaluateConfig) -> Iterator[pathlib.Path]:
+    """Where a result may lie: beside the model, by the name of the data, then with a number."""
+    model, stem = pathlib.Path(cfg.model).expanduser(), pathlib.Path(cfg.data.paths[0]).stem
+    folder = model if model.is_dir() else pathlib.Path()
+    yield folder / f"perplexity-{stem}.json"
+    yield from (folder / f"perplexity-{stem}-{number}.json" for number in itertools.count(2))
+
+
+def is_free(path: pathlib.Path, settings: dict) -> bool:
+    """Whether nothing lies there, or a result of the same settings."""
+    try:
+        return json.loads(path.read_text()).get("settings") == json.loads(json.dumps(settings))
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
 
 
 def measure(cfg: EvaluateConfig):
@@ -106,7 +134,7 @@ def measure(cfg: EvaluateConfig):
         rows=own_rows(cfg.data.batch_size),
         split=cfg.split,
     )
-    model = lp.load_model(cfg.model, dtype=cfg.dtype, mesh=mesh)
+    model = lp.load_model(cfg.model, dtype=cfg.dtype, mesh=mesh, ema=cfg.ema)
     tokenizer.check_vocab(model.cfg.vocab_size)
     if cfg.adapter is not None:
         model = lp.peft.load(model, cfg.adapter)

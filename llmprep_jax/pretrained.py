@@ -24,13 +24,14 @@ from llmprep_jax.config import check_fields, from_dict
 from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
 from llmprep_jax.nn.param import TRAINED, AdapterParam, Compute, RouterBias
-from llmprep_jax.peft import AnyMethod, inject, is_adapted
+from llmprep_jax.peft import AnyMethod, inject, is_adapted, merge
 from llmprep_jax.quant import export
 from llmprep_jax.quant.folder import packers, unpacking
 from llmprep_jax.quant.kinds import KINDS
 from llmprep_jax.quant.linear import adopt, quantize_model
 from llmprep_jax.sharding import mesh_of, use_mesh
 from llmprep_jax.text.processor import Processor
+from llmprep_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from llmprep_jax.train.checkpoint import all_steps, read_meta, read_params
 from llmprep_jax.weights import hub, receipt, table
 from llmprep_jax.weights.folder import refuse_adapter
@@ -47,12 +48,14 @@ def load_model(
     mesh: jax.sharding.Mesh | None = None,
     *,
     compute: Compute | None = None,
+    ema: bool = False,
 ) -> nnx.Module:
     """Loads a model.
 
     Args:
-      path: a Hugging Face folder (config.json and safetensors), a .gguf file, a run folder of ours,
-        or a hub id "org/name", which is downloaded.
+      path: a Hugging Face folder (config.json and safetensors), a .gguf file, a run folder of ours
+        (its last checkpoint; RUN/checkpoints/STEP: that one), or a hub id "org/name", which is
+        downloaded.
       dtype: "float32", "bfloat16" or "float16"; None as stored (GGUF: float32), and packed where a
         folder's weights are (bitsandbytes, GPTQ, AWQ, fp8 in blocks). "nf4", "fp4", "int8", "int4"
         or "fp8": linear layers are packed while they are read, one tensor at a time, and everything
@@ -62,6 +65,8 @@ def load_model(
       compute: dtypes, remat and unrolling in detail. Where a float `dtype` is given too, that is
         the weights', and a warning says so if `param_dtype` is another; with a packed one
         `param_dtype` is that of everything else.
+      ema: of a run that kept one (`ema_decay`), the running average of what it trained, in place of
+        the weights themselves.
 
     Raises:
       FileNotFoundError, ValueError: in one line, with the file and the remedy.
@@ -69,8 +74,11 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
     path = hub.resolve(path)
-    if all_steps(path):
-        return _load_run(path, dtype, mesh, compute)
+    run, step = _find_run(path)
+    if run is not None:
+        return _load_run(run, step, dtype, mesh, compute, ema)
+    if ema:
+        raise ValueError(f"{path} is no run: only runs keep a running average; leave ema out")
     checkpoint = unpacking(hub.open_checkpoint(path))
     family, cfg = _read_config(checkpoint)
     stored = _stored_dtype(checkpoint)
@@ -110,35 +118,69 @@ def _settle(dtype: str | None, compute: Compute | None, default: Compute) -> Com
     return dataclasses.replace(compute, param_dtype=dtype)
 
 
+def _find_run(path: Path) -> tuple[Path | None, int | None]:
+    """The run that a path is or is a checkpoint of, and which checkpoint (None: the last)."""
+    if all_steps(path):
+        return path, None
+    run = path.parent.parent
+    is_checkpoint = path.parent.name == CHECKPOINTS and path.name.isdigit()
+    return (run, int(path.name)) if is_checkpoint and path.is_dir() else (None, None)
+
+
 def _load_run(
-    path: Path, dtype: str | None, mesh: jax.sharding.Mesh | None, compute: Compute | None
+    path: Path,
+    step: int | None,
+    dtype: str | None,
+    mesh: jax.sharding.Mesh | None,
+    compute: Compute | None,
+    ema: bool,
 ) -> nnx.Module:
-    """The model of a run's last checkpoint; an adapter is on the base model that the run names."""
-    meta = read_meta(path)
+    """The model of a run's checkpoint; an adapter is on the base model that the run names."""
+    meta = read_meta(path, step)
     kind = dtype if dtype in KINDS else None
     compute = _settle(dtype, compute, from_dict(Compute, meta["run"]["compute"]))
+    if ema and meta["run"]["ema_decay"] is None:
+        raise ValueError(f"{path} keeps no running average: it was trained without ema_decay")
     with use_mesh(mesh):
         if meta["adapter"] is not None:
             adapter = from_dict(AnyMethod, meta["adapter"])
             kind = kind or adapter.base_dtype
-            model = load_model(meta["base"], kind, mesh=mesh, compute=compute)
-            model = inject(model, adapter)
+            model = inject(load_base(meta["base"], kind, mesh=mesh, compute=compute), adapter)
             graph, params, frozen = nnx.split(model, AdapterParam, ...)
         else:
             family = registry.family_of_type(meta["config"].get("model_type"))
             cfg = dataclasses.replace(family.from_hf(meta["config"]), compute=compute)
             abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
             graph, params, frozen = nnx.split(abstract, TRAINED, ...)
-        params = read_params(path, nnx.to_pure_dict(params))
+        item = "ema" if ema else "params"
+        params = read_params(path, nnx.to_pure_dict(params), step, item=item)
         model = nnx.merge(graph, params, nnx.to_pure_dict(frozen))
         whole = kind is not None and meta["adapter"] is None
         return quantize_model(model, kind) if whole else model
 
 
+def load_base(
+    path: str | Path,
+    kind: str | None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    compute: Compute | None = None,
+) -> nnx.Module:
+    """A model without adapters: that of a run is merged, before linear layers are packed.
+
+    Args:
+      kind: what linear layers are packed as; None: as stored.
+    """
+    if adapter_of_run(path) is None:
+        return load_model(path, kind, mesh=mesh, compute=compute)
+    model = merge(load_model(path, mesh=mesh, compute=compute))
+    return model if kind is None else quantize_model(model, kind)
+
+
 def adapter_of_run(path: str | Path) -> Any | None:
-    """The settings of the adapter that a run folder trained; None for all else that is loaded."""
-    path = Path(path).expanduser()
-    adapter = read_meta(path)["adapter"] if all_steps(path) else None
+    """The settings of the adapter that a run trained; None for all else that is loaded."""
+    run, step = _find_run(Path(path).expanduser())
+    adapter = read_meta(run, step)["adapter"] if run is not None else None
     return None if adapter is None else from_dict(AnyMethod, adapter)
 
 
@@ -171,6 +213,7 @@ def _stored_dtype(checkpoint: Any) -> str:
 def load_processor(path: str | Path) -> Processor:
     """The tokenizer and chat template that go with a model; paths as in `load_model`."""
     path = hub.resolve(path)
+    path = _find_run(path)[0] or path
     try:
         return Processor.from_path(path)
     except FileNotFoundError:

@@ -14,16 +14,14 @@ import jax
 from flax import nnx
 
 from llmprep_jax import data, peft, quant
-from llmprep_jax.config import from_dict
 from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.models import registry
 from llmprep_jax.nn.param import TRAINED, AdapterParam
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.peft.adapter import adapters
-from llmprep_jax.pretrained import load_model, load_processor
+from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor
 from llmprep_jax.text.chat import encode_chat
 from llmprep_jax.text.processor import Processor
-from llmprep_jax.train.checkpoint import all_steps, read_meta
 from llmprep_jax.train.loop import Evaluate
 from llmprep_jax.train.losses import next_token_loss, training_loss
 from llmprep_jax.train.run import RunConfig
@@ -53,7 +51,8 @@ def build_model(
       ValueError: all weights are to be trained and some are packed.
     """
     folder, method = open_adapter(cfg.adapter)
-    model = load_base(cfg, mesh, method and method.base_dtype, say)  # QLoRA packs while it reads
+    packed = method and method.base_dtype  # QLoRA packs while it reads
+    model = make_base(cfg, mesh, packed, say)
     if method is None:
         packed = quant.packed_layers(model)
         if packed:
@@ -68,29 +67,21 @@ def build_model(
     return peft.inject(model, method, seed=cfg.seed), method
 
 
-def load_base(
+def make_base(
     cfg: RunConfig,
     mesh: jax.sharding.Mesh | None,
     packed: str | None,
     say: Callable[[str], Any] = print,
 ) -> nnx.Module:
-    """The model without adapters: those of a run that the weights come from are merged."""
+    """The model without adapters; one that the weights come with is merged."""
     if cfg.model is None:
         name = cfg.architecture
         sizes = registry.preset(name) if isinstance(name, str) else name
         sizes = dataclasses.replace(sizes, compute=cfg.compute)
         return jax.jit(lambda: registry.build(sizes, rngs=nnx.Rngs(cfg.seed)))()
-    if not has_adapter(cfg.model):
-        return load_model(cfg.model, packed, mesh=mesh, compute=cfg.compute)
-    model = peft.merge(load_model(cfg.model, mesh=mesh, compute=cfg.compute))
-    say(f"the adapter of {cfg.model} is merged into its base, and training begins from that")
-    return model if packed is None else quant.quantize_model(model, packed)
-
-
-def has_adapter(path: str | pathlib.Path) -> bool:
-    """Whether a path is a run that trained an adapter."""
-    path = pathlib.Path(path)
-    return bool(all_steps(path)) and read_meta(path)["adapter"] is not None
+    if adapter_of_run(cfg.model) is not None:
+        say(f"the adapter of {cfg.model} is merged into its base, and training begins from that")
+    return load_base(cfg.model, packed, mesh=mesh, compute=cfg.compute)
 
 
 def open_adapter(adapter: AnyMethod | str | None) -> tuple[pathlib.Path | None, AnyMethod | None]:
@@ -110,10 +101,8 @@ def open_adapter(adapter: AnyMethod | str | None) -> tuple[pathlib.Path | None, 
             f"adapter={adapter}: there is no {ADAPTER_CONFIG}; give a folder that PEFT or a run of "
             f"ours wrote, or one of the methods {names}"
         )
-    run = folder.parent
-    if all_steps(run) and has_adapter(run):  # a QLoRA's folder does not say how its base is packed
-        return folder, from_dict(AnyMethod, read_meta(run)["adapter"])
-    return folder, peft.read_method(folder)
+    # a QLoRA's folder does not say how its base is packed
+    return folder, adapter_of_run(folder.parent) or peft.read_method(folder)
 
 
 def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evaluate | None]:

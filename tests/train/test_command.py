@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 import llmprep_jax as lp
-from experiments import evaluate, train
+from experiments import convert, evaluate, train
 from llmprep_jax.cli import run
 from llmprep_jax.config import load_config
 from llmprep_jax.data import Batches
@@ -167,10 +167,24 @@ def test_an_adapter_is_trained_and_saved_for_peft(files, tmp_path, method):
 def lora_run(files, tmp_path_factory):
     """A run that trained a LoRA for a step."""
     out = tmp_path_factory.mktemp("lora") / "run"
-    keys = [*with_adapter(files, "LoRA"), "optim.warmup_steps=0", "steps=1"]
+    keys = [*with_adapter(files, "LoRA"), "optim.warmup_steps=0", "steps=1", "ema_decay=0.5"]
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(command(files, out, *keys))
     return out
+
+
+def test_the_folders_of_an_adapter_and_of_its_average_hold_what_they_are_named_after(
+    files, lora_run
+):
+    for folder, ema in {"adapter": False, "adapter_ema": True}.items():
+        saved = lp.peft.load(lp.load_model(files / "model"), lora_run / folder)
+        of_run = lp.load_model(lora_run, ema=ema)
+        saved, of_run = (nnx.state(m, AdapterParam) for m in (saved, of_run))
+        jax.tree.map(np.testing.assert_array_equal, saved, of_run)
+    both = [lp.load_model(lora_run, ema=ema) for ema in (False, True)]
+    weights, average = (nnx.to_pure_dict(nnx.state(m, AdapterParam)) for m in both)
+    differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), weights, average)
+    assert max(jax.tree.leaves(differences)) > 5e-4
 
 
 @pytest.mark.parametrize("folder", ["", "adapter"], ids=["run", "PEFT"])
@@ -229,6 +243,56 @@ def test_evaluate_prints_and_writes_the_perplexity(files, tmp_path, capsys):
     assert f"perplexity {result['perplexity']:.3f}" in capsys.readouterr().out
     evaluate.main([*arguments, "mesh.fsdp=4", "mesh.tensor=2"])
     assert json.loads(out.read_text())["nll"] == pytest.approx(result["nll"], rel=1e-6)
+
+
+def test_a_result_lies_beside_the_model_and_never_over_another(files, tmp_path):
+    model = shutil.copytree(files / "model", tmp_path / "model")
+    arguments = [str(model), str(files / "text"), "data.seq_len=32", "max_batches=1"]
+    first = evaluate.main(arguments)["result"]
+    assert first == model / "perplexity-text.json"
+    assert evaluate.main(arguments)["result"] == first  # the same measurement again
+    before = first.read_text()
+    second = evaluate.main([*arguments, "data.batch_size=4"])["result"]
+    assert (second.name, first.read_text()) == ("perplexity-text-2.json", before)
+    assert lp.load_model(model).cfg.vocab_size == 416
+
+
+@pytest.fixture(scope="module")
+def averaged_run(files, tmp_path_factory):
+    """A run of all weights that kept their average, and saved twice."""
+    out = tmp_path_factory.mktemp("averaged") / "run"
+    settings = ["ema_decay=0.5", "steps=2", "optim.lr=0.1", "checkpoint.every=1", "data.holdout=0"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(command(files, out, *settings))
+    return out
+
+
+def test_the_average_of_a_run_is_loaded_evaluated_and_exported_by_one_word(
+    files, averaged_run, tmp_path
+):
+    weights, average = (lp.load_model(averaged_run, ema=ema).embed.w[...] for ema in (False, True))
+    begun = lp.load_model(averaged_run / "checkpoints" / "1").embed.w[...]
+    assert float(np.abs(weights - average).max()) > 1e-2
+    assert float(np.abs(weights - begun).max()) > 1e-2
+    convert.main([str(averaged_run), str(tmp_path / "average"), "ema=true"])
+    convert.main([str(averaged_run), str(tmp_path / "weights")])
+    for name, expected in {"average": average, "weights": weights}.items():
+        found = lp.load_model(tmp_path / name).embed.w[...]
+        np.testing.assert_array_equal(found, expected)
+    measured = {}
+    for ema in ("false", "true"):
+        out = tmp_path / f"{ema}.json"
+        arguments = [str(averaged_run), str(files / "text"), "data.seq_len=32", "max_batches=1"]
+        evaluate.main([*arguments, f"ema={ema}", f"out={out}"])
+        measured[ema] = json.loads(out.read_text())["nll"]
+    assert measured["true"] != measured["false"]
+
+
+def test_an_average_that_was_not_kept_is_refused(files, run_folder):
+    with pytest.raises(ValueError, match="keeps no running average: it was trained without ema_de"):
+        lp.load_model(run_folder, ema=True)
+    with pytest.raises(ValueError, match="is no run: only runs keep a running average"):
+        lp.load_model(files / "model", ema=True)
 
 
 @pytest.mark.parametrize(
