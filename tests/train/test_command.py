@@ -1,7 +1,5 @@
 """The commands train and evaluate on tiny models and real files: outputs, errors, signals."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -18,100 +16,14 @@ import pytest
 from flax import nnx
 
 import llmprep_jax as lp
-from experiments import convert, evaluate, train
-from llmprep_jax.cli import run
-from llmprep_jax.config import load_config
+from experiments import evaluate, train
 from llmprep_jax.data import Batches
-from llmprep_jax.models.llama.config import Config
-from llmprep_jax.models.llama.model import Model
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.sharding import make_mesh
 from llmprep_jax.train.checkpoint import all_steps, read_meta
-from llmprep_jax.train.loop import lock_folder
 from llmprep_jax.train.metrics import read_jsonl
-from llmprep_jax.train.run import Trained, claim_folder, describe_data
-from tests.text.samples import CORPUS, train_byte_level
-
-CONFIG = """
-import pathlib
-from llmprep_jax.data import DataConfig, SourceOptions
-from llmprep_jax.models.llama.config import Config
-from llmprep_jax.train.checkpoint import CheckpointConfig
-from llmprep_jax.train.optim import OptimConfig
-from llmprep_jax.train.run import RunConfig
-
-HERE = pathlib.Path(__file__).parent
-SOURCE = SourceOptions(part="paragraph")
-
-def get_config():
-    return RunConfig(
-        architecture=Config(416, 16, 32, 2, 4, 2, 4, max_seq_len=64, tie_embeddings=True),
-        tokenizer=str(HERE / "tokenizer"),
-        data=DataConfig(
-            paths=(str(HERE / "text"),), source=SOURCE, seq_len=32, batch_size=8, holdout=0.2
-        ),
-        optim=OptimConfig(lr=1e-2, warmup_steps=2),
-        steps=6,
-        eval_every=3,
-        checkpoint=CheckpointConfig(every=2),
-        out=HERE / "run",
-    )
-"""
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A folder with config.py, a tokenizer, text, and a Hugging Face model."""
-    folder = tmp_path_factory.mktemp("files")
-    (folder / "config.py").write_text(CONFIG)
-    (folder / "tokenizer").mkdir()
-    train_byte_level().save(str(folder / "tokenizer" / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(names))
-    (folder / "text").mkdir()
-    lines = [f"{i}: {line}" for i in range(20) for line in CORPUS]
-    (folder / "text" / "a.txt").write_text("\n\n".join(lines))
-    cfg = Config(416, 16, 32, 2, 4, 2, 4, max_seq_len=64, tie_embeddings=True)
-    model = jax.jit(lambda: Model(cfg, rngs=nnx.Rngs(7)))()
-    processor = lp.load_processor(folder / "tokenizer")
-    lp.save_model(model, folder / "model", processor=processor)
-    return folder
-
-
-def command(files, out, *overrides) -> list[str]:
-    return [str(files / "config.py"), f"out={out}", *overrides]
-
-
-def losses(out) -> dict[int, float]:
-    records = read_jsonl(pathlib.Path(out) / "metrics.jsonl")
-    return {record["step"]: record["loss"] for record in records if "loss" in record}
-
-
-def exit_of(capsys, main, arguments) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as stop:
-        run(main, arguments)
-    out, err = capsys.readouterr()
-    assert "Traceback" not in out + err
-    return stop.value.code, err
-
-
-@pytest.fixture(scope="module")
-def run_text(files, tmp_path_factory):
-    """A run that is over, and what it printed; tests copy its folder."""
-    out = tmp_path_factory.mktemp("over") / "run"
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        outputs = train.main(command(files, out))
-    assert outputs == {
-        "run": out,
-        "metrics": out / "metrics.jsonl",
-        "checkpoint": out / "checkpoints" / "6",
-    }
-    return out, " ".join(text.getvalue().split())
-
-
-@pytest.fixture(scope="module")
-def run_folder(run_text):
-    return run_text[0]
+from llmprep_jax.train.run import Trained, describe_data
+from tests.train.runs import command, exit_of, losses, with_adapter
 
 
 def test_pre_training_writes_all_its_outputs(files, run_folder, tmp_path):
@@ -141,12 +53,6 @@ def test_the_folder_of_a_run_is_a_model_that_generates_and_is_saved(run_folder, 
     np.testing.assert_array_equal(lp.generate_tokens(again, prompt, max_new_tokens=5), expected)
 
 
-def with_adapter(files, method: str = "DoRA") -> list[str]:
-    keys = ["architecture=none", f"model={files / 'model'}", "tokenizer=none"]
-    keys += [f"adapter._type={method}", "adapter.rank=2"]
-    return [*keys, "optim.lora_plus=4", "optim.lr=0.02", "data.holdout=0", "checkpoint.every=none"]
-
-
 @pytest.mark.parametrize("method", ["DoRA", pytest.param("QLoRA", marks=pytest.mark.slow)])
 def test_an_adapter_is_trained_and_saved_for_peft(files, tmp_path, method):
     outputs = train.main(command(files, tmp_path, *with_adapter(files, method), "steps=4"))
@@ -161,57 +67,6 @@ def test_an_adapter_is_trained_and_saved_for_peft(files, tmp_path, method):
     saved, of_run = (nnx.state(m, AdapterParam) for m in (adapted, again))
     jax.tree.map(np.testing.assert_array_equal, saved, of_run)
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(saved))  # lora_b began as zero
-
-
-@pytest.fixture(scope="module")
-def lora_run(files, tmp_path_factory):
-    """A run that trained a LoRA for a step."""
-    out = tmp_path_factory.mktemp("lora") / "run"
-    keys = [*with_adapter(files, "LoRA"), "optim.warmup_steps=0", "steps=1", "ema_decay=0.5"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(command(files, out, *keys))
-    return out
-
-
-def test_the_folders_of_an_adapter_and_of_its_average_hold_what_they_are_named_after(
-    files, lora_run
-):
-    for folder, ema in {"adapter": False, "adapter_ema": True}.items():
-        saved = lp.peft.load(lp.load_model(files / "model"), lora_run / folder)
-        of_run = lp.load_model(lora_run, ema=ema)
-        saved, of_run = (nnx.state(m, AdapterParam) for m in (saved, of_run))
-        jax.tree.map(np.testing.assert_array_equal, saved, of_run)
-    both = [lp.load_model(lora_run, ema=ema) for ema in (False, True)]
-    weights, average = (nnx.to_pure_dict(nnx.state(m, AdapterParam)) for m in both)
-    differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), weights, average)
-    assert max(jax.tree.leaves(differences)) > 5e-4
-
-
-@pytest.mark.parametrize("folder", ["", "adapter"], ids=["run", "PEFT"])
-def test_training_goes_on_from_an_adapter(files, lora_run, tmp_path, folder):
-    if folder:  # without its run beside it
-        shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
-    keys = ["architecture=none", f"model={files / 'model'}", "tokenizer=none", "data.holdout=0"]
-    keys += [f"adapter={tmp_path / 'adapter' if folder else lora_run}", "optim.lr=0", "steps=1"]
-    outputs = train.main(command(files, tmp_path / "on", *keys, "optim.warmup_steps=0"))
-    first, on = (nnx.state(lp.load_model(out), AdapterParam) for out in (lora_run, tmp_path / "on"))
-    jax.tree.map(np.testing.assert_array_equal, first, on)
-    assert (outputs["adapter"] / "adapter_config.json").is_file()
-
-
-def test_an_adapter_is_merged_and_said_before_all_weights_are_trained(
-    files, lora_run, tmp_path, capsys
-):
-    keys = ["architecture=none", f"model={lora_run}", "data.holdout=0", "steps=1", "optim.lr=0"]
-    train.main(command(files, tmp_path, *keys, "optim.warmup_steps=0"))
-    text = " ".join(capsys.readouterr().out.split())
-    assert f"the adapter of {lora_run} is merged into its base, and training begins" in text
-    assert "(100.00%)" in text
-    model = lp.load_model(tmp_path)
-    assert not lp.peft.is_adapted(model)
-    tokens = np.array([[1, 2, 3]])
-    expected = lp.load_model(lora_run)(tokens).logits
-    np.testing.assert_allclose(model(tokens).logits, expected, atol=1e-5)
 
 
 @pytest.mark.slow  # two runs
@@ -255,44 +110,6 @@ def test_a_result_lies_beside_the_model_and_never_over_another(files, tmp_path):
     second = evaluate.main([*arguments, "data.batch_size=4"])["result"]
     assert (second.name, first.read_text()) == ("perplexity-text-2.json", before)
     assert lp.load_model(model).cfg.vocab_size == 416
-
-
-@pytest.fixture(scope="module")
-def averaged_run(files, tmp_path_factory):
-    """A run of all weights that kept their average, and saved twice."""
-    out = tmp_path_factory.mktemp("averaged") / "run"
-    settings = ["ema_decay=0.5", "steps=2", "optim.lr=0.1", "checkpoint.every=1", "data.holdout=0"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(command(files, out, *settings))
-    return out
-
-
-def test_the_average_of_a_run_is_loaded_evaluated_and_exported_by_one_word(
-    files, averaged_run, tmp_path
-):
-    weights, average = (lp.load_model(averaged_run, ema=ema).embed.w[...] for ema in (False, True))
-    begun = lp.load_model(averaged_run / "checkpoints" / "1").embed.w[...]
-    assert float(np.abs(weights - average).max()) > 1e-2
-    assert float(np.abs(weights - begun).max()) > 1e-2
-    convert.main([str(averaged_run), str(tmp_path / "average"), "ema=true"])
-    convert.main([str(averaged_run), str(tmp_path / "weights")])
-    for name, expected in {"average": average, "weights": weights}.items():
-        found = lp.load_model(tmp_path / name).embed.w[...]
-        np.testing.assert_array_equal(found, expected)
-    measured = {}
-    for ema in ("false", "true"):
-        out = tmp_path / f"{ema}.json"
-        arguments = [str(averaged_run), str(files / "text"), "data.seq_len=32", "max_batches=1"]
-        evaluate.main([*arguments, f"ema={ema}", f"out={out}"])
-        measured[ema] = json.loads(out.read_text())["nll"]
-    assert measured["true"] != measured["false"]
-
-
-def test_an_average_that_was_not_kept_is_refused(files, run_folder):
-    with pytest.raises(ValueError, match="keeps no running average: it was trained without ema_de"):
-        lp.load_model(run_folder, ema=True)
-    with pytest.raises(ValueError, match="is no run: only runs keep a running average"):
-        lp.load_model(files / "model", ema=True)
 
 
 @pytest.mark.parametrize(
@@ -389,76 +206,6 @@ def test_a_missing_config_and_an_unwritable_folder_are_told_apart(files, tmp_pat
     code, error = exit_of(capsys, train.main, command(files, tmp_path / "file" / "run"))
     assert (code, "Not a directory" in error) == (1, True)
     assert exit_of(capsys, train.main, [])[0] == 2
-
-
-def test_a_folder_of_another_run_is_refused_and_left_alone(files, run_folder, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(run_folder, out)
-    before = (out / "run.json").read_text()
-    for setting in ("data.seed=1", "optim.optimizer=adamw8bit"):
-        code, error = exit_of(capsys, train.main, command(files, out, setting))
-        assert code == 2
-        assert "holds a run with another config (" in error
-        assert (out / "run.json").read_text() == before
-    assert "(optim.optimizer was 'adamw', is 'adamw8bit')" in error
-    cfg = load_config(files / "config.py", [f"out={out}", "checkpoint.every=3"])
-    _, changes = claim_folder(cfg)  # of where, how long and how often: it is the same run
-    assert changes[:1] == ["checkpoint.every: 2 -> 3"]
-    assert changes[1].startswith("out: ")
-    assert json.loads((out / "run.json").read_text())["checkpoint"]["every"] == 3
-    (out / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json is damaged; delete it to go on"):
-        claim_folder(cfg)
-
-
-def claim(files, out, *overrides):
-    """What a command with these overrides makes of the folder: the config, and its words."""
-    return claim_folder(load_config(files / "config.py", [f"out={out}", *overrides]))
-
-
-def test_a_run_of_another_length_keeps_its_rates_unless_it_is_told_otherwise(
-    files, run_folder, tmp_path
-):
-    out = tmp_path / "run"
-    shutil.copytree(run_folder, out)
-    cfg, words = claim(files, out, "steps=9")
-    assert (cfg.steps, cfg.horizon) == (9, 6)
-    assert "steps: 6 -> 9" in words
-    assert words[-1] == (
-        "the learning rate keeps its cosine schedule over 6 steps; schedule_steps=9 lays it over "
-        "all 9"
-    )
-    assert claim(files, out, "steps=9")[0].horizon == 6  # again: as run.json has it by now
-    cfg, words = claim(files, out, "steps=9", "schedule_steps=9")
-    assert cfg.horizon == 9
-    assert words[-1] == "the learning rate of step 7: 0.001 -> 0.00269"
-
-
-def test_optimizer_settings_may_change_when_a_run_goes_on_and_the_new_rate_is_said(
-    files, run_folder, tmp_path
-):
-    out = tmp_path / "run"
-    shutil.copytree(run_folder, out)
-    cfg, words = claim(files, out, "optim.lr=0.1", "optim.weight_decay=0", "skip_nonfinite=3")
-    assert cfg.optim.lr == 0.1
-    assert "optim.lr: 0.01 -> 0.1" in words
-    assert words[-1] == "the learning rate of step 7: 0.001 -> 0.01"
-
-
-def test_a_folder_with_other_files_is_refused(files, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    code, error = exit_of(capsys, train.main, command(files, tmp_path))
-    assert (code, f"{tmp_path} holds thesis.tex, no run" in error) == (2, True)
-    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["thesis.tex"]
-
-
-def test_a_command_that_is_refused_leaves_a_live_run_alone(files, tmp_path, capsys):
-    with lock_folder(tmp_path):
-        (tmp_path / "run.json").write_text("of the live run")
-        code, error = exit_of(capsys, train.main, command(files, tmp_path, "steps=3"))
-    assert (code, "is in use by another run" in error) == (1, True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "run.json"]
-    assert (tmp_path / "run.json").read_text() == "of the live run"
 
 
 def test_epochs_are_counted_and_end_the_run(files, tmp_path, capsys):
