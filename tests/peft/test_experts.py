@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import llmprep_jax as lp
-from llmprep_jax.models.llama.model import Output
+from llmprep_jax.nn.language_model import Output
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Compute
 from llmprep_jax.nn.stack import scan, stack, unstack
