@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
     start(__doc__, "experiments.evaluate:EvaluateConfig")
 
 import dataclasses
-import functools
 import itertools
 import json
 import pathlib
@@ -34,7 +33,6 @@ from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.pretrained import Dtype
 from llmprep_jax.processes import Processes
 from llmprep_jax.sharding import MeshSizes, use_mesh
-from llmprep_jax.text.chat import encode_chat
 from llmprep_jax.train.step import own_rows
 
 console = rich.console.Console()
@@ -79,6 +77,7 @@ def main(arguments: list[str]) -> Outputs:
         raise UsageError(f"give a model and a data file, not {len(given)} arguments")
     cfg = EvaluateConfig(model=given[0], data=data.DataConfig(paths=(given[1],)))
     cfg = override(cfg, overrides)
+    cfg = dataclasses.replace(cfg, data=cfg.data.pinned())
     processes.start(cfg.processes)
     console.quiet = not processes.is_writer()
     print_config(cfg, console)
@@ -127,10 +126,7 @@ def measure(cfg: EvaluateConfig):
     tokenizer = lp.load_processor(cfg.tokenizer or cfg.model).tokenizer
     batches = data.evaluation_batches(
         cfg.data,
-        tokenizer.encode,
-        functools.partial(encode_chat, tokenizer),
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id or 0,
+        **cfg.data.encoders(tokenizer),
         rows=own_rows(cfg.data.batch_size),
         split=cfg.split,
     )

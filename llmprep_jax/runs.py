@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 import pathlib
 import typing
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from llmprep_jax.nn.param import TRAINED, AdapterParam
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor
-from llmprep_jax.text.chat import encode_chat
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.loop import Evaluate
 from llmprep_jax.train.losses import next_token_loss, training_loss
@@ -107,13 +105,15 @@ def open_adapter(adapter: AnyMethod | str | None) -> tuple[pathlib.Path | None, 
 
 def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evaluate | None]:
     """The training batches, and a function that evaluates a model on the held-out ones."""
-    settings = _encoding(processor)
-    batches = data.build(cfg.data, **settings, rows=own_rows(cfg.data.batch_size, cfg.accumulate))
+    tokenizer = processor.tokenizer
+    encoders = cfg.data.encoders(tokenizer)
+    batches = data.build(cfg.data, **encoders, rows=own_rows(cfg.data.batch_size, cfg.accumulate))
     if cfg.eval_data is None and not cfg.data.holdout:
         return batches, None
     held, split = cfg.eval_data or cfg.data, "heldout" if cfg.eval_data is None else "all"
-    settings |= {"rows": own_rows(held.batch_size), "split": split}
-    held_out = data.evaluation_batches(held, **settings)
+    held_out = data.evaluation_batches(
+        held, **held.encoders(tokenizer), rows=own_rows(held.batch_size), split=split
+    )
 
     def evaluate(model: nnx.Module) -> dict[str, float]:
         found = perplexity(model, held_out, max_batches=cfg.eval_batches, chunk=cfg.loss_chunk)
@@ -125,19 +125,8 @@ def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evalu
 def count_steps(cfg: RunConfig, processor: Processor) -> int:
     """How many batches the run's epochs are."""
     once = dataclasses.replace(cfg.data, prefetch=0)
-    batches = data.build(once, **_encoding(processor), rows=())
+    batches = data.build(once, **once.encoders(processor.tokenizer), rows=())
     return max(sum(1 for _ in batches), 1)
-
-
-def _encoding(processor: Processor) -> dict[str, Any]:
-    """What `data.build` is told of the tokenizer."""
-    tokenizer = processor.tokenizer
-    return {
-        "encode": tokenizer.encode,
-        "encode_chat": functools.partial(encode_chat, tokenizer),
-        "eos_id": tokenizer.eos_id,
-        "pad_id": tokenizer.pad_id or 0,
-    }
 
 
 def make_trainer(cfg: RunConfig, model: nnx.Module) -> Trainer:

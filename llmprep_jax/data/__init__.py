@@ -1,8 +1,8 @@
 """Data: documents from files to batches of packed token rows, on Grain."""
 
+from llmprep_jax.data.config import DataConfig
 from llmprep_jax.data.pipeline import (
     Batches,
-    DataConfig,
     EvaluationBatches,
     build,
     evaluation_batches,

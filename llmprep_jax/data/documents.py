@@ -22,11 +22,18 @@ class Document:
       name: where it comes from ("poems.jsonl:12"), for error messages.
       text: plain text, or None where it is a conversation.
       messages: [{"role": ..., "content": ...}, ...], or None where it is plain text.
+      fields: what else the record of a conversation holds, for the chat template (tools, ...).
+      answer: the character of the text at which what is learnt begins; None: all is.
+      is_start, is_end: whether the text begins and ends here, or was cut from a longer one.
     """
 
     name: str
     text: str | None = None
     messages: Messages | None = None
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    answer: int | None = None
+    is_start: bool = True
+    is_end: bool = True
 
 
 @runtime_checkable
@@ -43,74 +50,9 @@ class Source(Protocol):
 
 
 def digest(document: Document) -> int:
-    """A hash of the content, in [0, 2^64)."""
+    """A hash of the text or the messages, in [0, 2^64)."""
     if document.messages is None:
         content = document.text
     else:
         content = json.dumps(document.messages, sort_keys=True, ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())
-
-
-def is_held_out(document: Document, fraction: float) -> bool:
-    """Whether a document is in the held-out `fraction`; a larger fraction holds a smaller one."""
-    return digest(document) < fraction * 2.0**64
-
-
-def to_document(record: Any, field: str | None, name: str) -> Document:
-    """The document that a record (a JSON object or a row) holds.
-
-    Args:
-      record: decoded.
-      field: the key that holds the document; None: "text" or "messages".
-      name: of the document.
-
-    Raises:
-      ValueError: the record has no such field, or something else in it.
-    """
-    if not isinstance(record, Mapping):
-        raise ValueError(
-            f"{name}: found {_kind(record)}; a record is an object with 'text' or 'messages'"
-        )
-    keys = ("text", "messages") if field is None else (field,)
-    given = [key for key in keys if record.get(key) is not None]
-    if len(given) != 1:
-        wanted = " or ".join(map(repr, keys))
-        held = ", ".join(map(repr, list(record)[:8])) or "no fields"
-        remedy = "choose one by field=" if given else f"it has {held}; name the right one by field="
-        raise ValueError(f"{name}: a record has {wanted}, one of them; {remedy}")
-    value = record[given[0]]
-    try:
-        return _of_value(value, {"text": (str,), "messages": (list,)}.get(given[0]), name)
-    except ValueError as error:
-        raise ValueError(f"{name}: {given[0]!r} {error}") from None
-
-
-def _of_value(value: Any, kinds: tuple[type, ...] | None, name: str) -> Document:
-    if not isinstance(value, kinds or (str, list)):
-        wanted = {(str,): "a string", (list,): "a list of messages"}.get(kinds)
-        raise ValueError(f"is {_kind(value)}; give {wanted or 'a string, or a list of messages'}")
-    if isinstance(value, str):
-        _check_text(value)
-        return Document(name, text=value)
-    if not value:
-        raise ValueError("is empty; a conversation needs a message")
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f'has a message {i} that is no {{"role": ..., "content": ...}}; correct it'
-            )
-    _check_text(json.dumps(value, ensure_ascii=False))
-    return Document(name, messages=value)
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # "\ud800" in JSON is a half of a character
-        raise ValueError("holds half a surrogate pair; correct the \\ud... escape") from None
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
-    names |= {str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")

@@ -8,20 +8,36 @@ first target's input of the next and every target of a split document counts exa
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Literal
+import datetime
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from llmprep_jax.data.documents import Document, Messages
+from llmprep_jax.text.chat import SpecialTokens, encode_chat, encode_completion
+from llmprep_jax.text.messages import is_trained
+from llmprep_jax.text.tokenizer import Tokenizer
 
 Overlong = Literal["split", "truncate", "drop", "error"]
 EncodeText = Callable[[str], Sequence[int]]
-EncodeChat = Callable[[Messages], tuple[Sequence[int], Sequence[bool]]]
+EncodeChat = Callable[[Messages, Mapping[str, Any]], tuple[Sequence[int], Sequence[bool]]]
+EncodeCompletion = Callable[[str, int], tuple[Sequence[int], Sequence[bool]]]
 
 # what `Batches.report` tells, in this order
 COUNTS = ("documents", "tokens", "targets", "split", "truncated", "lost", "dropped", "empty")
+
+
+_MARK_PROBLEMS = {  # by how much of each conversation is learnt
+    "none": "there is no token to learn; check that the assistant speaks in them, and their train"
+    " and weight",
+    "all": "every token is to be learnt, questions too; correct the template's {% generation %}"
+    " blocks, or set mask=all if that is wanted",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,18 +48,24 @@ class Piece:
       doc_id: of the document.
       tokens, targets: ids, and the id that follows each.
       counts: whether the target counts for the loss.
+      is_first: whether it is the first piece of its document.
     """
 
     doc_id: int
     tokens: Int[np.ndarray, " T"]
     targets: Int[np.ndarray, " T"]
     counts: Bool[np.ndarray, " T"]
+    is_first: bool = True
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, part: slice) -> "Piece":
-        return Piece(self.doc_id, self.tokens[part], self.targets[part], self.counts[part])
+        """A part of the piece; the one from its start on is the first if the piece is."""
+        is_first = self.is_first and not part.start
+        return Piece(
+            self.doc_id, self.tokens[part], self.targets[part], self.counts[part], is_first
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,9 +82,12 @@ class Encoder:
 
     Attributes:
       encode: text to ids.
-      encode_chat: messages to ids and, for each, whether the assistant says it; None where the
-        tokenizer has no chat template.
+      encode_chat: messages and the fields of their record to ids and, for each, whether it is to be
+        learnt; None where the tokenizer has no chat template.
       eos_id: appended to plain text that does not end in it; None: nothing is appended.
+      encode_part: text that goes on with another, which has no BOS, to ids; None: `encode`.
+      encode_completion: text and the character at which its completion begins to ids and, for each,
+        whether it is of the completion.
       seq_len: most pairs of a piece; None: a document is one piece whatever its length, and the
         policy does not apply.
       overlong: what to do with a longer document; None: split plain text, truncate conversations.
@@ -75,6 +100,8 @@ class Encoder:
     seq_len: int | None
     overlong: Overlong | None = None
     answers_only: bool = True
+    encode_part: EncodeText | None = None
+    encode_completion: EncodeCompletion | None = None
 
     def __call__(self, numbered: tuple[int, Document]) -> Encoded:
         """The pieces of document (id, document).
@@ -84,32 +111,70 @@ class Encoder:
             "error".
         """
         doc_id, document = numbered
-        ids, counts = self._tokenize(document)
+        ids, counts = self.tokenize(document)
         counted = dict.fromkeys(COUNTS, 0) | {"documents": 1}
         whole = Piece(doc_id, ids[:-1], ids[1:], counts[1:])
         pieces = [piece for piece in self._fit(document, whole, counted) if piece.counts.any()]
+        if pieces:  # the first of those that are left
+            pieces[0] = dataclasses.replace(pieces[0], is_first=True)
         counted["tokens"] = sum(map(len, pieces))
         counted["targets"] = sum(int(piece.counts.sum()) for piece in pieces)
         counted["empty"] = int(not pieces and not counted["dropped"])
         return Encoded(pieces, tuple(counted.values()))
 
-    def _tokenize(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+    def tokenize(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a document and, for each, whether it is to be learnt.
+
+        Raises:
+          ValueError: the tokenizer refuses it, on one line with its name.
+        """
         try:
-            if document.messages is None:
-                ids = list(self.encode(document.text))
-                if self.eos_id is not None and ids[-1:] != [self.eos_id]:
-                    ids.append(self.eos_id)
-                return np.asarray(ids, np.int32), np.ones(len(ids), bool)
-            if self.encode_chat is None:
-                raise ValueError(
-                    "a conversation needs a tokenizer with a chat template; none is given"
+            if document.messages is not None:
+                ids, counts = self._encode_messages(document)
+            elif document.answer is not None and self.answers_only:
+                if self.encode_completion is None:
+                    raise ValueError(
+                        "a prompt with its completion needs a tokenizer; none is given"
+                    )
+                ids, counts = self._end(
+                    document, *self.encode_completion(document.text, document.answer)
                 )
-            ids, answers = self.encode_chat(document.messages)
+            else:
+                encode = self.encode if document.is_start else self.encode_part or self.encode
+                ids = encode(document.text)
+                ids, counts = self._end(document, ids, [True] * len(ids))
         except ValueError as error:
             raise ValueError(f"{document.name}: {' '.join(str(error).split())}") from error
-        ids, answers = np.asarray(ids, np.int32), np.asarray(answers, bool)
-        assert ids.shape == answers.shape, "a chat encoder gives as many marks as ids"
-        return ids, answers if self.answers_only else np.ones(len(ids), bool)
+        ids, counts = np.asarray(ids, np.int32), np.asarray(counts, bool)
+        assert ids.shape == counts.shape, "a chat encoder gives as many marks as ids"
+        return ids, counts
+
+    def _end(
+        self, document: Document, ids: Sequence[int], counts: Sequence[bool]
+    ) -> tuple[list[int], list[bool]]:
+        """With EOS where the text ends, and without where it was cut."""
+        ids, counts = list(ids), list(counts)
+        if self.eos_id is None:
+            return ids, counts
+        is_ended = ids[-1:] == [self.eos_id]
+        if document.is_end and not is_ended:
+            return [*ids, self.eos_id], [*counts, True]
+        if is_ended and not document.is_end:  # the tokenizer's own
+            return ids[:-1], counts[:-1]
+        return ids, counts
+
+    def _encode_messages(self, document: Document) -> tuple[Sequence[int], Sequence[bool]]:
+        if self.encode_chat is None:
+            raise ValueError("a conversation needs a tokenizer with a chat template; none is given")
+        if not self.answers_only:
+            for i, message in enumerate(document.messages):
+                if message.get("role") == "assistant" and not is_trained(i, message):
+                    raise ValueError(
+                        f"message {i} is not to be learnt, and mask=all learns everything; set"
+                        " mask=answers, or leave out its train and weight"
+                    )
+        ids, answers = self.encode_chat(document.messages, document.fields)
+        return ids, answers if self.answers_only else [True] * len(ids)
 
     def _fit(self, document: Document, whole: Piece, counted: dict[str, int]) -> list[Piece]:
         """The pieces of at most seq_len pairs, by the policy."""
@@ -131,3 +196,78 @@ class Encoder:
             return [whole[:limit]]
         counted["split"] = 1
         return [whole[i : i + limit] for i in range(0, len(whole), limit)]
+
+
+def check_answers(
+    encoder: Encoder,
+    documents: Iterable[tuple[int, Document]],
+    title: str,
+    template: str,
+    seconds: float,
+) -> None:
+    """Looks for a conversation of which a part is learnt, for so long; mostly the first is one.
+
+    Raises:
+      ValueError: of all conversations nothing is learnt, or of all everything, though only answers
+        are asked for.
+    """
+    if not encoder.answers_only:
+        return
+    end, number, shares, is_whole = time.monotonic() + seconds, 0, set(), True
+    for _, document in documents:
+        if time.monotonic() > end:
+            is_whole = False
+            break
+        if document.messages is not None:
+            _, counts = encoder.tokenize(document)
+            number += 1
+            shares.add("all" if counts.all() else "some" if counts.any() else "none")
+            if len(shares) > 1 or "some" in shares:
+                return
+    problem = _MARK_PROBLEMS.get(*shares) if shares else None
+    if problem is not None:
+        text = (
+            f"{title}: in {number} of {number} conversations, by the chat template of {template},"
+        )
+        if is_whole:
+            raise ValueError(f"{text} {problem}")
+        warnings.warn(f"{text} {problem}", stacklevel=2)
+
+
+def text_encoders(
+    tokenizer: Tokenizer,
+    *,
+    special_tokens: SpecialTokens = "chat",
+    now: datetime.datetime | None = None,
+) -> dict[str, Any]:
+    """What `build` and `evaluation_batches` take of a tokenizer, as keywords.
+
+    Args:
+      special_tokens: where text that spells a special token becomes it.
+      now: the time that chat templates write; None: the clock's.
+    """
+    parse = special_tokens == "everywhere"
+    warned: set[str] = set()
+
+    def chat(messages: Messages, fields: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+        known = tokenizer.chat.fields
+        unread = sorted(fields.keys() - known - warned)
+        if unread:
+            warned.update(unread)
+            warnings.warn(
+                f"the records hold {', '.join(unread)}, which the chat template of"
+                f" {tokenizer.source} does not read; they have no effect",
+                stacklevel=2,
+            )
+        read = {key: fields[key] for key in fields.keys() & known}
+        return encode_chat(tokenizer, messages, special_tokens=special_tokens, now=now, **read)
+
+    return {
+        "encode": functools.partial(tokenizer.encode, parse_special=parse),
+        "encode_part": functools.partial(tokenizer.encode, add_special=False, parse_special=parse),
+        "encode_completion": functools.partial(encode_completion, tokenizer, parse_special=parse),
+        "encode_chat": chat,
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id or 0,
+        "template": tokenizer.source,
+    }

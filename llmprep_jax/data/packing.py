@@ -17,6 +17,8 @@ import numpy as np
 
 from llmprep_jax.data.encoding import COUNTS, Encoded, Piece
 
+# what `Batches.report` tells of the batches given out, in this order
+YIELDED = ("documents", "tokens", "targets")
 Row = list[Piece]
 Pack = Callable[[list[Piece]], list[Row]]
 
@@ -100,6 +102,18 @@ class _RowIterator(grain.DatasetIterator):
         self._start = parent.get_state()  # where what is in use was begun to be read
         self._before = self._seen = (0,) * len(COUNTS)  # counts at _start, and now
         self._num_rows = 0
+        self._yielded = (0,) * len(YIELDED)
+
+    def _yield(self, row: Row) -> Row:
+        """A row that is given out, counted."""
+        self._num_rows += 1
+        documents, tokens, targets = self._yielded
+        self._yielded = (
+            documents + sum(piece.is_first for piece in row),
+            tokens + sum(map(len, row)),
+            targets + sum(int(piece.counts.sum()) for piece in row),
+        )
+        return row
 
     def _read(self) -> Encoded:
         encoded = next(self._parent)
@@ -120,6 +134,7 @@ class _RowIterator(grain.DatasetIterator):
             "before": list(self._before),
             "seen": list(self._seen),
             "rows": self._num_rows,
+            "yielded": list(self._yielded),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -127,6 +142,7 @@ class _RowIterator(grain.DatasetIterator):
         self._parent.set_state(self._start)
         self._before, self._seen = tuple(state["before"]), tuple(state["seen"])
         self._num_rows = state["rows"]
+        self._yielded = tuple(state.get("yielded", (0,) * len(YIELDED)))
 
 
 class _PackedIterator(_RowIterator):
@@ -151,8 +167,8 @@ class _PackedIterator(_RowIterator):
             self._start, self._before = self._parent.get_state(), self._seen
             self._number, self._row, self._rows = self._number + 1, 0, None
             self._rows = self._read_window()
-        self._row, self._num_rows = self._row + 1, self._num_rows + 1
-        return self._rows[self._row - 1]
+        self._row += 1
+        return self._yield(self._rows[self._row - 1])
 
     def _read_window(self) -> list[Row]:
         pieces: list[Piece] = []
@@ -202,8 +218,7 @@ class _StreamIterator(_RowIterator):
                 self._start, self._before = self._parent.get_state(), self._seen
         if not row:
             raise StopIteration
-        self._num_rows += 1
-        return row
+        return self._yield(row)
 
     def _open_document(self) -> bool:
         """Takes up the next document that has pairs; False at the end of the data."""

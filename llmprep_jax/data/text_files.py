@@ -60,7 +60,9 @@ class TextFiles:
                 f"{self.name(index)}: byte {start + error.start + 1} of the file is no UTF-8; "
                 "save the file as UTF-8"
             ) from None
-        return Document(self.name(index), text=text)
+        whole = self._part != "chunk"
+        is_end = whole or end == path.stat().st_size
+        return Document(self.name(index), text=text, is_start=whole or not start, is_end=is_end)
 
 
 def _index(file: pathlib.Path, part: str, chunk_bytes: int) -> np.ndarray:

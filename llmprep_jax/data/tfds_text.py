@@ -6,6 +6,7 @@ already holds and says nothing, so `write_array_record` refuses such a folder.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -19,20 +20,21 @@ from llmprep_jax.data.documents import Source
 
 
 class TextDocuments(tfds.core.GeneratorBasedBuilder):
-    """Records of three texts: `name`, `text`, and `messages` as JSON; one of the last two is empty.
+    """Records of three texts: `name`, `text` (empty for a conversation) and, as JSON, the `extra`
+    that `Document` holds: messages, fields, answer, is_start, is_end.
 
     Args:
       documents: what to write; None to read what is prepared.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
 
     def __init__(self, *, documents: Source | None = None, **kwargs: Any):
         self._documents = documents
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        texts = {key: tfds.features.Text() for key in ("name", "text", "messages")}
+        texts = {key: tfds.features.Text() for key in ("name", "text", "extra")}
         # in order, so that a document has the same number before and after
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(texts), disable_shuffling=True
@@ -44,17 +46,10 @@ class TextDocuments(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         for i in range(len(self._documents)):
             document = self._documents[i]
-            messages = document.messages
-            yield (
-                i,
-                {
-                    "name": document.name,
-                    "text": document.text or "",
-                    "messages": ""
-                    if messages is None
-                    else json.dumps(messages, ensure_ascii=False),
-                },
-            )
+            held = dataclasses.asdict(document)
+            name, text = held.pop("name"), held.pop("text") or ""
+            extra = json.dumps(held, ensure_ascii=False, default=str)
+            yield i, {"name": name, "text": text, "extra": extra}
 
 
 def write_array_record(documents: Source, folder: str | pathlib.Path) -> pathlib.Path:

@@ -6,6 +6,7 @@ command goes on with it, and a command that would make other numbers of it is re
 """
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import pathlib
@@ -117,11 +118,31 @@ def _check_compute(compute: Compute) -> None:
         raise ValueError(f"compute.remat={compute.remat!r}; the policies are {', '.join(remats)}")
 
 
+def _pin_date(cfg: RunConfig) -> RunConfig:
+    """The config with a date, the same on all processes."""
+    if cfg.data.date is not None:
+        return cfg
+    date = processes.by_one(lambda: _date_of(cfg.out))
+    eval_data = cfg.eval_data
+    if eval_data is not None and eval_data.date is None:
+        eval_data = dataclasses.replace(eval_data, date=date)
+    data = dataclasses.replace(cfg.data, date=date)
+    return dataclasses.replace(cfg, data=data, eval_data=eval_data)
+
+
+def _date_of(out: pathlib.Path) -> str | None:
+    path = out / RUN_FILE
+    if all_steps(out) and path.is_file():
+        return (_read_run(path).get("data") or {}).get("date")
+    return datetime.date.today().isoformat()
+
+
 def claim_folder(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
     """Writes the config into the run's folder, whose lock the caller holds (`lock_folder`).
 
     Returns:
-      The config, whose schedule stays laid over as many steps as when the run began, unless
+      The config, with the date that chat templates write (that of the run it goes on with, or
+      today's), whose schedule stays laid over as many steps as when the run began, unless
       `schedule_steps` is given; and what of it differs from that of the run it goes on with, one
       line each.
 
@@ -129,6 +150,7 @@ def claim_folder(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
       UsageError: it holds checkpoints of a run with another config, or files of something else.
       OSError: it cannot be written.
     """
+    cfg = _pin_date(cfg)
     path, changes = cfg.out / RUN_FILE, []
     if all_steps(cfg.out) and path.is_file():
         old = _read_run(path)
@@ -237,7 +259,8 @@ def describe_data(report: Mapping[str, Any], trained: Trained | None) -> str:
     parts = []
     if trained is not None:
         parts = [
-            f"trained on {trained.tokens:,} tokens, {trained.targets:,} of them targets",
+            f"trained on {trained.tokens:,} tokens, {trained.targets:,} of them targets, of "
+            f"{report['yielded']['documents']:,} documents",
             f"padding {trained.padding:.1%}",
         ]
     parts += [

@@ -4,7 +4,7 @@ back."""
 import json
 import pathlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +16,9 @@ def encode(text: str) -> list[int]:
     return list(text.encode())
 
 
-def encode_chat(messages: Sequence[dict]) -> tuple[list[int], list[bool]]:
+def encode_chat(
+    messages: Sequence[dict], fields: Mapping | None = None
+) -> tuple[list[int], list[bool]]:
     """A byte for the role, the content, a newline; the assistant says its content and newline."""
     ids: list[int] = []
     marks: list[bool] = []

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from llmprep_jax.data.documents import Document, digest, is_held_out, to_document
+from llmprep_jax.data.documents import Document, digest
+from llmprep_jax.data.records import to_document
 from tests.data.corpora import chat
 
 
@@ -14,15 +15,6 @@ def test_the_digest_is_of_the_content_alone():
     one = Document("a", messages=[{"role": "user", "content": "é"}])
     other = Document("a", messages=[{"content": "é", "role": "user"}])
     assert digest(one) == digest(other) != digest(Document("a", text="é"))
-
-
-def test_a_larger_share_holds_out_what_a_smaller_one_does():
-    documents = [Document("", text=f"document {i}") for i in range(4000)]
-    tenth = {d.text for d in documents if is_held_out(d, 0.1)}
-    fifth = {d.text for d in documents if is_held_out(d, 0.2)}
-    assert tenth < fifth
-    assert len(tenth) == pytest.approx(400, abs=60)
-    assert len(fifth) == pytest.approx(800, abs=80)
 
 
 def test_a_record_is_a_text_or_a_conversation():
@@ -42,10 +34,18 @@ def test_a_record_is_a_text_or_a_conversation():
         ({"text": []}, None, "x:1: 'text' is a list; give a string"),
         ({"messages": ""}, None, "x:1: 'messages' is a string; give a list of messages"),
         ({"body": 1.5}, "body", "x:1: 'body' is a number; give a string, or a list of messages"),
-        ({}, None, "it has no fields; name the right one by field="),
-        ({"body": "b"}, None, "it has 'body'; name the right one by field="),
-        ({"text": "a", "messages": []}, None, "one of them; choose one by field="),
-        ({"text": "a"}, "body", "x:1: a record has 'body', one of them; it has 'text'"),
+        ({}, None, "it has no fields; name the right one by data.source.field="),
+        ({"body": "b"}, None, "it has 'body'; name the right one by data.source.field="),
+        (
+            {"text": "a", "messages": []},
+            None,
+            "columns of text and messages; choose by data.format=text",
+        ),
+        (
+            {"text": "a"},
+            "body",
+            "x:1: a record has 'body'; it has 'text'; name the right one by data.source.field=",
+        ),
         ({"messages": []}, None, "'messages' is empty; a conversation needs a message"),
         ({"messages": ["hi"]}, None, "'messages' has a message 0 that is no {\"role\""),
         ({"messages": [{"content": "hi"}]}, None, "'messages' has a message 0 that is no"),

@@ -237,6 +237,7 @@ def test_the_report_tells_what_was_done_to_documents(tmp_path):
         "dropped": 0,
         "empty": 2,
         "rows": 4,
+        "yielded": {"documents": 3, "tokens": 8 + 16 + 32, "targets": 3 + 4 + 32},
     }
     for prefetch in (0, 2):  # documents dropped after the last row count too
         cfg = config(path, overlong="drop", shuffle=False, prefetch=prefetch, batch_size=1)
@@ -288,7 +289,7 @@ def test_a_setting_out_of_range_is_refused(fields, words):
 def test_one_path_without_a_list_around_it_is_refused():
     cfg = DataConfig(paths=("a.jsonl",))
     object.__setattr__(cfg, "paths", "a.jsonl")  # the constructor's types are checked in tests
-    with pytest.raises(ValueError, match=r"^paths must be a list of at least one path, not 'a.js"):
+    with pytest.raises(ValueError, match=r"paths: wanted a list of a text, not 'a.jsonl'$"):
         cfg.__post_init__()
 
 
@@ -301,7 +302,6 @@ def test_a_chunk_must_have_a_size():
     ("fields", "arguments", "words"),
     [
         ({}, {"split": "heldout"}, "holdout is 0, so nothing is held out; set holdout=0.05"),
-        ({"holdout": 1e-9}, {"split": "heldout"}, "none of 50 documents is in the heldout part"),
         (
             {"seq_len": 1, "overlong": "drop"},
             {},

@@ -10,8 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from llmprep_jax.data import SourceOptions, open_source, sources
-from llmprep_jax.data.sources import JsonLines, TextFiles
+from llmprep_jax.data import SourceOptions, json_files, open_source
+from llmprep_jax.data.json_files import JsonLines
+from llmprep_jax.data.text_files import TextFiles
 from tests.data.corpora import chat, write_lines, write_texts
 
 QUICK = hypothesis.settings(deadline=None, max_examples=100)
@@ -35,7 +36,7 @@ def test_blank_lines_do_not_count_and_lines_keep_their_numbers(tmp_path, monkeyp
         b'\xef\xbb\xbf{"text": "one"}\r\n\r\n  \t\n{"text": "two"}\n\n{"text": "three"}'
     )
     for block in (1, 7, 1 << 20):
-        monkeypatch.setattr(sources, "_BLOCK", block)
+        monkeypatch.setattr(json_files, "_BLOCK", block)
         source = open_source(path)
         assert all_texts(source) == ["one", "two", "three"]
         assert [source.name(i).rsplit(":")[-1] for i in range(3)] == ["1", "4", "6"]
@@ -92,7 +93,7 @@ def test_any_line_is_a_document_or_one_line_of_complaint(tmp_path_factory, lines
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     path.write_bytes(end.join(lines))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_BLOCK", block)
+        patch.setattr(json_files, "_BLOCK", block)
         source = JsonLines([path])
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     numbers = [i + 1 for i, text in enumerate(content) if text.strip(b" \t\r")]
@@ -135,13 +136,16 @@ def test_a_named_format_goes_before_the_suffix(tmp_path):
     ("name", "words"),
     [
         ("missing.jsonl", "missing.jsonl: no such file or folder; check data.paths"),
-        ("*.csv", "*.csv: no such file or folder; check data.paths"),
-        ("a.log", "a.log: has no suffix that we know; give format=jsonl, parquet, text or tfds"),
-        ("mixed", "mixed: holds files of formats jsonl, text; give format=jsonl"),
+        ("*.xls", "*.xls: no such file or folder; check data.paths"),
+        (
+            "a.log",
+            "a.log: has no suffix that we know; give data.source.format=jsonl, json, parquet, csv,",
+        ),
+        ("mixed", "mixed: holds files of formats jsonl, text; give data.source.format=jsonl"),
         ("empty.jsonl", "empty.jsonl: there is no document in it; check the file or data.paths"),
         ("empty.txt", "empty.txt: there is no document in it"),
         ("no.parquet", "no.parquet: not read as Parquet: "),
-        ("hollow", "hollow: has no suffix that we know"),
+        ("hollow", "hollow: the folder holds no files; check data.paths"),
     ],
 )
 def test_a_path_that_cannot_be_read_is_named_on_one_line(tmp_path, name, words):
@@ -172,7 +176,9 @@ def test_parquet_rows_are_documents(tmp_path):
     assert all_texts(source) == ["one", "two", "é", "four"]
     assert source.name(3) == f"{tmp_path}/b.parquet:row 1"
     assert open_source(tmp_path / "c.parquet")[1].messages == rows[1]
-    with pytest.raises(ValueError, match=r"it has the columns messages, n; name one by field=$"):
+    with pytest.raises(
+        ValueError, match=r"it has the columns messages, n; name one by data.source.field=NAME$"
+    ):
         open_source(tmp_path / "c.parquet", SourceOptions(field="body"))
     with pytest.raises(ValueError, match=r"c.parquet:row 1: 'n' is a number"):
         open_source(tmp_path / "c.parquet", SourceOptions(field="n"))[0]

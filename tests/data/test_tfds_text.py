@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from llmprep_jax.data import SourceOptions, open_source
 from llmprep_jax.data.documents import digest
-from llmprep_jax.data.sources import JsonLines
+from llmprep_jax.data.json_files import JsonLines
 from llmprep_jax.data.tfds_text import write_array_record
 from tests.data.corpora import chat, write_lines, write_texts
 
@@ -41,7 +41,7 @@ def test_what_is_there_is_not_kept_silently(tmp_path):
     source = open_source(write_texts(tmp_path / "a.jsonl", 2, "a"))
     write_array_record(source, tmp_path / "prepared")
     with pytest.raises(
-        ValueError, match=r"1.0.0 holds a dataset already; remove it or choose another"
+        ValueError, match=r"1.1.0 holds a dataset already; remove it or choose another"
     ):
         write_array_record(source, tmp_path / "prepared")
     with pytest.raises(ValueError, match="no document to write; check the source"):
@@ -52,7 +52,7 @@ def test_a_broken_document_is_named_and_leaves_nothing_that_reads(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{}\n')
     with pytest.raises(ValueError, match=r"a.jsonl:2: a record has 'text' or 'messages'"):
         write_array_record(open_source(tmp_path / "a.jsonl"), tmp_path / "prepared")
-    assert not list((tmp_path / "prepared").glob("*/1.0.0"))
+    assert not list((tmp_path / "prepared").glob("*/1.1.0"))
 
 
 def test_a_folder_that_is_not_prepared_is_refused_on_one_line(tmp_path):
@@ -66,7 +66,7 @@ def test_a_folder_that_is_not_prepared_is_refused_on_one_line(tmp_path):
         open_source(tmp_path, tfds_options)
     source = open_source(write_texts(tmp_path / "a.jsonl", 2, "a"))
     folder = write_array_record(source, tmp_path / "prepared")
-    with pytest.raises(ValueError, match=r"1.0.0 has no split test; it has train$"):
+    with pytest.raises(ValueError, match=r"1.1.0 has no split test; it has train$"):
         open_source(folder, SourceOptions(tfds_split="test"))
 
 

@@ -1,5 +1,6 @@
 """The commands train and evaluate on tiny models and real files: outputs, errors, signals."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -148,8 +149,8 @@ def test_bad_input_is_one_line_and_an_exit_code(files, tmp_path, capsys, overrid
 
 def test_a_run_ends_by_saying_what_became_of_its_documents(run_text):
     out, text = run_text
-    pattern = r"data: trained on ([\d,]+) tokens, ([\d,]+) of them targets; padding (\d+\.\d)%;"
-    found = re.search(pattern, text)
+    pattern = r"data: trained on ([\d,]+) tokens, ([\d,]+) of them targets, of \d+ documents; "
+    found = re.search(pattern + r"padding (\d+\.\d)%;", text)
     assert found, text
     steps = [r for r in read_jsonl(out / "metrics.jsonl") if "loss" in r]
     read, targets = (sum(r[name] for r in steps) for name in ("input_tokens", "tokens"))
@@ -168,9 +169,10 @@ def test_a_run_says_what_a_step_is_and_only_what_differs_from_the_defaults(run_t
 
 def test_the_report_tells_of_documents_that_were_too_long():
     counts = dict.fromkeys(("split", "truncated", "lost", "dropped", "empty"), 0)
-    report = {"documents": 1234, "tokens": 56789, **counts}
+    yielded = {"documents": 376, "tokens": 5000, "targets": 4000}
+    report = {"documents": 1234, "tokens": 56789, "yielded": yielded, **counts}
     assert describe_data(report, Trained(5000, 4000, 0.042)) == (
-        "data: trained on 5,000 tokens, 4,000 of them targets; padding 4.2%; "
+        "data: trained on 5,000 tokens, 4,000 of them targets, of 376 documents; padding 4.2%; "
         "read ahead up to 1,234 documents of 56,789 tokens; longer than the context: none"
     )
     report |= {"truncated": 2, "lost": 30, "dropped": 1, "empty": 4}
@@ -178,6 +180,19 @@ def test_the_report_tells_of_documents_that_were_too_long():
         "data: read ahead up to 1,234 documents of 56,789 tokens; longer than the context: "
         "2 truncated, 1 dropped (30 targets lost); without a target: 4"
     )
+
+
+def test_the_date_of_chat_templates_is_that_of_the_runs_first_day(files, tmp_path, monkeypatch):
+    path, today = tmp_path / "new" / "run.json", datetime.date.today().isoformat()
+    cfg, _ = claim(files, tmp_path / "new")
+    assert cfg.data.date == json.loads(path.read_text())["data"]["date"] == today
+    given, _ = claim(files, tmp_path / "given", "data.date=2024-02-29")
+    assert given.data.date == "2024-02-29"
+    # as if the run had begun on another day
+    path.write_text(path.read_text().replace(today, "2024-02-28"))
+    monkeypatch.setattr("llmprep_jax.train.run.all_steps", lambda out: [3])
+    cfg, changes = claim(files, tmp_path / "new")
+    assert (cfg.data.date, changes) == ("2024-02-28", [])
 
 
 def test_a_non_finite_loss_is_one_line_and_keeps_the_earlier_checkpoint(

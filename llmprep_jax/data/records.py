@@ -1,0 +1,262 @@
+"""Records (JSON objects, rows of a table) to documents: which columns hold what.
+
+Formats are those that datasets for fine-tuning come in: a text; messages; ShareGPT's conversations
+of `from` and `value`; Alpaca's instruction, input and output; a prompt and its completion. The one
+thing a reader would get wrong: a prompt and a completion that are strings go through no chat
+template (they are one text of which the completion is learnt), while Alpaca's columns are a
+question and an answer and do.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+from llmprep_jax.data.documents import Document, Messages
+
+RecordFormat = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt"]
+Record = Mapping[str, Any]
+
+CONVERSATIONS = ("messages", "conversations", "conversation")
+ROLES = {  # what ShareGPT's `from` is called
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "bing", "bard"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
+    "function_call": "assistant",
+}
+_INPUTS, _OUTPUTS = ("input", "context"), ("output", "response")
+
+
+def to_document(
+    record: Any, field: str | None, name: str, record_format: RecordFormat = "auto"
+) -> Document:
+    """The document that a record (a JSON object or a row) holds.
+
+    Args:
+      record: decoded.
+      field: the key that holds the document, or two, "question,answer", of a question and its
+        answer; None: as `record_format` has it.
+      name: of the document.
+      record_format: which columns hold the document; "auto": those that are there.
+
+    Raises:
+      ValueError: the record has no such field, several, or something else in it.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(
+            f"{name}: found {_kind(record)}; a record is an object with 'text' or 'messages'"
+        )
+    try:
+        if field is not None:
+            return _of_field(record, field, name)
+        return _READERS[_format_of(record, record_format)](record, name)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def formats_of(keys: Iterable[str]) -> list[str]:
+    """The formats whose columns are among `keys`, and "messages" for both kinds of messages."""
+    keys = set(keys)
+    has = {
+        "text": "text" in keys,
+        "messages": not keys.isdisjoint(CONVERSATIONS),
+        "prompt": {"prompt", "completion"} <= keys,
+        "alpaca": "instruction" in keys and not keys.isdisjoint(_OUTPUTS),
+    }
+    return [name for name, is_there in has.items() if is_there]
+
+
+def _format_of(record: Record, record_format: RecordFormat) -> str:
+    if record_format != "auto":
+        return record_format
+    formats = formats_of(key for key, value in record.items() if value is not None)
+    if len(formats) == 1:
+        return formats[0]
+    if formats:
+        raise ValueError(
+            f"a record holds one document, and this has columns of {' and '.join(formats)}; choose"
+            f" by data.format={formats[0]} or data.source.field=NAME"
+        )
+    raise ValueError(
+        "a record has 'text' or 'messages', or the columns of ShareGPT, Alpaca or a prompt and its"
+        f" completion; it has {_names(record)}; name the right one by data.source.field=NAME"
+    )
+
+
+def _of_field(record: Record, field: str, name: str) -> Document:
+    keys = field.split(",")
+    values = [_get(record, key) for key in keys]
+    if len(keys) == 2:
+        texts = [_checked_text(key, value) for key, value in zip(keys, values, strict=True)]
+        return _conversation(record, _turns(*texts), keys, name)
+    if isinstance(values[0], list):
+        return _of_messages(record, field, name)
+    if isinstance(values[0], str):
+        return Document(name, text=_checked_text(field, values[0]))
+    raise ValueError(f"{field!r} is {_kind(values[0])}; give a string, or a list of messages")
+
+
+def _of_text(record: Record, name: str) -> Document:
+    return Document(name, text=_checked_text("text", _get(record, "text")))
+
+
+def _of_conversations(record: Record, name: str) -> Document:
+    given = [key for key in CONVERSATIONS if record.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"a record has one of {', '.join(CONVERSATIONS)}; it has {_names(record)}; name the"
+            " right one by data.source.field=NAME"
+        )
+    return _of_messages(record, given[0], name)
+
+
+def _of_messages(record: Record, key: str, name: str) -> Document:
+    messages = _messages(key, record[key])
+    system = record.get("system")
+    used = [key]
+    if isinstance(system, str):
+        used.append("system")
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+    return _conversation(record, messages, used, name)
+
+
+def _of_prompt(record: Record, name: str) -> Document:
+    prompt, completion = _get(record, "prompt"), _get(record, "completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before = [  # what was said before is not learnt
+            message | ({"train": False} if message["role"] == "assistant" else {})
+            for message in _messages("prompt", prompt)
+        ]
+        messages = [*before, *_messages("completion", completion)]
+        return _conversation(record, messages, ("prompt", "completion"), name)
+    prompt = _checked_text("prompt", prompt)
+    completion = _checked_text("completion", completion)
+    return Document(name, text=prompt + completion, answer=len(prompt))
+
+
+def _of_alpaca(record: Record, name: str) -> Document:
+    """Instruction and input are the question; `history` holds pairs of earlier turns."""
+    outputs = [key for key in _OUTPUTS if record.get(key) is not None]
+    if len(outputs) != 1:
+        raise ValueError(
+            f"an alpaca record has one of 'output', 'response'; it has {_names(record)}"
+        )
+    inputs = [key for key in _INPUTS if record.get(key)]
+    question = [_checked_text(key, _get(record, key)) for key in ("instruction", *inputs)]
+    messages = []
+    if record.get("system"):
+        messages.append({"role": "system", "content": _checked_text("system", record["system"])})
+    for turn in record.get("history") or ():
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise ValueError("'history' holds no pairs of a question and an answer; correct it")
+        messages += _turns(*(_checked_text("history", text) for text in turn))
+    messages += _turns(
+        "\n\n".join(filter(None, question)), _checked_text(outputs[0], record[outputs[0]])
+    )
+    used = ("instruction", *_INPUTS, *_OUTPUTS, "system", "history")
+    return _conversation(record, messages, used, name)
+
+
+_READERS: dict[str, Callable[[Record, str], Document]] = {
+    "text": _of_text,
+    "messages": _of_conversations,
+    "sharegpt": _of_conversations,
+    "prompt": _of_prompt,
+    "alpaca": _of_alpaca,
+}
+
+
+def _turns(question: str, answer: str) -> Messages:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _conversation(record: Record, messages: Messages, used: Iterable[str], name: str) -> Document:
+    """A conversation, with what else its record holds as fields for the chat template."""
+    fields = {key: value for key, value in record.items() if key not in set(used)}
+    if isinstance(fields.get("tools"), str):  # columns of tables hold JSON as text
+        fields["tools"] = _parse("tools", fields["tools"]) if fields["tools"].strip() else None
+    return Document(name, messages=messages, fields=fields)
+
+
+def _messages(key: str, value: Any) -> Messages:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _parse(key, value)
+    if not isinstance(value, list):
+        raise ValueError(f"{key!r} is {_kind(value)}; give a list of messages")
+    if not value:
+        raise ValueError(f"{key!r} is empty; a conversation needs a message")
+    messages = [_message(key, i, message) for i, message in enumerate(value)]
+    _checked_text(key, json.dumps(messages, ensure_ascii=False))
+    return messages
+
+
+def _message(key: str, i: int, message: Any) -> dict[str, Any]:
+    """A message of `role` and `content`, or of ShareGPT's `from` and `value`."""
+    if isinstance(message, Mapping) and isinstance(message.get("from"), str):
+        role, value = ROLES.get(message["from"].lower()), message.get("value")
+        if role is None:
+            raise ValueError(
+                f"{key!r} has a message {i} from {message['from']!r}; known are {', '.join(ROLES)}"
+            )
+        rest = {k: v for k, v in message.items() if k not in ("from", "value")}
+        call = _call(value) if message["from"].lower() == "function_call" else None
+        if call is not None:
+            return {"role": role, "content": "", "tool_calls": call, **rest}
+        return {"role": role, "content": value, **rest}
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(
+            f'{key!r} has a message {i} that is no {{"role": ..., "content": ...}} and no'
+            ' {"from": ..., "value": ...}; correct it'
+        )
+    return dict(message)
+
+
+def _call(value: Any) -> list[dict[str, Any]] | None:
+    """The calls that a ShareGPT function_call spells as JSON; None where it is none."""
+    try:
+        calls = json.loads(value)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    calls = calls if isinstance(calls, list) else [calls]
+    is_call = [isinstance(call, dict) and "name" in call for call in calls]
+    return [{"type": "function", "function": call} for call in calls] if all(is_call) else None
+
+
+def _parse(key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{key!r} is text that is no JSON ({reason}); correct it") from None
+
+
+def _get(record: Record, key: str) -> Any:
+    if record.get(key) is None:
+        raise ValueError(
+            f"a record has {key!r}; it has {_names(record)}; name the right one by"
+            " data.source.field=NAME, or choose another data.format"
+        )
+    return record[key]
+
+
+def _names(record: Record) -> str:
+    return ", ".join(repr(key) for key in list(record)[:8]) or "no fields"
+
+
+def _checked_text(key: str, text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{key!r} is {_kind(text)}; give a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # "\ud800" in JSON is a half of a character
+        raise ValueError(
+            f"{key!r} holds half a surrogate pair; correct the \\ud... escape"
+        ) from None
+    return text
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number"}
+    names |= {str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
