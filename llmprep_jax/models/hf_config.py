@@ -185,11 +185,18 @@ def released_rope(
     return base * scaling.factor ** (head_dim / (head_dim - 2)), None
 
 
-def token_ids_from_hf(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """bos_id, eos_ids and pad_id as keyword arguments of a Config."""
-    eos = hf.get("eos_token_id")
+def token_ids_from_hf(
+    hf: Mapping[str, Any], *, bos: int | None = None, eos: int | None = None
+) -> dict[str, Any]:
+    """bos_id, eos_ids and pad_id as keyword arguments of a Config.
+
+    Args:
+      bos, eos: of transformers' class, which hold where a file leaves them out; null is none.
+    """
+    eos = hf.get("eos_token_id", eos)
     eos_ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
-    return {"bos_id": hf.get("bos_token_id"), "eos_ids": eos_ids, "pad_id": hf.get("pad_token_id")}
+    bos = hf.get("bos_token_id", bos)
+    return {"bos_id": bos, "eos_ids": eos_ids, "pad_id": hf.get("pad_token_id")}
 
 
 def token_ids_to_hf(

@@ -40,7 +40,7 @@ WINDOWS = {
 FULL, SLIDING = "full_attention", "sliding_attention"
 BY_LAYER = st.none() | st.lists(st.sampled_from([SLIDING, FULL]), min_size=4, max_size=4)
 DEEPSEEK = {
-    **LLAMA,
+    **{name: values for name, values in LLAMA.items() if name != "head_dim"},
     "moe_intermediate_size": sizes,
     "n_routed_experts": st.just(8),
     "num_experts_per_tok": st.sampled_from([1, 2]),

@@ -199,6 +199,27 @@ def test_qwens_window_holds_from_a_layer_on(changes, window, first):
     assert (cfg.window, cfg.first_window_layer) == (window, first)
 
 
+def test_layers_that_slide_have_transformers_window_where_none_is_given():
+    hf = {name: value for name, value in QWEN.items() if name != "sliding_window"}
+    kinds = ["full_attention"] * 3 + ["sliding_attention"] * 25
+    cfg = read(hf, layer_types=kinds, use_sliding_window=True)
+    assert (cfg.window, cfg.first_window_layer) == (4096, 3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bos", "eos"),
+    [("llama", 1, (2,)), ("qwen2", None, ()), ("deepseek_v2", 1, (2,)), ("deepseek_v3", 0, (1,))],
+)
+def test_token_ids_that_a_file_leaves_out_are_transformers(model_type, bos, eos):
+    hf = {"model_type": model_type, "num_experts_per_tok": 2}
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    hf |= {name: LLAMA[name] for name in (*sizes, "num_attention_heads")}
+    cfg = read(hf)
+    assert (cfg.bos_id, cfg.eos_ids, cfg.pad_id) == (bos, eos, None)
+    cfg = read(hf, bos_token_id=None, eos_token_id=None)
+    assert (cfg.bos_id, cfg.eos_ids) == (None, ())
+
+
 def test_gemma_takes_what_its_file_omits_from_transformers():
     cfg = read(GEMMA)
     assert cfg == Gemma3Config(

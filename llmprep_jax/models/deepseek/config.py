@@ -134,6 +134,8 @@ _DEFAULTS = {
         routed_scaling_factor=1.0,
         topk_method="greedy",
         max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "deepseek_v3": dict(
         _COMMON,
@@ -153,6 +155,8 @@ _DEFAULTS = {
         norm_topk_prob=True,
         topk_method="noaux_tc",
         max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
     ),
 }
 _METHODS = {
@@ -174,8 +178,9 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
     """
     kind = hf["model_type"]
     given = {name: value for name, value in hf.items() if value is not None}
-    if "q_lora_rank" in hf:
-        given["q_lora_rank"] = hf["q_lora_rank"]  # null has a meaning here
+    for name in ("q_lora_rank", "bos_token_id", "eos_token_id"):
+        if name in hf:
+            given[name] = hf[name]  # null has a meaning here
     hf = {**_DEFAULTS[kind], **given}
     is_v3 = kind == "deepseek_v3"
     refuse_unsupported(
@@ -239,8 +244,8 @@ def _read_routing(hf: Mapping[str, Any], is_v3: bool) -> Routing:
 
 
 def _read_num_mtp(hf: Mapping[str, Any]) -> int:
-    # renamed in transformers 5
-    return hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 0))
+    # renamed in transformers 5, where there is one unless it is said; `settle` looks for it
+    return hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 1))
 
 
 def to_hf(cfg: Config) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
         window=window,
         first_window_layer=first_window_layer,
         model_type=kind,
-        **token_ids_from_hf(hf),
+        **(token_ids_from_hf(hf) if qwen else token_ids_from_hf(hf, bos=1, eos=2)),
     )
 
 
@@ -115,7 +115,7 @@ def _read_window(hf: Mapping[str, Any]) -> tuple[int | None, int]:
         window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
     else:
         first = types.index("sliding_attention") if "sliding_attention" in types else len(types)
-        window = hf.get("sliding_window")
+        window = hf.get("sliding_window", 4096)
         if "full_attention" in types[first:]:
             raise ValueError(f"layer_types {types}: a full layer after sliding ones is not Qwen2's")
     return (None, 0) if window is None or first >= hf["num_hidden_layers"] else (window, first)
