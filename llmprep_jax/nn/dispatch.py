@@ -116,7 +116,7 @@ def run_experts(
         experts = Experts(apply, params, count, axis, capacity_factor)
         y_BTD, dropped = _run_tokens(send, x_BTD, experts_BTA, weights_BTA, experts)
         # of tensor-parallel experts, or of all experts of the axis if tokens are not split over it
-        y_BTD = jax.lax.psum(y_BTD, tuple(varying - split)).astype(x_BTD.dtype)
+        y_BTD = jax.lax.psum(y_BTD.astype(x_BTD.dtype), tuple(varying - split))
         return y_BTD, jax.lax.psum(dropped, tuple(varying)) // _ways(varying - split)
 
     arrays = [jax.reshard(z, tokens) for z in (x_BTD, experts_BTA, weights_BTA)]
@@ -201,7 +201,7 @@ def _run_own(x_MD, experts_MA, weights_MA, experts):
 def _run_ring(x_MD, experts_MA, weights_MA, experts):
     gather = functools.partial(jax.lax.all_gather, axis_name=experts.axis, tiled=True)
     y, dropped = _run_own(gather(x_MD), gather(experts_MA), gather(weights_MA), experts)
-    return jax.lax.psum_scatter(y, experts.axis, tiled=True), dropped
+    return jax.lax.psum_scatter(y.astype(x_MD.dtype), experts.axis, tiled=True), dropped
 
 
 def _run_capacity(x_MD, experts_MA, weights_MA, experts):

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llmprep_jax.nn.param import Compute, add_bias, param
-from llmprep_jax.sharding import has_mesh, sharding_of, spec
+from llmprep_jax.sharding import has_mesh, sharding_of, spec, without_axes
 from llmprep_jax.types import Array, Float, Int
 
 fan_in_normal = jax.nn.initializers.lecun_normal
@@ -26,19 +26,30 @@ _HIDDEN = ("batch", "seq", "act_embed")
 PRODUCT = "product"  # name of a `contract`'s result, for what the backward pass keeps
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def contract(eqn: str, x: Array, w: Array, dtype: jnp.dtype, axes: tuple[str | None, ...]) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def contract(
+    eqn: str,
+    x: Array,
+    w: Array,
+    dtype: jnp.dtype,
+    axes: tuple[str | None, ...],
+    out_dtype: str | None = None,
+) -> Array:
     """Einsum of `x` and `w` with operands in `dtype`, a float32 sum, and the result in x's dtype.
+
+    On a mesh each device sums in float32 and devices add up their sums in the result's dtype, so
+    that bf16 activations cross the network in bf16; the weight's gradient is float32 throughout.
 
     Args:
       eqn: the einsum, e.g. "BTD,DNH->BTNH"; each input dimension is in the other input or in the
         output.
       axes: logical axes of the result, for its sharding.
+      out_dtype: of the result; None: x's.
     """
-    return _product(eqn, x, w, dtype, x.dtype, axes)
+    return _product(eqn, x, w, dtype, jnp.dtype(out_dtype or x.dtype), axes)
 
 
-def _product(eqn, x, w, dtype, out_dtype, axes=None, sharding=None):
+def _product(eqn, x, w, dtype, out_dtype, axes=None, sharding=None, sum_dtype=None):
     x, w = x.astype(dtype), w.astype(dtype)
     matrices = None if has_mesh() else _matrices(eqn)
     # float32 sums whatever the operands are; on TPU and GPU the cast fuses into the product
@@ -53,7 +64,8 @@ def _product(eqn, x, w, dtype, out_dtype, axes=None, sharding=None):
         inputs, out = eqn.split("->")
         sizes = dict(zip(inputs.replace(",", ""), (*x.shape, *w.shape), strict=True))
         sharding = spec(*axes, shape=[sizes[dim] for dim in out])
-    y = jnp.einsum(eqn, x, w, preferred_element_type=jnp.float32, out_sharding=sharding)
+    sum_dtype = (sum_dtype or out_dtype) if has_mesh() else jnp.float32
+    y = jnp.einsum(eqn, x, w, preferred_element_type=sum_dtype, out_sharding=sharding)
     return y.astype(out_dtype)
 
 
@@ -92,19 +104,19 @@ def _matrices(eqn: str) -> tuple[int, int, int] | None:
     return len(ins), 0 if w_dims == ins + outs else 1, len(rows)
 
 
-def _contract_forward(eqn, x, w, dtype, axes):
+def _contract_forward(eqn, x, w, dtype, axes, out_dtype):
     # named after its cast: under remat "dots" this is kept, in x's dtype, and not the float32 sum
-    y = checkpoint_name(_product(eqn, x, w, dtype, x.dtype, axes), PRODUCT)
-    return y, (x, w)
+    y = _product(eqn, x, w, dtype, jnp.dtype(out_dtype or x.dtype), axes)
+    return checkpoint_name(y, PRODUCT), (x, w)
 
 
-def _contract_backward(eqn, dtype, axes, residuals, dy):
+def _contract_backward(eqn, dtype, axes, out_dtype, residuals, dy):
     x, w = residuals
     (x_dims, w_dims), y_dims = eqn.split("->")[0].split(","), eqn.split("->")[1]
     dy = dy.astype(dtype)
     dx = _product(f"{y_dims},{w_dims}->{x_dims}", dy, w, dtype, x.dtype, sharding=sharding_of(x))
-    dw = _product(f"{x_dims},{y_dims}->{w_dims}", x, dy, dtype, w.dtype, sharding=sharding_of(w))
-    return dx, dw
+    eqn, place = f"{x_dims},{y_dims}->{w_dims}", sharding_of(w)
+    return dx, _product(eqn, x, dy, dtype, w.dtype, sharding=place, sum_dtype=jnp.float32)
 
 
 contract.defvjp(_contract_forward, _contract_backward)
@@ -193,7 +205,7 @@ class Embed(Einsum):
             not, and give the nearest row (XLA clamps).
         """
         check_ids(tokens_BT, self.layer_shape[0])
-        return look_up(self.w[...], tokens_BT, _HIDDEN).astype(self.compute.dtype)
+        return look_up(self.w[...], tokens_BT, self.compute.dtype, _HIDDEN)
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits against the same table, float32."""
@@ -214,21 +226,48 @@ def check_ids(tokens: Array, vocab_size: int) -> None:
 
 
 def look_up(
-    table: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], axes: tuple[str | None, ...]
+    table: Float[Array, "V D"],
+    tokens_BT: Int[Array, "B T"],
+    dtype: str | jnp.dtype,
+    axes: tuple[str | None, ...],
 ) -> Float[Array, "B T D"]:
-    """Rows of a table; `axes` are the logical axes of the result."""
-    shape = (*tokens_BT.shape, table.shape[-1])
-    if has_mesh():
-        # whole rows: else the partitioner falls back to replicating what it looked up
-        table = jax.reshard(table, spec("vocab", None, shape=table.shape))
-    return table.at[tokens_BT].get(out_sharding=spec(*axes, shape=shape))
+    """Rows of a table in `dtype`; `axes` are the logical axes of the result.
+
+    On a mesh the table stays where it is. A device looks up, in its part of the table, the tokens
+    of all devices that hold other parts; what crosses the network is tokens there and activations,
+    in `dtype`, back. The gradient goes the same way and is summed in the table's dtype.
+    """
+    if not has_mesh():
+        return table.at[tokens_BT].get().astype(dtype)
+    vocab, width = (*jax.typeof(table).sharding.spec, None, None)[:2]
+    with without_axes(tuple(jax.tree.leaves((vocab, width)))):
+        (rows,) = spec("batch", shape=tokens_BT.shape[:1])
+
+    def run(table_VD: Array, tokens_BT: Array) -> Array:
+        if vocab is None:
+            return table_VD.at[tokens_BT].get().astype(dtype)
+        num_rows = len(table_VD)
+        at_BT = _in_range(tokens_BT, table.shape[0]) - jax.lax.axis_index(vocab) * num_rows
+        is_here_BT1 = ((at_BT >= 0) & (at_BT < num_rows))[..., None]
+        found_BTD = table_VD.at[jnp.clip(at_BT, 0, num_rows - 1)].get()
+        return jax.lax.psum(jnp.where(is_here_BT1, found_BTD, 0).astype(dtype), vocab)
+
+    in_specs, out_specs = (jax.P(vocab, width), jax.P(rows, None)), jax.P(rows, None, width)
+    tokens_BT = jax.reshard(tokens_BT, in_specs[1])
+    x_BTD = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs)(table, tokens_BT)
+    return jax.reshard(x_BTD, spec(*axes, shape=x_BTD.shape))
+
+
+def _in_range(ids: Int[Array, "..."], size: int) -> Int[Array, "..."]:
+    """Indices as indexing takes them: from the end where negative, and the nearest one outside."""
+    return jnp.clip(jnp.where(ids < 0, ids + size, ids), 0, size - 1)
 
 
 def contract_logits(
     eqn: str, x_BTD: Float[Array, "B T D"], w: Float[Array, "..."], dtype: jnp.dtype
 ) -> Float[Array, "B T V"]:
     """The output head: `contract` whose result stays in float32, for the softmax and the loss."""
-    return contract(eqn, x_BTD.astype(jnp.float32), w, dtype, ("batch", "seq", "vocab"))
+    return contract(eqn, x_BTD, w, dtype, ("batch", "seq", "vocab"), "float32")
 
 
 class Head(Einsum):

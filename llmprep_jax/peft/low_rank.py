@@ -138,7 +138,7 @@ def bypass(a: Array, b: Array, base: Einsum, x: Array) -> Array:
     rows = "".join(dim for dim in y_dims if dim not in outs)
     low_axes = (*base.out_axes[: len(rows)], None)
     if isinstance(base, Embed):
-        x_low = look_up(a, x, low_axes).astype(base.compute.dtype)
+        x_low = look_up(a, x, base.compute.dtype, low_axes)
     else:
         # a head computes in float32 whatever its inputs are
         x = x.astype(jnp.float32) if isinstance(base, Head) else x
