@@ -52,15 +52,15 @@ class Settings:
       lr: in place of every method's own, for a sweep, which has the first round alone.
     """
 
-    base: Literal["tiny", "smollm2"] = "tiny"
+    base: Literal["tiny", "smollm2"] = "tiny"  # as above
     steps: int = 100
     base_steps: int = 600
-    seeds: int = 3
+    seeds: int = 3  # runs of each method
     rows: int = 8
     length: int = 128
     methods: tuple[str, ...] = ()
     lr: float | None = None
-    out: pathlib.Path = pathlib.Path("runs/adapters")
+    out: pathlib.Path = pathlib.Path("runs/adapters")  # a folder
 
 
 def main(arguments: list[str]) -> cli.Outputs:

@@ -34,10 +34,10 @@ from llmprep_jax.evaluate import contest
 class Settings:
     """What is timed; `rounds` timed calls of each contender."""
 
-    work: Literal["decode", "prefill", "batch"] = "decode"
-    model: str | None = None
-    rounds: int = 5
-    out: pathlib.Path | None = None
+    work: Literal["decode", "prefill", "batch"] = "decode"  # as above
+    model: str | None = None  # None: SmolLM2-135M-Instruct
+    rounds: int = 5  # timed calls of each contender
+    out: pathlib.Path | None = None  # a JSON file for the numbers
 
 
 SIZES = {"decode": (1, 64, 128), "prefill": (1, 512, 1), "batch": (8, 64, 64)}  # rows, prompt, new

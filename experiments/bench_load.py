@@ -30,9 +30,9 @@ from llmprep_jax.evaluate import contest
 class Settings:
     """`rounds` timed calls of each contender."""
 
-    model: str | None = None
-    rounds: int = 7
-    out: pathlib.Path | None = None
+    model: str | None = None  # None: SmolLM2-135M-Instruct
+    rounds: int = 7  # timed calls of each contender
+    out: pathlib.Path | None = None  # a JSON file for the numbers
 
 
 def ours(folder: str) -> Callable[[], Any]:

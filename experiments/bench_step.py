@@ -31,11 +31,11 @@ from llmprep_jax.evaluate import contest
 class Settings:
     """Sizes of a step; `rounds` timed steps of each contender."""
 
-    work: Literal["lora", "full", "tiny"] = "lora"
-    batch: int = 2
-    seq: int = 256
-    rounds: int = 7
-    out: pathlib.Path | None = None
+    work: Literal["lora", "full", "tiny"] = "lora"  # as above
+    batch: int = 2  # rows
+    seq: int = 256  # tokens of a row
+    rounds: int = 7  # timed calls of each contender
+    out: pathlib.Path | None = None  # a JSON file for the numbers
 
 
 TINY = dict(vocab_size=4096, dim=256, mlp_dim=1024, num_layers=4, num_heads=4, num_kv_heads=4)

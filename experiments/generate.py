@@ -41,8 +41,8 @@ class Settings:
     top_p: float | None = None  # the most likely tokens that together have this probability
     min_p: float | None = None  # tokens at least this share as likely as the most likely one
     repetition_penalty: float = 1.0  # above 1: tokens that are there already are less likely
-    max_new_tokens: int = 256
-    seed: int = 0
+    max_new_tokens: int = 256  # of an answer, at most
+    seed: int = 0  # of what is drawn
     stop: tuple[str, ...] = ()  # texts that end the answer: a,b
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: as stored
     adapter: str | None = None  # a PEFT folder

@@ -37,9 +37,9 @@ COLUMNS = ("balance by", "loss, held out", "MaxVio, held out", "MaxVio of the la
 class Settings(Sizes):
     """Sizes of the study; `alpha` is the weight of the loss, `rate` the step of the biases."""
 
-    alpha: float = 0.01
-    rate: float = 0.01
-    out: pathlib.Path = pathlib.Path("runs/moe_balance")
+    alpha: float = 0.01  # weight of the balancing loss
+    rate: float = 0.01  # by which biases move a step
+    out: pathlib.Path = pathlib.Path("runs/moe_balance")  # a folder
 
 
 @dataclasses.dataclass(frozen=True)

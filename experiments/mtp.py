@@ -45,9 +45,9 @@ PROMPTS, PROMPT, NEW = 8, 64, 64
 class Settings(Sizes):
     """Sizes of the study; `weight` is that of the further token's loss, `rate` of the biases."""
 
-    weight: float = 0.3
-    rate: float = 0.01
-    out: pathlib.Path = pathlib.Path("runs/mtp")
+    weight: float = 0.3  # of the loss of the further token
+    rate: float = 0.01  # by which biases of routers move a step
+    out: pathlib.Path = pathlib.Path("runs/mtp")  # a folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,12 @@ _rules = jax.make_user_context(ShardingRules())
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSizes:
-    """How many devices lie along each mesh axis; one may be -1, for all that are left."""
+    """How many devices lie along each mesh axis; one may be -1, for all that are left.
+
+    Attributes:
+      data: repeats weights and parts the batch. fsdp: parts weights and batch. tensor: parts heads,
+        MLPs and vocabulary. expert: parts batch and experts.
+    """
 
     data: int = 1
     fsdp: int = 1

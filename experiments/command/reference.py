@@ -55,7 +55,7 @@ def settings_of(settings: str) -> list[Setting]:
 def _list(cls: Class, prefix: str, shown: dict[str, str]) -> Iterator[Setting]:
     """The settings of a class; `shown` are classes that are listed already, and where."""
     for name, (owner, node) in _fields(cls).items():
-        words = _words(owner).get(name) or _comment(owner.module, node)
+        words = _words(cls).get(name) or _comment(owner.module, node)
         sections = _sections(owner.module, node.annotation)
         default = _default(owner.module, _assigned(node))
         path = prefix + name
@@ -96,8 +96,7 @@ def _fields(cls: Class) -> dict[str, tuple[Class, ast.AnnAssign]]:
         is_field = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
         if is_field and "ClassVar" not in ast.unparse(node.annotation):
             fields[node.target.id] = (cls, node)
-    own = _words(cls)
-    return {name: (cls if name in own else owner, node) for name, (owner, node) in fields.items()}
+    return {name: field for name, field in fields.items() if not name.startswith("_")}
 
 
 def _sections(module: str, annotation: ast.expr) -> list[Class]:
@@ -150,24 +149,19 @@ def _kind(module: str, annotation: ast.expr) -> str:
 
 
 def _words(cls: Class) -> dict[str, str]:
-    """What the docstring says of each field."""
-    text = ast.get_docstring(cls.node) or ""
-    _, _, attributes = text.partition("Attributes:\n")
-    text = " ".join(attributes.split()) if attributes else ""
-    names = "|".join(
-        re.escape(n.target.id)
-        for n in cls.node.body
-        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-    )
-    if not names:
-        return {}
-    starts = list(re.finditer(rf"(?:^|(?<=[.;] )|(?<=\) ))((?:{names})(?:, (?:{names}))*): ", text))
+    """What the docstrings of a class and of those it derives from say of its fields."""
+    words: dict[str, str] = {}
+    for base in cls.node.bases:
+        parent = _resolve(cls.module, ast.unparse(base))
+        words |= _words(parent) if isinstance(parent, Class) else {}
+    _, _, text = (ast.get_docstring(cls.node) or "").partition("Attributes:\n")
+    text, names = " ".join(text.split()), "|".join(map(re.escape, _fields(cls)))
+    starts = list(re.finditer(rf"(?:^|(?<=[.;)] ))((?:{names})(?:, (?:{names}))*): ", text))
     ends = [*(start.start() for start in starts[1:]), len(text)][: len(starts)]
-    return {
-        name: text[start.end() : end].strip().rstrip(".")
-        for start, end in zip(starts, ends, strict=True)
-        for name in start[1].split(", ")
-    }
+    for start, end in zip(starts, ends, strict=True):
+        meaning = text[start.end() : end].strip().rstrip(".")
+        words |= dict.fromkeys(start[1].split(", "), meaning)
+    return words
 
 
 def _comment(module: str, node: ast.AnnAssign) -> str:

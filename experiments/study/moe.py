@@ -30,11 +30,11 @@ TINY = dataclasses.replace(
 class Sizes:
     """Of a study: steps of each training, its batches, and how often it is done."""
 
-    steps: int = 300
-    seeds: int = 3
-    rows: int = 8
-    length: int = 128
-    lr: float = 3e-3
+    steps: int = 300  # of each training
+    seeds: int = 3  # trainings of each kind
+    rows: int = 8  # of a batch
+    length: int = 128  # tokens of a row
+    lr: float = 3e-3  # peak learning rate
 
 
 def train(

@@ -24,7 +24,8 @@ class LowRank(Method):
     """Settings of a method with a rank.
 
     Attributes:
-      rank: r. alpha: the scale is alpha / rank.
+      rank: r, of A and B.
+      alpha: the scale is alpha / rank.
       rank_pattern, alpha_pattern: (name or regex of a path's end, value) for layers that differ;
         the first that matches holds.
     """

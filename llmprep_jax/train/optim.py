@@ -32,9 +32,13 @@ class OptimConfig:
       lr: peak learning rate.
       schedule: after the warmup, "cosine" and "linear" fall to `final_ratio` of the peak at the
         last step; "wsd" stays and falls linearly over the last `decay_fraction` of the run.
+      final_ratio: of the peak, what the rate falls to.
+      decay_fraction: of the run, over which "wsd" falls.
       warmup_steps: steps of linear rise; the first has lr / warmup_steps.
       weight_decay: of matrices; norms and biases have none, and of adapters what their method says
         (`peft.Method.decayed`).
+      betas, eps: Adam's.
+      weight_decay: decoupled, times the learning rate.
       decay_embeddings: whether weight decay holds for embedding tables too.
       clip_norm: largest global norm of the gradient; None: no clipping.
       lora_plus: ratio of the learning rate of the factors that are zero at first, LoRA's B and of

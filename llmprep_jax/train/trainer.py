@@ -36,7 +36,8 @@ class FitConfig:
     Attributes:
       steps: where the run ends, counted from its beginning.
       schedule_steps: the steps that the learning rate's schedule is laid over; None: `steps`.
-      accumulate: microbatches that a batch is cut into; the update is the same, memory is less.
+      accumulate: microbatches that a batch is cut into, of batch_size / accumulate rows each; the
+        update is the same, memory is less.
       ema_decay: of the running average of the parameters; None: none is kept.
       seed: of the model's random numbers while it trains.
       log_every: steps between looks at the metrics; all steps are recorded whatever it is.
