@@ -5,6 +5,7 @@ vocabularies, no merges. Both are implied: the first by the name in `tokenizer.g
 by the order of the pieces.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _vocab(tokens: list[str]) -> dict[str, int]:
 
 def _byte_level(fields: dict[str, Any], architecture: str) -> tokenizers.Tokenizer:
     """Normal tokens are spelled in GPT-2's byte alphabet, added ones as plain text."""
-    cut = byte_level.resolve_cut(fields.get("pre", "default"))
+    cut = _cut_of(fields, architecture)
     merges = [tuple(merge.split(" ")) for merge in fields.get("merges", [])]
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     tokens, kinds = list(fields["tokens"]), _kinds(fields)
@@ -74,8 +75,23 @@ def _byte_level(fields: dict[str, Any], architecture: str) -> tokenizers.Tokeniz
             kinds[i] = spm.USER_DEFINED  # older converters wrote added tokens as normal ones
     core = byte_level.build_core(_vocab(tokens), merges, cut)
     spm.add_pieces(core, list(zip(tokens, kinds, strict=True)))
-    fields.setdefault("add_bos_token", cut == "llama-bpe")  # as llama.cpp does for old files
+    fields.setdefault("add_bos_token", byte_level.adds_bos(cut))  # as llama.cpp does for old files
     return core
+
+
+def _cut_of(fields: dict[str, Any], architecture: str) -> str:
+    """The cut that the file names, or else that of its architecture, or GPT-2's with a warning."""
+    if fields.get("pre"):
+        return byte_level.resolve_cut(fields["pre"])
+    cut = byte_level.infer_cut(architecture, fields["tokens"])
+    if cut is None:
+        warnings.warn(
+            f"the GGUF does not say how its {architecture or 'unnamed'} tokenizer cuts text"
+            " (tokenizer.ggml.pre); it is cut as GPT-2 does, which may give other tokens than the"
+            " model was trained on; use the model's tokenizer.json by tokenizer=FOLDER",
+            stacklevel=2,
+        )
+    return cut or "gpt-2"
 
 
 def _sentencepiece(fields: dict[str, Any], architecture: str) -> tokenizers.Tokenizer:

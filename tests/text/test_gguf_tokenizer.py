@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from llmprep_jax.text import Tokenizer
+from llmprep_jax.text import Tokenizer, byte_level
 from tests.text.samples import (
     CHATML,
     CONTROL,
@@ -91,6 +92,73 @@ def test_each_pre_tokenizer_cuts_as_its_family(tmp_path, pre):
     for text in TRICKY:
         assert tokenizer.encode(text) == core.encode(text).ids, text
         assert tokenizer.decode(tokenizer.encode(text)) == core.decode(core.encode(text).ids)
+
+
+TINY = sorted(pre_tokenizers.ByteLevel.alphabet())
+DEEPSEEK_BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
+
+
+def write_tiny(path, architecture, *more, size=0, **fields):
+    """A vocabulary of bytes, the digits' merges 12, 34, 1234, `more`, and filling up to `size`."""
+    tokens = [*TINY, "12", "34", "1234", *more]
+    tokens += [f"<fill{i}>" for i in range(size - len(tokens))]
+    kinds = [NORMAL] * (len(TINY) + 3) + [CONTROL] * (len(tokens) - len(TINY) - 3)
+    merges = ["1 2", "3 4", "12 34"]
+    return write_gguf(path, architecture, "gpt2", tokens, kinds, merges=merges, **fields)
+
+
+def cut_of(path, text="1234"):
+    tokenizer = Tokenizer.from_gguf(path)
+    return [tokenizer.token_of(i) for i in tokenizer.encode(text, add_special=False)]
+
+
+@pytest.mark.parametrize(("architecture", "more", "size", "pieces"), [
+    ("qwen2", (), 0, ["1", "2", "3", "4"]),
+    ("llama", ("<|eot_id|>",), 0, ["12", "3", "4"]),  # by threes: 123, 4
+    ("llama", (DEEPSEEK_BOS,), 0, ["1", "2", "3", "4"]),
+    ("llama", ("<|im_start|>",), 49152, ["1", "2", "3", "4"]),
+], ids=["qwen2", "llama3", "deepseek", "smollm2"])  # fmt: skip
+def test_a_cut_that_is_not_named_is_that_of_the_model(tmp_path, architecture, more, size, pieces):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = write_tiny(tmp_path / "t.gguf", architecture, *more, size=size)
+        assert cut_of(path) == pieces
+        assert cut_of(write_tiny(tmp_path / "n.gguf", "llama", pre="gpt-2")) == ["1234"]
+
+
+def test_a_cut_that_neither_name_nor_model_tells_is_warned_of(tmp_path):
+    path = write_tiny(tmp_path / "t.gguf", "llama", pre="")
+    with pytest.warns(UserWarning, match=r"does not say how its llama tokenizer cuts text"):
+        assert cut_of(path) == ["1234"]
+
+
+@pytest.mark.parametrize(("pre", "pieces"), [
+    ("smaug-bpe", ["12", "3", "4"]), ("dbrx", ["12", "3", "4"]), ("pixtral", ["12", "3", "4"]),
+    ("deepseek-llm", ["1", "2", "3", "4"]), ("deepseek-coder", ["1", "2", "3", "4"]),
+    ("tekken", ["1", "2", "3", "4"]), ("megrez", ["1", "2", "3", "4"]), ("gigachat", ["1234"]),
+    ("minerva-7b", ["1", "2", "3", "4"]), ("joyai-llm", ["12", "3", "4"]),
+])  # fmt: skip
+def test_each_name_of_a_cut_is_read(tmp_path, pre, pieces):
+    assert cut_of(write_tiny(tmp_path / "t.gguf", "llama", pre=pre)) == pieces
+
+
+def test_smaug_merges_where_llama_3_takes_whole_words(tmp_path):
+    tokens, kinds = [*TINY, "Ġmind", "<s>"], [*[NORMAL] * 257, CONTROL]
+    for pre, ids in (("llama-bpe", [256]), ("smaug-bpe", [*map(TINY.index, "Ġmind")])):
+        path = write_gguf(tmp_path / f"{pre}.gguf", "llama", "gpt2", tokens, kinds, pre=pre)
+        assert Tokenizer.from_gguf(path).encode(" mind") == ids
+
+
+@pytest.mark.parametrize(("pre", "text", "pieces"), [
+    ("deepseek-llm", "a\nb c, Ж 你好", ["a", "\n", "b", " c", ",", " Ж", " ", "你好"]),
+    ("deepseek-llm", "αβ, don't  ", ["αβ", ",", " don", "'", "t", "  "]),
+    ("deepseek-coder", "a\nb_c, 你好", ["a", "\n", "b", "_", "c", ",", " ", "你好"]),
+    ("tekken", "HelloWorld a/b", ["Hello", "World", " a", "/b"]),
+], ids=range(4))  # fmt: skip
+def test_words_are_cut_as_the_patterns_of_the_family_have_it(pre, text, pieces):
+    core = byte_level.build_core({}, [], byte_level.resolve_cut(pre))
+    cut = core.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in cut] == pieces
 
 
 def test_deepseek_survives_its_way_through_a_gguf(tmp_path):
