@@ -60,6 +60,9 @@ def generate(
 ) -> Any:
     """The model's answer to a text or a conversation, or a list of answers to a list of them.
 
+    A conversation whose last message is the assistant's is gone on with: the answer is what follows
+    that message.
+
     Args:
       processor: of the model; makes the tokens and decodes them.
       stream: return an iterator of pieces of text instead; of a list of prompts, or of several
@@ -74,8 +77,8 @@ def generate(
       settings: max_new_tokens (256 unless given), temperature, top_k, top_p, min_p,
         repetition_penalty, seed, num_samples (answers to each prompt; a list of them where there
         was one), prompt_cache (for chats), draft and report: see `generate_tokens`. All others
-        (tools, enable_thinking, continue_final_message, ...) go to the processor, most of them as
-        fields of the chat template.
+        (tools, enable_thinking, special_tokens, ...) go to the processor, most of them as fields of
+        the chat template.
 
     Raises:
       ValueError: an empty stop string, images for a text model, a setting or field that nobody
@@ -85,7 +88,8 @@ def generate(
         raise ValueError("a stream has no log-probabilities; leave out stream or return_logprobs")
     fields = {name: value for name, value in settings.items() if name not in _PASSED_ON}
     _check_fields(processor, messages_or_texts, fields)
-    inputs = processor(messages_or_texts, images, **fields)
+    goes_on = {} if "add_generation_prompt" in fields else {"continue_final_message": True}
+    inputs = processor(messages_or_texts, images, **(goes_on | fields))
     settings = {name: settings[name] for name in settings if name in _PASSED_ON}
     answers = Answers(model, processor, inputs, reasoning, stop, stop_ids, settings)
     is_one, are_several = _is_one(messages_or_texts), settings.get("num_samples") is not None
@@ -119,7 +123,7 @@ class Answers:
         tokenizer, self._stop = processor.tokenizer, _stop_strings(stop)
         ids = tokenizer.stop_ids if stop_ids is None else read_ids("stop_ids", stop_ids)
         settings = {"max_new_tokens": 256, **settings}
-        ids = (*ids, *_special_stops(tokenizer, self._stop))
+        ids = (*ids, *tokenizer.stop_ids_of(self._stop))  # no text shows these
         self._decoding = decoding = Decoding(model, **inputs, stop_ids=ids, **settings)
         self.num_samples = decoding.num_samples
         keep, opened = (TAGS, _opened(processor, inputs)) if reasoning else ((), [])
@@ -232,11 +236,6 @@ def _scored(text: str | Reply, row: Row, tokens_T: Any, logprobs_T: Any) -> Scor
 def _is_in(text: str, stop: tuple[str, ...]) -> bool:
     """Whether a stop string is longer than this text and holds it."""
     return any(text in string and text != string for string in stop)
-
-
-def _special_stops(tokenizer: Any, stop: tuple[str, ...]) -> list[int]:
-    """Ids of special tokens that are stop strings: no text shows them."""
-    return [tokenizer.id_of(text) for text in stop if text in tokenizer.special_texts]
 
 
 def _check_fields(processor: Any, messages_or_texts: Any, fields: Iterable[str]) -> None:

@@ -203,11 +203,12 @@ def test_fields_of_the_template_reach_it(model, processor, monkeypatch):
     talk = [{"role": "user", "content": "9"}, {"role": "assistant", "content": "876"}]
     settings = dict(max_new_tokens=4)
     assert lp.generate(model, processor, talk, continue_final_message=True, **settings) == "5432"
+    assert lp.generate(model, processor, talk, **settings) == "5432"  # what else could be meant
     with pytest.raises(ValueError, match="the chat template does not read tools"):
         lp.generate(model, processor, talk, tools=[{"name": "f"}])
     chat = ChatTemplate(CHATML + "{{ tools and 'Z' }}")
     monkeypatch.setattr(processor.tokenizer, "chat", chat)
-    assert lp.generate(model, processor, talk, tools=[{"name": "f"}], **settings) == "YXWV"
+    assert lp.generate(model, processor, talk[:1], tools=[{"name": "f"}], **settings) == "YXWV"
 
 
 @pytest.mark.parametrize(
