@@ -22,6 +22,11 @@ from tests.models.tiny import (
 families = pytest.mark.parametrize("name", CONFIGS)
 
 
+def only_fast(*names: str) -> list:
+    """All families; the others take as long and show no more, and are left to the slow tests."""
+    return [pytest.param(n, marks=() if n in names else pytest.mark.slow) for n in CONFIGS]
+
+
 def listed(model):
     """The same model with its layers in a list."""
     model = nnx.merge(*nnx.split(model))
@@ -70,13 +75,17 @@ def test_scanned_unrolled_and_listed_layers_agree(name):
     np.testing.assert_allclose(forward(listed(scanned), tokens), expected, atol=1e-5)
 
 
-def test_a_row_of_several_query_blocks_is_the_same_in_both_layouts():
-    # a listed layer knows its window and drops the keys before it; a scanned one masks them
+def test_padding_inside_a_row_of_several_query_blocks_changes_nothing_in_either_layout():
+    # a listed layer knows its window, and a scanned one has it as a value
     cfg = dataclasses.replace(CONFIGS["gemma3"], window=40, global_every=2, num_layers=2)
-    model, tokens = random_model(cfg), make_tokens(1, 300)
-    segments = np.array([[1] * 90 + [2] * 200 + [0] * 10])
-    found, expected = [forward(m, tokens, segment_ids=segments) for m in (listed(model), model)]
-    np.testing.assert_allclose(found[:, :290], expected[:, :290], atol=1e-5)
+    model, tokens = random_model(cfg), make_tokens(1, 290)
+    columns = np.r_[:110, 170:350]
+    padded, segments = np.zeros((2, 1, 360), np.int32)
+    padded[:, columns], segments[:, columns] = tokens, np.repeat([1, 2], [90, 200])
+    expected = forward(model, tokens, segment_ids=segments[:, columns])
+    for given in (listed(model), model):
+        found = forward(given, padded, segment_ids=segments)[:, columns]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @families
@@ -140,6 +149,21 @@ def test_left_padded_rows_decode_as_alone(name):
     np.testing.assert_allclose(found, forward(model, tokens), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", only_fast("gemma3"))
+@pytest.mark.parametrize("blocks", [[1] * 18, [10, 8]], ids=str)
+def test_padding_inside_rows_is_as_if_it_were_not_there(name, blocks):
+    model, mask = make_model(name), np.zeros((2, 18), bool)
+    mask[0, [0, 1, 2, 3, 9, 10, 14]], mask[1, [3, 5, *range(7, 18)]] = True, True
+    tokens = make_tokens(2, 18)
+    found = decode(model, tokens, blocks, mask=mask)
+    whole = forward(model, tokens, mask=mask)
+    for row in (0, 1):
+        alone = np.pad(tokens[row, mask[row]], (0, 18 - mask[row].sum()))[None].repeat(2, axis=0)
+        expected = forward(model, alone)[0, : mask[row].sum()]
+        np.testing.assert_allclose(found[row, mask[row]], expected, atol=1e-5)
+        np.testing.assert_allclose(whole[row, mask[row]], expected, atol=1e-5)
+
+
 @families
 def test_packed_documents_do_not_see_each_other(name):
     model, tokens = make_model(name), make_tokens(1, 14)
@@ -189,6 +213,17 @@ def test_more_tokens_than_cache_slots_are_refused():
     model = make_model("gemma3")
     with pytest.raises(ValueError, match="14 tokens do not fit a cache of 8"):
         model(make_tokens(), cache=model.init_cache(2, 8))
+
+
+@pytest.mark.parametrize("name", only_fast("gemma3", "deepseek-v3"))
+def test_tokens_after_a_caches_last_slot_are_refused_or_compiled_give_nan(name):
+    model, tokens = make_model(name), make_tokens(2, 6)
+    step = jax.jit(lambda model, cache: model(tokens, cache=cache))
+    first = step(model, model.init_cache(2, 8))
+    assert np.isfinite(first.logits).all()
+    with pytest.raises(ValueError, match="6 tokens do not fit a cache of 8 slots, 6 of them taken"):
+        model(tokens, cache=first.cache)
+    assert np.isnan(step(model, first.cache).logits).all()
 
 
 @families

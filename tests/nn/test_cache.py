@@ -1,10 +1,13 @@
 """The cache against a list: what a query finds after any cutting of the tokens into blocks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmprep_jax.nn.attention import Tokens, attend, visible
 from llmprep_jax.nn.cache import KVCache
 
 LAYERS, ROWS, HEADS, WIDTH, TOTAL = 2, 1, 1, 1, 12
@@ -138,3 +141,86 @@ def test_what_no_row_keeps_is_written_again_and_what_one_row_keeps_is_not(per_la
     stored = np.asarray(cache._layer(0)[0])[:, 0, :, 0]
     assert stored[0, :2].tolist() == [0, 1]
     assert stored[1, [0, 2, 3]].tolist() == [0, 1, 2]
+
+
+COLUMNS, WINDOW = 26, 5
+# each row has padding at its start, inside and at its end, and starts a second document somewhere
+SEGMENTS = np.array(
+    [
+        [0] * 3 + [1] * 6 + [0] * 4 + [1] * 6 + [0] * 1 + [2] * 5 + [0],
+        [1, 0] * 6 + [0] * 2 + [2] * 12,
+    ]
+)
+POSITIONS = np.array([[np.sum(r[:t] == r[t]) for t in range(COLUMNS)] for r in SEGMENTS])
+
+
+def dense(q, k, v, window):
+    """Each query against every key of its segment, not later and within the window, in float64."""
+    out = np.zeros(q.shape)
+    for b, t in np.argwhere(SEGMENTS > 0):
+        ahead = POSITIONS[b, t] - POSITIONS[b]
+        seen = (SEGMENTS[b] == SEGMENTS[b, t]) & (ahead >= 0) & (ahead < window)
+        scores = np.einsum("nh,nsh->ns", q[b, t], k[b][:, seen])
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[b, t] = np.einsum("ns,nsh->nh", weights / weights.sum(-1, keepdims=True), v[b][:, seen])
+    return out
+
+
+@functools.cache
+def qkv():
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, COLUMNS, 2, 4)).astype(np.float32)
+    return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+@jax.jit
+def read_block(cache, q_BTNH, k_BKTH, v_BKTH, positions, segments):
+    found, cache = [], cache.begin(positions, segments)
+    for layer in range(LAYERS):
+        cache, k, v, slots = cache.update(layer, k_BKTH * (1 + layer), v_BKTH)
+        seen = visible(Tokens(positions, segments), Tokens(*slots), WINDOW)
+        found.append(attend(q_BTNH, k / (1 + layer), v, seen, scale=1.0))
+    return cache.end(), jnp.stack(found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [[1] * 26, [9, 1, 2, 14]], ids=str)
+@pytest.mark.parametrize("per_layer", [False, True], ids=["stacked", "listed"])
+@pytest.mark.parametrize("slots", [WINDOW, WINDOW + 2, COLUMNS], ids=["ring", "wide", "full"])
+def test_padding_inside_rows_hides_no_token_of_the_window(slots, per_layer, sizes, dtype):
+    is_ring, kind = slots < COLUMNS, dict(per_layer=per_layer, dtype=dtype)
+    cache, found, start = KVCache.create(LAYERS, 2, slots, 2, 4, is_ring=is_ring, **kind), [], 0
+    q, k, v = [jnp.asarray(x, dtype) for x in qkv()]
+    for size in sizes:
+        part = slice(start, start + size)
+        places = [jnp.asarray(x[:, part], jnp.int32) for x in (POSITIONS, SEGMENTS)]
+        cache, out = read_block(cache, q[:, part], k[:, :, part], v[:, :, part], *places)
+        found.append(np.asarray(out, np.float32))
+        start += size
+    found, expected = np.concatenate(found, axis=2), dense(*qkv(), WINDOW)
+    for layer in range(LAYERS):
+        error = np.abs(found[layer] - expected)[SEGMENTS > 0].max()
+        assert error < (1e-5 if dtype == "float32" else 0.06)
+    if is_ring:
+        np.testing.assert_array_equal(cache.length, (SEGMENTS > 0).sum(1))
+
+
+def test_a_ring_of_one_row_counts_its_tokens_too():
+    cache = KVCache.create(1, 1, 3, HEADS, WIDTH, is_ring=True)
+    for position, segment in enumerate([1, 1, 0, 0, 1, 0]):
+        numbers = jnp.full((1, 1), position)
+        cache = cache.begin(numbers, jnp.full((1, 1), segment))
+        cache, *_ = cache.update(0, keys_of(numbers, 0), keys_of(numbers, 0))
+        cache = cache.end()
+    assert cache.length.tolist() == [3]
+    kept = np.asarray(cache.segments_BS) > 0
+    assert sorted(np.asarray(cache.positions_BS)[kept]) == [1, 4]
+
+
+def test_a_full_cache_that_overflows_holds_nan_and_no_wrong_number():
+    cache = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTH)
+    cache, _ = write(cache, 0, 6)
+    positions = jnp.arange(6, 12)[None]
+    cache = cache.begin(positions, jnp.ones_like(positions))
+    _, k, v, _ = cache.update(0, keys_of(positions, 0), keys_of(positions, 0))
+    assert np.isnan(k[0, 0, 2:]).all()
+    assert np.isnan(v[0, 0, 2:]).all()
