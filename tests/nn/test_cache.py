@@ -119,9 +119,10 @@ def test_a_donated_cache_is_updated_in_place():
 def test_layers_in_a_list_keep_the_same_numbers(is_ring):
     cache = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTH, is_ring=is_ring)
     stacked, _ = write(cache, 0, 5)
-    listed, _ = write(cache.unstacked(), 0, 5)
+    empty = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTH, is_ring=is_ring, per_layer=True)
+    listed, _ = write(cache.fit(empty), 0, 5)
     for layer in range(LAYERS):
-        for found in (listed, stacked.unstacked()):
+        for found in (listed, stacked.fit(empty)):
             matrices = found.k[layer].reshape(stacked.k[layer].shape)
             np.testing.assert_array_equal(matrices, stacked.k[layer])
 
