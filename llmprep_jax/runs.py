@@ -6,7 +6,7 @@
 import dataclasses
 import pathlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,16 +15,14 @@ from flax import nnx
 from llmprep_jax import data, peft, quant
 from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.models import registry
-from llmprep_jax.nn.param import TRAINED, AdapterParam
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.loop import Evaluate
-from llmprep_jax.train.losses import next_token_loss, training_loss
 from llmprep_jax.train.run import RunConfig
 from llmprep_jax.train.step import own_rows
-from llmprep_jax.train.trainer import Trainer
+from llmprep_jax.train.trainer import Trainer, make_loss
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -103,6 +101,24 @@ def open_adapter(adapter: AnyMethod | str | None) -> tuple[pathlib.Path | None, 
     return folder, adapter_of_run(folder.parent) or peft.read_method(folder)
 
 
+def load_data(
+    processor: Processor, paths: str | pathlib.Path | Sequence[str | pathlib.Path], **settings: Any
+) -> data.Batches:
+    """Batches of text and conversations for a training loop: numpy arrays [B, T] by name.
+
+    Args:
+      processor: whose tokenizer and chat template encode them.
+      paths: a file, a folder or a pattern, or several.
+      settings: fields of `data.DataConfig`: seq_len, batch_size, num_epochs, ...
+
+    Raises:
+      FileNotFoundError, ValueError: in one line, with the file and the remedy.
+    """
+    paths = (paths,) if isinstance(paths, (str, pathlib.Path)) else paths
+    cfg = data.DataConfig(paths=tuple(map(str, paths)), **settings)
+    return data.build(cfg, **cfg.encoders(processor.tokenizer), rows=own_rows(cfg.batch_size))
+
+
 def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evaluate | None]:
     """The training batches, and a function that evaluates a model on the held-out ones."""
     tokenizer = processor.tokenizer
@@ -131,13 +147,4 @@ def count_steps(cfg: RunConfig, processor: Processor) -> int:
 
 def make_trainer(cfg: RunConfig, model: nnx.Module) -> Trainer:
     """The model's weights or its adapters, ready to be trained."""
-    # an adapter learns from the next token alone: no further ones, and no balance of the experts
-    loss_of = training_loss if cfg.adapter is None else next_token_loss
-    return Trainer(
-        model,
-        TRAINED if cfg.adapter is None else AdapterParam,
-        cfg,
-        lambda model, batch, key: loss_of(
-            peft.train_mode(model, key), batch, chunk=cfg.loss_chunk, z_loss=cfg.z_loss
-        ),
-    )
+    return Trainer(model, cfg=cfg, loss_fn=make_loss(cfg.loss_chunk, cfg.z_loss))

@@ -38,7 +38,7 @@ MAY_IMPORT = {
         *{"models", "nn", "peft", "quant", "text", "train", "data", "evaluate", "pretrained"},
         "config",
     },
-    "__init__": {"peft", "quant", "generate", "pretrained"},
+    "__init__": {"peft", "quant", "generate", "pretrained", "train", "runs"},
 }
 _NNX = ("jit", "grad", "value_and_grad", "vmap", "pmap", "scan", "remat", "shard_map", "Optimizer")
 FORBIDDEN = {f"nnx.{name}" for name in _NNX} | {"jax.pmap", "jax.experimental"}

@@ -14,8 +14,10 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.config import settle
+from llmprep_jax.nn.param import TRAINED, AdapterParam
+from llmprep_jax.peft import is_adapted, train_mode
 from llmprep_jax.train.checkpoint import CheckpointConfig
-from llmprep_jax.train.losses import training_loss
+from llmprep_jax.train.losses import next_token_loss, training_loss
 from llmprep_jax.train.optim import (
     OptimConfig,
     make_bias_schedule,
@@ -86,8 +88,10 @@ class Trainer:
 
     Args:
       model: its arrays are taken over.
-      trainable: what is trained, a Variable class or filter (`nnx.split`).
-      loss_fn: `loss_fn(model, microbatch, key) -> LossSum`.
+      trainable: what is trained, a Variable class or filter (`nnx.split`); None: the adapters, or
+        all weights where there are none.
+      cfg: how; None: the defaults.
+      loss_fn: `loss_fn(model, microbatch, key) -> LossSum`; None: `make_loss()`.
 
     Attributes:
       split: the model in three (`split_model`).
@@ -101,10 +105,13 @@ class Trainer:
     def __init__(
         self,
         model: nnx.Module,
-        trainable: Any,
-        cfg: FitConfig,
-        loss_fn: LossFn = lambda model, batch, key: training_loss(model, batch),
+        trainable: Any = None,
+        cfg: FitConfig | None = None,
+        loss_fn: LossFn | None = None,
     ):
+        if trainable is None:
+            trainable = AdapterParam if is_adapted(model) else TRAINED
+        cfg, loss_fn = cfg or FitConfig(), loss_fn or make_loss()
         self.cfg, self.split = cfg, split_model(model, trainable)
         self.tx = make_optimizer(cfg.optim, self.split, cfg.horizon)
         self.step = make_train_step(
@@ -144,6 +151,21 @@ class Trainer:
         if ema:
             params = jax.tree.map(lambda e, p: e.astype(p.dtype), state.ema, params)
         return merge(self.split.graphdef, params, self.split.frozen)
+
+
+def make_loss(chunk: int | None = None, z_loss: float = 0.0) -> LossFn:
+    """The loss of a model, with dropout and shifts where its adapters have them.
+
+    Args:
+      chunk, z_loss: as of `next_token_loss`.
+    """
+
+    def loss_fn(model, batch, key):
+        # an adapter learns from the next token alone: no further ones, and no balance of experts
+        loss_of = next_token_loss if is_adapted(model) else training_loss
+        return loss_of(train_mode(model, key), batch, chunk=chunk, z_loss=z_loss)
+
+    return loss_fn
 
 
 class TrainSteps:
