@@ -25,9 +25,9 @@ from typing import Any, Literal
 import numpy as np
 
 from configs.data.shipped import DATA, find_smollm2
+from experiments.study import contest
 from llmprep_jax import cli
 from llmprep_jax.config import only_overrides, override
-from llmprep_jax.evaluate import contest
 
 
 @dataclasses.dataclass(frozen=True)

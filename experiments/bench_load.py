@@ -21,9 +21,9 @@ from typing import Any
 
 from configs.data.shipped import find_smollm2
 from experiments.bench_generate import write_folder
+from experiments.study import contest
 from llmprep_jax import cli
 from llmprep_jax.config import only_overrides, override
-from llmprep_jax.evaluate import contest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.bench_step import training_call
+from experiments.study import contest
 from llmprep_jax import cli
 from llmprep_jax.config import only_overrides, override
-from llmprep_jax.evaluate import contest
 
 ROWS, LENGTH, NEW = 8, 128, 64
 PRESET = "deepseek-v3-tiny"

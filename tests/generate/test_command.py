@@ -1,6 +1,7 @@
 """The generate command, with a stand-in for the model: what is asked, and how it ends."""
 
 import io
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 
 import llmprep_jax as lp
 from experiments import generate as command
+from experiments.command import chat
 from llmprep_jax import cli
 from llmprep_jax.text import Reply
 
@@ -29,7 +31,7 @@ def asked(monkeypatch):
     processor = SimpleNamespace(tokenizer=TOKENIZER, chat=None)
     model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=1))
     monkeypatch.setattr(lp, "load_processor", lambda path: processor)
-    monkeypatch.setattr(lp, "load_model", lambda path, dtype: model)
+    monkeypatch.setattr(lp, "load_model", lambda path, **settings: model)
     monkeypatch.setattr(lp, "generate", answer)
     return prompts
 
@@ -95,7 +97,7 @@ def test_thoughts_are_shown_dim_and_not_remembered(monkeypatch, capsys, asked, c
         return iter(THINKING)
 
     monkeypatch.setattr(lp, "generate", think)
-    monkeypatch.setattr(command, "console", Console(color_system=color_system))
+    monkeypatch.setattr(chat, "console", Console(color_system=color_system))
     assert run(monkeypatch, "model", typed="6 * 7?\nSure?\n") == 0
     first = [("user", "6 * 7?")]
     assert [said(prompt) for prompt in asked] == [
@@ -127,7 +129,7 @@ def test_a_draft_is_asked_for_and_its_acceptance_said(monkeypatch, capsys, asked
     assert (out, err.count("\n")) == ("", 1)
     assert "this one has none; leave draft out" in err
     model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=1), mtp=[None])
-    monkeypatch.setattr(lp, "load_model", lambda path, dtype: model)
+    monkeypatch.setattr(lp, "load_model", lambda path, **settings: model)
     assert run(monkeypatch, "model", "hi", "draft=mtp") == 0
     assert capsys.readouterr() == ("by mtp\n", "9% of 11 drafts accepted\n")
 
@@ -148,7 +150,9 @@ def test_a_draft_is_asked_for_and_its_acceptance_said(monkeypatch, capsys, asked
         (("model", "max_new_tokens=0"), "max_new_tokens is 0; it must be at least 1"),
         (("model", "seed=99999999999999999999"), "it must fit in 64 bits"),
         (("model", "stop=a,,b"), "stop holds an empty string"),
-        (("model", "dtype=int8"), "dtype=int8: wanted float32"),
+        (("model", "dtype=int3"), "dtype=int3: wanted float32"),
+        (("model", "mesh=fsdpp"), "unknown mesh fsdpp; did you mean fsdp"),
+        (("model", "mesh.fsdp=3"), "mesh: a mesh of {'fsdp': 3} does not fit 8 devices"),
         (("model", "raw=true"), "raw=true is for a prompt"),
         (("model", "draft=eagle"), "draft=eagle: wanted mtp"),
     ],
@@ -161,6 +165,48 @@ def test_a_wrong_setting_is_one_line_before_anything_is_loaded(
     out, err = capsys.readouterr()
     assert problem in err
     assert (out, err.count("\n")) == ("", 1)
+
+
+def test_what_the_model_is_loaded_with_is_told(monkeypatch, capsys, asked):
+    given = []
+
+    def load(path, **settings):
+        given.append(settings)
+        return SimpleNamespace(cfg=SimpleNamespace(vocab_size=1))
+
+    monkeypatch.setattr(lp, "load_model", load)
+    assert run(monkeypatch, "model", "hi", "dtype=nf4", "mesh.fsdp=4", "mesh.tensor=2") == 0
+    (settings,) = given
+    assert dict(settings.pop("mesh").shape) == {"fsdp": 4, "tensor": 2}
+    assert settings == {"dtype": "nf4", "ema": False}
+
+
+def test_turns_of_a_chat_share_a_prompt_cache(monkeypatch, capsys, asked):
+    caches = []
+
+    def answer(model, processor, prompt, *, prompt_cache=None, **settings):
+        caches.append(prompt_cache)
+        yield Reply("", "yes")
+
+    monkeypatch.setattr(lp, "generate", answer)
+    assert run(monkeypatch, "model", typed="a\nb\n") == 0
+    assert isinstance(caches[0], lp.PromptCache)
+    assert caches[0] is caches[1]
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(monkeypatch, capsys, asked):
+    def answer(model, processor, prompt, **settings):
+        asked.append(prompt)
+        yield Reply("", "one ")
+        if len(asked) < 3:
+            signal.raise_signal(signal.SIGINT)
+            yield Reply("", "two ") if len(asked) == 1 else Reply("", "")
+            yield Reply("", "never")
+
+    monkeypatch.setattr(lp, "generate", answer)
+    assert run(monkeypatch, "model", typed="a\nb\nc\n") == 0
+    assert said(asked[2])[1::2] == [("assistant", "one two "), ("assistant", "one ")]
+    assert capsys.readouterr().out.endswith("you: one two \nyou: one \nyou: one \nyou: \n")
 
 
 def test_a_model_without_a_chat_template_is_refused_before_it_is_loaded(monkeypatch, capsys):
