@@ -60,8 +60,8 @@ def load_model(
         folder's weights are (bitsandbytes, GPTQ, AWQ, fp8 in blocks). "nf4", "fp4", "int8", "int4"
         or "fp8": linear layers are packed while they are read, one tensor at a time, and everything
         else (embeddings, norms, the head) is in bfloat16.
-      mesh: the weights are placed on it, each device reading its part (packed ones: all of it);
-        None: the default device.
+      mesh: the weights are placed on it, a process reading what its devices hold (and packing
+        whole matrices, of which it keeps its rows); None: the default device.
       compute: dtypes, remat and unrolling in detail. Where a float `dtype` is given too, that is
         the weights', and a warning says so if `param_dtype` is another; with a packed one
         `param_dtype` is that of everything else.

@@ -32,7 +32,8 @@ class ShardingRules:
     Attributes:
       batch, seq: rows and tokens of activations. embed, act_embed: the model dimension of weights
         and of activations. heads, kv_heads, head: of attention, and the width of one. mlp, vocab,
-        expert: of both. latent: of weights.
+        expert: of both. latent: of weights. packed: the rows of packed weights, which are brought
+        together one layer at a time.
     """
 
     batch: MeshAxes = ("data", "fsdp", "expert")
@@ -46,6 +47,7 @@ class ShardingRules:
     vocab: MeshAxes = "tensor"
     expert: MeshAxes = "expert"
     latent: MeshAxes = ("fsdp", "expert")
+    packed: MeshAxes = ("fsdp", "expert", "tensor")
 
 
 # a part of jit's cache key, so that other rules are another program

@@ -23,11 +23,20 @@ from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.quant.kinds import quantize
 from llmprep_jax.quant.layouts import FLOATS, Layout, layout_of
-from llmprep_jax.quant.linear import expert_spec, find_layers, is_dense, matrix_eqn, to_matrix
+from llmprep_jax.quant.linear import (
+    expert_spec,
+    find_layers,
+    is_dense,
+    matrix_eqn,
+    row_spec,
+    to_matrix,
+)
 from llmprep_jax.quant.packed import Packed, dequantize
 from llmprep_jax.weights.folder import MISSHAPEN, MISSING, Checkpoint, dims
 from llmprep_jax.weights.table import Entry, Pack
 
+# a mesh, and how stacked dimensions and, by its shape, an array of one matrix lie over it
+Place = tuple[jax.sharding.Mesh, jax.P, Callable[[tuple[int, ...]], Iterable[Any]]]
 _quantize = jax.jit(quantize, static_argnums=1)
 _dequantize = jax.jit(dequantize)
 
@@ -189,9 +198,12 @@ def _pack(
     checkpoint: Checkpoint, base: Einsum, kind: str | None, row: Entry, names: list[str]
 ) -> Packed | None:
     """A parameter in few bits, read one tensor after the other; None: it is to be dense."""
-    stored, place = {}, _replicated()
-    if place is not None and isinstance(base, ExpertWeights):
-        place = jax.sharding.NamedSharding(place.mesh, expert_spec(row.stacked))
+    stored, mesh = {}, jax.sharding.get_mesh()
+    # how the stacked dimensions lie over devices, and those of a matrix
+    place = jax.P(*[None] * len(row.stacked)), row_spec
+    if isinstance(base, ExpertWeights):
+        place = expert_spec(row.stacked), lambda shape: (None,) * len(shape)
+    place = None if mesh.empty else (mesh, *place)
     if isinstance(checkpoint, PackedCheckpoint):
         stored = {name: found for name in names if (found := checkpoint.kind(name))}
     if stored and kind in (None, *stored.values()):
@@ -217,20 +229,22 @@ def _stack(
     names: list[str],
     read: Callable[[str], Packed],
     stacked: tuple[int, ...],
-    place: jax.sharding.NamedSharding | None,
+    place: Place | None,
 ) -> Packed:
     """Packed weights, had one after the other, as one stack of them, of which a device has a part.
 
     Args:
-      place: how `stacked`, the leading dimensions, lie over devices; None: on the default device.
+      place: how the arrays lie over devices; None: on the default device.
     """
-    numbers = np.arange(len(names)).reshape(stacked)
-    indices = [(...,)] if place is None else place.addressable_devices_indices_map(stacked).values()
+    numbers, indices = np.arange(len(names)).reshape(stacked), [(...,)]
+    if place is not None:
+        lead = jax.sharding.NamedSharding(place[0], place[1])
+        indices = lead.addressable_devices_indices_map(stacked).values()
     parts, had = {}, {}  # devices that hold the same part share it
     for index in indices:
         part = numbers[index]
         if part.tobytes() not in parts:
-            read_one = functools.partial(_read_alike, checkpoint, names, read, had)
+            read_one = functools.partial(_read_alike, checkpoint, names, read, place, had)
             parts[part.tobytes()] = _joined(map(read_one, part.reshape(-1).tolist()), part.shape)
     first = had["first"]
 
@@ -238,20 +252,44 @@ def _stack(
         if place is None:
             return jax.device_put(parts[numbers.tobytes()].pop(key))
         rest = first.arrays()[key].shape
-        find = lambda index: parts[numbers[index[: len(stacked)]].tobytes()][key]  # noqa: E731
-        return jax.make_array_from_callback((*stacked, *rest), place, find)
+        sharding = jax.sharding.NamedSharding(place[0], jax.P(*place[1], *place[2](rest)))
+        own = _own_rows(place, rest)
+
+        def find(index: tuple[slice, ...]) -> np.ndarray:
+            lead, rows = index[: len(stacked)], index[len(stacked) :]
+            part = parts[numbers[lead].tobytes()][key]
+            if not rest:
+                return part
+            start, stop, _ = rows[0].indices(rest[0])
+            rows = (slice(start - own.start, stop - own.start), *rows[1:])
+            return part[(*[slice(None)] * len(stacked), *rows)]
+
+        return jax.make_array_from_callback((*stacked, *rest), sharding, find)
 
     return type(first).of(first.settings(), {key: array(key) for key in first.arrays()})
+
+
+def _own_rows(place: Place | None, shape: tuple[int, ...]) -> slice:
+    """The rows of an array that this process's devices hold."""
+    if place is None or not shape:
+        return slice(None)
+    sharding = jax.sharding.NamedSharding(place[0], jax.P(*place[2](shape)))
+    spans = [
+        index[0].indices(shape[0])[:2]
+        for index in sharding.addressable_devices_indices_map(shape).values()
+    ]
+    return slice(min(start for start, _ in spans), max(stop for _, stop in spans))
 
 
 def _read_alike(
     checkpoint: Checkpoint,
     names: list[str],
     read: Callable[[str], Packed],
+    place: Place | None,
     had: dict[str, Any],
     number: int,
 ) -> dict[str, np.ndarray]:
-    """The arrays of one packed weight, which must be packed as the first that was read."""
+    """This process's rows of one packed weight, which must be packed as the first that was read."""
     packed = read(names[number])
     first, name = had.setdefault("first", packed), had.setdefault("name", names[number])
     if _signature(packed) != _signature(first):
@@ -260,7 +298,10 @@ def _read_alike(
             f" ({dict(packed.settings())}, {dict(first.settings())}), but the layers of a stack"
             ' are one array; load it with dtype="bfloat16"'
         )
-    return {key: np.asarray(value) for key, value in packed.arrays().items()}
+    return {
+        key: np.asarray(value)[_own_rows(place, value.shape)] if value.ndim else np.asarray(value)
+        for key, value in packed.arrays().items()
+    }
 
 
 def _joined(

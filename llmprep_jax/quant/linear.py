@@ -3,8 +3,9 @@
 A `QuantEinsum` is an `Einsum` whose weight is a packed matrix [O, I], outputs by inputs as Hugging
 Face stores it, so that its bytes are those of the formats' own libraries; a `QuantExperts` has one
 of each expert. Embeddings, norms and the head of a model stay as they are. The arrays are Buffers:
-nothing of them is trained, and adapters go around as around any layer. On a mesh packed weights are
-replicated, but experts lie over its expert axis. The one thing a reader would get wrong: a stack of
+nothing of them is trained, and adapters go around as around any layer. On a mesh a device holds
+some rows of each array (experts lie over the expert axis); a layer's are brought together, packed
+as they are, where it multiplies. The one thing a reader would get wrong: a stack of
 layers is one QuantEinsum whose arrays have a leading axis, as an Einsum's weight has.
 """
 
@@ -22,7 +23,7 @@ from llmprep_jax.nn.linear import Einsum, contract
 from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.nn.param import Buffer, Compute, add_bias
 from llmprep_jax.quant.kinds import check_kind, quantize
-from llmprep_jax.quant.packed import Packed, dequantize
+from llmprep_jax.quant.packed import Packed, dequantize, whole
 from llmprep_jax.quant.product import multiply
 from llmprep_jax.sharding import has_mesh, on_own_mesh, spec
 from llmprep_jax.types import Array, Float
@@ -61,8 +62,18 @@ class QuantEinsum(Einsum):
         return (*codes[: len(codes) - self.format.CODES_NDIM], *self.layer_shape)
 
     def weight(self) -> Float[Array, "..."]:
-        """The weight, dequantised, in float32."""
-        return from_matrix(self.eqn, self.layer_shape, dequantize(self.packed))
+        """The weight, dequantised, in float32; on a mesh laid out as a dense one is."""
+        packed, to_weight = self.packed, functools.partial(from_matrix, self.eqn, self.layer_shape)
+        if not has_mesh():
+            return to_weight(dequantize(packed))
+
+        def one(packed: Packed) -> Array:  # a layer, since every device has it whole for a moment
+            w = to_weight(dequantize(whole(packed)))
+            return jax.reshard(w, spec(*self.axes, shape=self.layer_shape))
+
+        for _ in packed.stacked:
+            one = functools.partial(jax.lax.map, one)
+        return one(packed)
 
     def with_weight(self, w: Float[Array, "..."]) -> Einsum:
         """A dense layer with this one's bias and another weight."""
@@ -82,7 +93,7 @@ class QuantEinsum(Einsum):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         ins, outs = _dims(self.eqn)
         batch = x.shape[: x.ndim - len(ins)]
-        if has_mesh():  # every device has the whole weight, so it takes whole inputs
+        if has_mesh():  # every device multiplies with the whole weight, so it takes whole inputs
             axes = (*self.out_axes[: len(batch)], *(None,) * len(ins))
             x = jax.reshard(x, spec(*axes, shape=x.shape))
         y = multiply(x.reshape(*batch, -1), self.packed, self.dtype)
@@ -134,6 +145,11 @@ def matrix_eqn(base: Einsum) -> str:
 def expert_spec(shape: tuple[int, ...]) -> jax.P | None:
     """Where arrays of stacked experts lie, whose leading dimensions are these, experts last."""
     return spec(*[None] * (len(shape) - 1), "expert", shape=shape)
+
+
+def row_spec(shape: tuple[int, ...]) -> jax.P | None:
+    """Where an array of a packed matrix lies; its rows come first in every format."""
+    return spec(*("packed", *[None] * len(shape))[: len(shape)], shape=shape)
 
 
 def _packed_layer(base: Einsum, packed: Packed, dense_dtype: str | jnp.dtype) -> QuantEinsum:
@@ -224,8 +240,10 @@ def adopt(model: nnx.Module, dense_dtype: str) -> nnx.Module:
 
 
 def _pack_layer(base: Einsum, kind: str) -> Packed:
-    packed = _pack(base.w[...], matrix_eqn(base), kind)
-    if not has_mesh() or not isinstance(base, ExpertWeights):
+    is_experts = isinstance(base, ExpertWeights)
+    w = whole(base.w[...]) if is_experts else base.w[...]
+    packed = _pack(w, matrix_eqn(base), kind, not is_experts)
+    if not has_mesh() or not is_experts:
         return packed
     place = expert_spec(base.shape[: len(base.shape) - len(base.layer_shape) + 1])
     return jax.tree.map(
@@ -233,12 +251,20 @@ def _pack_layer(base: Einsum, kind: str) -> Packed:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _pack(w: Float[Array, "..."], eqn: str, kind: str) -> Packed:
-    """A weight, or a stack of them one after the other, packed."""
-    if has_mesh():
-        w = jax.reshard(w, jax.P())
-    one = lambda w: quantize(to_matrix(eqn, w), kind)  # noqa: E731
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _pack(w: Float[Array, "..."], eqn: str, kind: str, by_rows: bool) -> Packed:
+    """A weight, or a stack of them one after the other, packed.
+
+    Args:
+      by_rows: whether a mesh's devices get some rows each, or all of them.
+    """
+
+    def one(w: Array) -> Packed:
+        packed = quantize(to_matrix(eqn, whole(w)), kind)
+        if not has_mesh() or not by_rows:
+            return packed
+        return jax.tree.map(lambda x: jax.reshard(x, row_spec(x.shape)), packed)
+
     for _ in range(w.ndim - len(eqn.split("->")[0].split(",")[1])):
         one = functools.partial(jax.lax.map, one)
     return one(w)

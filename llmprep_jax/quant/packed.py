@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llmprep_jax.sharding import has_mesh
 from llmprep_jax.types import Array, Float
 
 
@@ -92,6 +93,11 @@ def dequantize(packed: Packed, dtype: str | jnp.dtype = "float32") -> Float[Arra
     for _ in packed.stacked:
         one = jax.vmap(one)
     return one(packed)
+
+
+def whole(arrays: Any) -> Any:
+    """A tree of arrays whole on every device; as it is without a mesh."""
+    return jax.tree.map(lambda x: jax.reshard(x, jax.P()), arrays) if has_mesh() else arrays
 
 
 def check_matrix(w: Array) -> Float[Array, "O I"]:

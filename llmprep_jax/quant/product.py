@@ -1,9 +1,10 @@
 """y = x w^T for a packed w, of which only a tile of rows is ever dense.
 
 Tiles are dequantised and multiplied one after the other inside a `jax.lax` loop, forward over the
-outputs of y, backward over those of dy; the packed weight gets no gradient. Letters: O outputs, I
-inputs. The one thing a reader would get wrong: the backward pass dequantises again instead of
-keeping tiles, and needs no x, since nothing but x's gradient is asked for.
+outputs of y, backward over those of dy; the packed weight gets no gradient. On a mesh its parts
+come together, packed, in each pass anew. Letters: O outputs, I inputs. The one thing a reader would
+get wrong: the backward pass dequantises again instead of keeping tiles, and needs no x, since
+nothing but x's gradient is asked for.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llmprep_jax.nn.linear import PRODUCT
-from llmprep_jax.quant.packed import Packed
+from llmprep_jax.quant.packed import Packed, whole
 from llmprep_jax.types import Array, Float
 
 TILE = 2**20  # numbers that are dense at a time: 4 MB in float32
@@ -39,7 +40,7 @@ def multiply(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _multiply(x, arrays, form, settings, dtype):
-    packed = form.of(settings, arrays)
+    packed = form.of(settings, whole(arrays))
     tile, outs = tile_rows(packed), packed.shape[0]
 
     def part(start: int | Array, count: int) -> Array:
@@ -64,7 +65,7 @@ def _forward(x, arrays, form, settings, dtype):
 
 
 def _backward(form, settings, dtype, arrays, dy):
-    packed = form.of(settings, arrays)
+    packed = form.of(settings, whole(arrays))
     tile, out_dtype = tile_rows(packed), dy.dtype
     dy = dy.astype(dtype)
 

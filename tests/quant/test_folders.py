@@ -177,14 +177,16 @@ def test_a_bias_of_zeros_for_a_model_without_is_ignored_and_another_is_not(folde
         load_changed(made, tmp_path / "again", lambda t: t.update(ones))
 
 
-def test_a_mesh_holds_every_byte_of_packed_weights(folders):
-    made, path = folders("awq")
+@pytest.mark.parametrize("method", ["awq", "nf4 double"])
+def test_devices_of_a_mesh_hold_the_bytes_of_packed_weights_among_them(folders, method):
+    _, path = folders(method)
     layers = packed_layers(lp.load_model(path, mesh=make_mesh({"fsdp": 8})))
+    alone = packed_layers(lp.load_model(path))
     codes = layers["layers.attn.q"].packed.codes
-    assert codes.sharding.is_fully_replicated
-    assert len(codes.sharding.device_set) == 8
-    ours, values = next(stacks(made))
-    np.testing.assert_allclose(unpack(layers[ours].packed), values, rtol=1e-6)
+    assert {shard.data.nbytes for shard in codes.addressable_shards} == {codes.nbytes // 8}
+    for name, layer in layers.items():
+        for ours, expected in zip(*map(jax.tree.leaves, (layer, alone[name])), strict=True):
+            np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.parametrize("method", ["nf4", "nf4 double", "fp4", "int8", "fp8"])

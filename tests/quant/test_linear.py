@@ -13,7 +13,7 @@ from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import Buffer, Compute, Param
 from llmprep_jax.nn.stack import scan, stack, unstack
 from llmprep_jax.quant import KINDS, QuantEinsum, dequantize_model, product, quantize_model
-from llmprep_jax.sharding import make_mesh, use_mesh
+from llmprep_jax.sharding import make_mesh, spec, use_mesh
 
 EQUATIONS = {
     "BTD,DF->BTF": ((40, 24), ("embed", "mlp"), ("batch", "seq", "mlp")),
@@ -169,13 +169,22 @@ def test_targets_are_a_regex_of_whole_paths():
         quantize_model(model, "q4")
 
 
-@equations
-def test_a_mesh_computes_the_same(eqn):
+@pytest.mark.parametrize(
+    ("eqn", "kind"),
+    [*[("BTD,DF->BTF", kind) for kind in KINDS], ("BTNH,NHD->BTD", "nf4")],
+    ids=str,
+)
+def test_a_mesh_parts_the_rows_of_packed_weights_and_computes_the_same(eqn, kind):
     x = make_input(eqn, rows=8)
-    packed = quantize_model(nnx.List([make_layer(eqn)]), "nf4")[0]
-    expected = run_and_grad(packed, x)
+    packed = quantize_model(nnx.List([make_layer(eqn)]), kind)[0]
+    expected, weight = run_and_grad(packed, x), packed.weight()
     with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
-        whole = jax.tree.map(lambda a: jax.device_put(a, jax.P()), packed)
-        found = run_and_grad(whole, x)
-    for ours, theirs in zip(found, expected, strict=True):
+        parted = quantize_model(nnx.List([make_layer(eqn)]), kind)[0]
+        found, laid = run_and_grad(parted, x), parted.weight()
+        assert jax.typeof(laid).sharding.spec == spec(*parted.axes, shape=laid.shape)
+    codes = parted.codes[...]
+    assert codes.addressable_shards[0].data.size == codes.size // 8
+    for ours, theirs in zip(jax.tree.leaves(parted), jax.tree.leaves(packed), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for ours, theirs in zip((*found, laid), (*expected, weight), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)

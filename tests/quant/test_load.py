@@ -86,9 +86,12 @@ def test_one_tensor_at_a_time_is_dense_while_loading(folder, monkeypatch):
     assert [event for event in events if event != "other"] == ["read", "packed"] * 7 * LAYERS
 
 
-def test_a_mesh_holds_packed_weights_whole(folder, packed):
+def test_a_device_of_a_mesh_holds_some_rows_of_packed_weights(folder, packed):
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     loaded = lp.load_model(folder, "int8", mesh, compute=FLOAT32)
+    codes = loaded.layers.mlp.up.codes[...]
+    assert codes.sharding.spec[:2] == (None, ("fsdp", "tensor"))
+    np.testing.assert_array_equal(codes, packed.layers.mlp.up.codes)
     tokens = make_tokens(8)
     with use_mesh(mesh):
         found = forward(loaded, jax.device_put(tokens, jax.P(("fsdp",))))
