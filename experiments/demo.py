@@ -64,7 +64,7 @@ def show(cfg: RunConfig) -> cli.Outputs:
     rich.print(f"   perplexity {before['eval_perplexity']:.2f} -> {after['eval_perplexity']:.2f}")
 
     rich.print("[bold]5. Export[/]: folders are re-opened and compared before they are in place")
-    adapter = lp.peft.save(result.model, cfg.out / "adapter", base_model=cfg.model)
+    adapter = lp.peft.save(result.model, cfg.out / "adapter")
     merged = lp.peft.merge(result.model)
     folder = lp.save_model(merged, cfg.out / "merged", processor=processor)
     answers["after"] = lp.generate(merged, processor, QUESTION, max_new_tokens=60)

@@ -87,7 +87,7 @@ def write_outputs(cfg: RunConfig, result: FitResult, mesh: jax.sharding.Mesh | N
         console.print(f"adapter/ is of step {result.best}, whose eval_loss was the lowest")
     for name, model in models.items() if cfg.adapter is not None else ():
         if model is not None:
-            outputs[name] = lp.peft.save(model, cfg.out / name, base_model=cfg.model)
+            outputs[name] = lp.peft.save(model, cfg.out / name)
     return outputs
 
 

@@ -23,6 +23,7 @@ from flax import nnx
 from llmprep_jax.config import check_fields, from_dict
 from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
+from llmprep_jax.nn.language_model import Source
 from llmprep_jax.nn.param import TRAINED, AdapterParam, Compute, RouterBias
 from llmprep_jax.peft import AnyMethod, inject, is_adapted, merge
 from llmprep_jax.quant import export
@@ -73,10 +74,10 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
-    path = hub.resolve(path)
+    source, path = Source(str(path)), hub.resolve(path)
     run, step = _find_run(path)
     if run is not None:
-        return _load_run(run, step, dtype, mesh, compute, ema)
+        return _load_run(run, step, dtype, mesh, compute, ema, source)
     if ema:
         raise ValueError(f"{path} is no run: only runs keep a running average; leave ema out")
     checkpoint = unpacking(hub.open_checkpoint(path))
@@ -99,7 +100,9 @@ def load_model(
             ignore=family.ignored(cfg),
             pack=pack.get,
         )
-    return adopt(model, compute.param_dtype)
+    model = adopt(model, compute.param_dtype)
+    model.source = source
+    return model
 
 
 def _settle(dtype: str | None, compute: Compute | None, default: Compute) -> Compute:
@@ -134,6 +137,7 @@ def _load_run(
     mesh: jax.sharding.Mesh | None,
     compute: Compute | None,
     ema: bool,
+    source: Source,
 ) -> nnx.Module:
     """The model of a run's checkpoint; an adapter is on the base model that the run names."""
     meta = read_meta(path, step)
@@ -155,6 +159,8 @@ def _load_run(
         item = "ema" if ema else "params"
         params = read_params(path, nnx.to_pure_dict(params), step, item=item)
         model = nnx.merge(graph, params, nnx.to_pure_dict(frozen))
+        if meta["adapter"] is None:
+            model.source = source
         whole = kind is not None and meta["adapter"] is None
         return quantize_model(model, kind) if whole else model
 
@@ -174,6 +180,7 @@ def load_base(
     if adapter_of_run(path) is None:
         return load_model(path, kind, mesh=mesh, compute=compute)
     model = merge(load_model(path, mesh=mesh, compute=compute))
+    model.source = Source(str(path))
     return model if kind is None else quantize_model(model, kind)
 
 

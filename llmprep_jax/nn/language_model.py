@@ -5,6 +5,7 @@ from outside enter the mesh of the weights, so that a model loaded on a mesh wor
 single device does.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -20,8 +21,24 @@ class Output(NamedTuple):
     cache: Any = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model's weights came from, as it was given; None: they are random.
+
+    All are equal, so that models from two places share their compiled programs.
+    """
+
+    path: str | None = dataclasses.field(default=None, compare=False)
+
+
 class LanguageModel(nnx.Module):
-    """Tokens to logits."""
+    """Tokens to logits.
+
+    Attributes:
+      source: of the weights.
+    """
+
+    source: Source
 
     @on_own_mesh
     def __call__(

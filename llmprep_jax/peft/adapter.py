@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmprep_jax.nn.language_model import LanguageModel, Source
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Buffer, Shared
 from llmprep_jax.nn.settle import Settling
@@ -239,7 +240,10 @@ def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx
     def merged(adapted: Adapted) -> Einsum:
         return with_weights(adapted.base, *adapted.merged(weights))
 
-    return map_adapted(model, merged, Tuned.merged, trained=True)
+    whole = map_adapted(model, merged, Tuned.merged, trained=True)
+    if isinstance(whole, LanguageModel):
+        whole.source = Source()  # whoever adapts it anew does not adapt what was loaded
+    return whole
 
 
 def widen(model: nnx.Module) -> nnx.Module:

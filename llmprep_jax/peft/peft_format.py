@@ -9,6 +9,7 @@ what differs in a layer's scale goes into its B.
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import adapter, biases, injection, tied, tuned
@@ -40,6 +42,7 @@ from llmprep_jax.peft.targets import (
 from llmprep_jax.sharding import on_own_mesh, spec
 from llmprep_jax.weights.folder import read_json
 from llmprep_jax.weights.gather import to_host
+from llmprep_jax.weights.hub import public_name
 from llmprep_jax.weights.receipt import probe_difference, save_folder
 from llmprep_jax.weights.safetensors import SafetensorsFile
 from llmprep_jax.weights.table import Entry, export
@@ -106,7 +109,9 @@ def save(
     agree.
 
     Args:
-      base_model: name or path of the base, for `base_model_name_or_path`.
+      base_model: hub id or path of the base, for `base_model_name_or_path`; None: what the model
+        was loaded by. Files of a Python package or the hub's cache are named by their hub id; where
+        no name is known, a warning asks for one.
       tolerance: largest allowed difference of the probe's logits, as a share of the largest of
         them.
 
@@ -119,13 +124,27 @@ def save(
     base, wide = adapter.strip(model), join(adapter.widen(model))
     return save_folder(
         folder,
-        make_config(wide, base_model),
+        make_config(wide, _base_name(model, base_model)),
         itertools.chain(_tensors(wide), _shared_tensors(model)),
         config_name=CONFIG,
         weights_name=WEIGHTS_FILE,
         verify=lambda written: probe_difference(model, load(base, written)),
         tolerance=tolerance,
     )
+
+
+def _base_name(model: nnx.Module, given: str | None) -> str | None:
+    """What the folder names as its base."""
+    if given is None and isinstance(model, LanguageModel):
+        given = model.source.path
+    name = public_name(given)
+    if name is None:
+        reason = "" if given is None else f", since {given} is a file of this environment alone"
+        warnings.warn(
+            f"the adapter names no base model{reason}; give one by save(..., base_model=HUB_ID)",
+            stacklevel=3,
+        )
+    return name
 
 
 def _shared_tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:

