@@ -16,7 +16,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 from llmprep_jax.text import Tokenizer, encode_chat
-from tests.text import samples
+from tests.text import samples, tool_templates
 from tests.text.samples import TRICKY
 
 pytestmark = pytest.mark.parity
@@ -215,3 +215,62 @@ def test_real_chat_templates_equal_transformers(package):
             MESSAGES, tokenize=False, add_generation_prompt=prompt
         )
     assert encode_chat(ours, MESSAGES)[0] == chat_ids(theirs)
+
+
+TOOLS = [{"type": "function", "function": {"name": "wx", "parameters": {"type": "object"}}}]
+CALL = {"name": "wx", "arguments": {"city": "Oslo<|im_end|>"}}
+
+
+def write_chat(folder: Path, template: str) -> tuple:
+    """A small tokenizer with a template: ours and transformers'."""
+    samples.train_byte_level().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(samples.TOKENS))
+    (folder / "chat_template.jinja").write_text(template)
+    return Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "family", ["LLAMA31", "QWEN25", "HERMES", "QWEN3", "MISTRAL", "DEEPSEEK31"]
+)
+def test_tokens_of_calls_and_tools_equal_transformers(tmp_path, family):
+    ours, theirs = write_chat(tmp_path, getattr(tool_templates, family))
+    function = CALL | {"arguments": json.dumps(CALL["arguments"])} if "DEEP" in family else CALL
+    call = {"id": "abcdefghi", "type": "function", "function": function}
+    talk = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "cold", "tool_call_id": "abcdefghi"},
+        {"role": "assistant", "content": "done"},
+    ]
+    fields = {"tools": TOOLS} if "tools" in ours.chat.fields else {}
+    wanted = theirs.apply_chat_template(talk, tokenize=True, return_dict=False, **fields)
+    ids, is_learnt = encode_chat(ours, talk, **fields)
+    assert ids == wanted
+    assert any(is_learnt)
+
+
+@pytest.mark.parametrize("content", ["so", " so \n", "", "a\n\nb", "<think>\nhm", "so<|im_end|>"])
+@pytest.mark.parametrize("family", ["CHATML", "LLAMA3", "GEMMA3", "QWEN3", "MISTRAL", "PLAIN"])
+def test_going_on_with_the_last_message_equals_transformers(tmp_path, family, content):
+    ours, theirs = write_chat(tmp_path, getattr(samples, family))
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    wanted = theirs.apply_chat_template(talk, tokenize=False, continue_final_message=True)
+    assert ours.chat.apply(talk, continue_final_message=True) == wanted
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama", "gemma"])
+def test_special_tokens_read_as_text_equal_transformers(tmp_path, kind):
+    if kind == "byte_level":
+        samples.train_byte_level().save(str(tmp_path / "tokenizer.json"))
+    else:
+        options = samples.LLAMA_SPM if kind == "llama" else samples.GEMMA_SPM
+        samples.train_sentencepiece(tmp_path, **options)
+        Tokenizer.from_folder(tmp_path).save(tmp_path)
+    ours, theirs = (
+        Tokenizer.from_folder(tmp_path),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
+    theirs.split_special_tokens = theirs._tokenizer.encode_special_tokens = True
+    for text in (*TRICKY, "a</s>b<s>", "<s> <s>x</s>"):
+        wanted = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, add_special=False, parse_special=False) == wanted, text
