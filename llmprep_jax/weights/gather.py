@@ -30,7 +30,8 @@ def to_host(x: jax.Array | np.ndarray, place: tuple[int, ...] = ()) -> np.ndarra
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return np.asarray(jax.device_get(x)[place])
     found = np.asarray(_gather(x, np.array(place, np.int32), sharding))
-    return found if found.dtype == x.dtype else found.view(x.dtype)[..., 0]
+    shape = x.shape[len(place) :]
+    return found.view(x.dtype).reshape(shape)
 
 
 @jax.jit
@@ -42,13 +43,14 @@ def _take(x: jax.Array, place: tuple[jax.Array, ...]) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _gather(x: jax.Array, place: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:
-    """The slice on every device; as bytes in a last dimension where devices add it up."""
+    """The slice on every device, in bits: a sum of floats makes 0 of -0, a copy another NaN."""
     axes = [_names(part) for part in (*sharding.spec, *(None,) * x.ndim)][: x.ndim]
     depth = place.shape[0]
     over = sum(axes[:depth], ())
 
     def take(block: jax.Array, place: jax.Array) -> jax.Array:
-        here = True
+        here, width = True, block.dtype.itemsize
+        block = jax.lax.bitcast_convert_type(block, jnp.dtype(f"uint{8 * width}"))
         for dim in range(depth):
             size, number = block.shape[0], place[dim]
             if axes[dim]:
@@ -56,9 +58,9 @@ def _gather(x: jax.Array, place: jax.Array, sharding: jax.sharding.NamedSharding
                 here &= (number >= 0) & (number < size)
             at = jnp.clip(number, 0, size - 1)
             block = jax.lax.dynamic_index_in_dim(block, at, keepdims=False)
-        if over:  # bytes, since a sum of floats would make 0 of -0
-            block = jax.lax.bitcast_convert_type(block[..., None], jnp.uint8)
-            block = block.reshape(*block.shape[: x.ndim - depth], -1)
+        if over:
+            if width > 1:  # not every transport adds 16 bits
+                block = jax.lax.bitcast_convert_type(block, jnp.uint8)
             block = jax.lax.psum(jnp.where(here, block, jnp.uint8(0)), over)
         for dim, names in enumerate(axes[depth:]):
             if names:

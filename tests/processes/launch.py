@@ -5,11 +5,12 @@ import dataclasses
 import json
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tests.text.samples import CORPUS, train_byte_level
 
@@ -97,9 +98,13 @@ class Job:
         ]
 
 
-def free_port() -> int:
+def free_port(wanted: int = 0) -> int:
+    """A port that is free now; 0 where the wanted one is not."""
     with socket.socket() as free:
-        free.bind(("localhost", 0))
+        try:
+            free.bind(("localhost", wanted))
+        except OSError:
+            return 0
         return free.getsockname()[1]
 
 
@@ -107,6 +112,28 @@ def environment(devices: int = DEVICES, **more: str) -> dict[str, str]:
     flags = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     flags |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # each program runs for a millisecond
     return os.environ | flags | {"PYTHONUNBUFFERED": "1"} | more
+
+
+def plain(count: int, timeout: int) -> list[tuple[list[str], dict[str, str]]]:
+    """Settings and variables of each of so many processes on plain machines."""
+    address = f"localhost:{free_port()}"
+    settings = [
+        {"coordinator": address, "count": count, "index": index, "timeout": timeout}
+        for index in range(count)
+    ]
+    return [([f"processes.{k}={v}" for k, v in own.items()], {}) for own in settings]
+
+
+def slurm(count: int, timeout: int) -> list[tuple[list[str], dict[str, str]]]:
+    """The same under SLURM: JAX takes the coordinator's port from the job's number."""
+    first = 65535 - 2**12 + 1
+    port = free_port()
+    while port < first:
+        port = free_port(random.randint(first, 65535))
+    alike = {"SLURM_JOB_ID": str(port - first), "SLURM_STEP_NODELIST": "localhost"}
+    alike |= {"SLURM_NTASKS": str(count)}
+    own = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(count)]
+    return [([f"processes.timeout={timeout}"], alike | variables) for variables in own]
 
 
 @contextlib.contextmanager
@@ -117,7 +144,8 @@ def job(
     *arguments: str,
     own: Sequence[Sequence[str]] | None = None,
     devices: int = DEVICES,
-    timeout: int = 10,
+    timeout: int = 30,
+    cluster: Callable[..., Sequence[tuple[list[str], dict[str, str]]]] = plain,
 ) -> Iterator[Job]:
     """Starts `python -m module arguments` as so many processes of one run; ends what is left.
 
@@ -125,20 +153,20 @@ def job(
       folder: takes what they write. own: further arguments of each of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    address, processes = f"localhost:{free_port()}", []
+    processes = []
+    members = cluster(count, timeout) if count > 1 else [([], {})]
     try:
-        for index in range(count):
-            settings = {"coordinator": address, "count": count, "index": index, "timeout": timeout}
-            given = [f"processes.{name}={value}" for name, value in settings.items()]
+        for index, (settings, variables) in enumerate(members):
             command = [sys.executable, "-m", module, *arguments, *(own[index] if own else ())]
-            with (
-                (folder / f"{index}.out").open("w") as out,
-                (folder / f"{index}.err").open("w") as err,
-            ):
+            with contextlib.ExitStack() as stack:
+                out, err = [
+                    stack.enter_context((folder / f"{index}.{name}").open("w"))
+                    for name in ("out", "err")
+                ]
                 processes.append(
                     subprocess.Popen(
-                        [*command, *(given if count > 1 else ())],
-                        env=environment(devices),
+                        [*command, *settings],
+                        env=environment(devices, **variables),
                         stdout=out,
                         stderr=err,
                     )
