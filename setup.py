@@ -1,7 +1,6 @@
 """Packaging of llmprep_jax; the only packaging file.
 
-What is installed is the library. Commands and configs are a checkout's, where they are changed.
-"""
+What is installed is the library. Commands and configs are a checkout's, where they are changed."""
 
 from setuptools import find_namespace_packages, setup
 

@@ -32,6 +32,7 @@ from llmprep_jax.config import UsageError, override, print_config, split_argumen
 from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.pretrained import Dtype
 from llmprep_jax.processes import Processes
+from llmprep_jax.remote import AnyPath, as_path, write_text
 from llmprep_jax.sharding import MeshSizes, use_mesh
 from llmprep_jax.train.step import own_rows
 
@@ -68,7 +69,7 @@ class EvaluateConfig:
     max_batches: int | None = None
     loss_chunk: int | None = None
     processes: Processes = dataclasses.field(default_factory=Processes)
-    out: pathlib.Path | None = None
+    out: AnyPath | None = None
 
 
 def main(arguments: list[str]) -> Outputs:
@@ -90,15 +91,14 @@ def main(arguments: list[str]) -> Outputs:
     )
     result = {**found._asdict(), "settings": to_dict(cfg)}
     path = processes.by_one(lambda: write(cfg, result))
-    return {"result": pathlib.Path(path)}
+    return {"result": as_path(path)}
 
 
 def write(cfg: EvaluateConfig, result: dict) -> str:
     """Writes a result and tells where."""
     paths = [cfg.out] if cfg.out is not None else free_paths(cfg)
     path = next(path for path in paths if path == cfg.out or is_free(path, result["settings"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_text(path, json.dumps(result, indent=2) + "\n")
     return str(path)
 
 

@@ -26,7 +26,7 @@ from flax import nnx
 
 import llmprep_jax as lp
 from configs.meshes import get_mesh
-from llmprep_jax import processes
+from llmprep_jax import processes, remote
 from llmprep_jax.cli import Outputs, run
 from llmprep_jax.config import UsageError, load_config, print_config, split_arguments
 from llmprep_jax.interrupts import Interrupted
@@ -101,7 +101,7 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
         console.print(f"changed since the run began: {change}", markup=False)
     model, method = build_model(cfg, mesh, lambda words: console.print(words, markup=False))
     processor.tokenizer.check_vocab(model.cfg.vocab_size)
-    processes.by_one(lambda: processor.save(cfg.out / "tokenizer"))
+    processes.by_one(lambda: remote.write_folder(cfg.out / "tokenizer", processor.save))
     batches, evaluate = open_data(cfg, processor)
     trainer = make_trainer(cfg, model)
     describe(cfg, model, trainer)

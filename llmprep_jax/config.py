@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import pathlib
 import types
 import typing
@@ -22,6 +23,7 @@ import rich.console
 import rich.text
 
 from llmprep_jax.near_names import suggest
+from llmprep_jax.remote import as_path
 from llmprep_jax.values import NONE_WORDS, Mismatch, check, describe, members, parse
 
 TYPE_KEY = "_type"
@@ -384,7 +386,7 @@ def from_dict(kind: Any, data: Any) -> Any:
     if isinstance(data, list):
         data = tuple(from_dict(_item_type(kind, index), item) for index, item in enumerate(data))
     if isinstance(data, str) and pathlib.Path in members(kind):
-        return pathlib.Path(data)
+        return as_path(data)
     try:
         return check(data, kind)
     except Mismatch as error:
@@ -417,7 +419,7 @@ def settle(config: Any) -> None:
         if isinstance(value, types.FunctionType):
             continue
         if isinstance(value, str) and pathlib.Path in members(kind) and str not in members(kind):
-            value = pathlib.Path(value)
+            value = as_path(value)
         try:
             settled = check(value, kind)
         except Mismatch as error:
@@ -447,6 +449,6 @@ def print_config(config: Any, console: rich.console.Console | None = None) -> No
     """Prints what of a config differs from the defaults, a line each."""
     console = console or rich.console.Console()
     for key, value in changes_of(config):
-        shown = value if isinstance(value, (str, pathlib.Path)) else repr(value)
+        shown = value if isinstance(value, (str, os.PathLike)) else repr(value)
         line = rich.text.Text.assemble((key, "cyan"), f" = {shown}")
         console.print(line, soft_wrap=True, highlight=False)

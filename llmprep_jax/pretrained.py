@@ -30,6 +30,7 @@ from llmprep_jax.quant import export
 from llmprep_jax.quant.folder import packers, unpacking
 from llmprep_jax.quant.kinds import KINDS
 from llmprep_jax.quant.linear import adopt, quantize_model
+from llmprep_jax.remote import AnyPath
 from llmprep_jax.sharding import mesh_of, use_mesh
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.checkpoint import FOLDER as CHECKPOINTS
@@ -230,11 +231,11 @@ def load_processor(path: str | Path) -> Processor:
 
 def save_model(
     model: nnx.Module,
-    folder: str | Path,
+    folder: str | AnyPath,
     *,
     processor: Processor | None = None,
     tolerance: float = 1e-5,
-) -> Path:
+) -> AnyPath:
     """Writes a Hugging Face folder that transformers loads.
 
     The folder is written aside, re-opened, and its logits compared with the live model's on a fixed

@@ -18,6 +18,7 @@ from llmprep_jax.models import registry
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor
+from llmprep_jax.remote import fetch
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.loop import Evaluate
 from llmprep_jax.train.run import RunConfig
@@ -88,7 +89,7 @@ def open_adapter(adapter: AnyMethod | str | None) -> tuple[pathlib.Path | None, 
     """
     if not isinstance(adapter, str):
         return None, adapter
-    folder = pathlib.Path(adapter).expanduser()
+    folder = fetch(adapter, lambda name: not name.startswith("checkpoints/")).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
         folder = folder / "adapter"  # of a run
     if not (folder / ADAPTER_CONFIG).is_file():

@@ -10,11 +10,16 @@ import ast
 import contextlib
 import itertools
 import math
+import os
 import pathlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Union
+
+from etils import epath
+
+from llmprep_jax.remote import as_path
 
 NONE_WORDS = ("none", "null")
 BOOL_WORDS = {"true": True, "false": False}
@@ -63,7 +68,7 @@ def check(value: Any, kind: Any) -> Any:
 def describe(kind: Any) -> str:
     """The words for a type in an error message."""
     words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    words |= {type(None): "none", pathlib.Path: "a path", Any: "anything"}
+    words |= {type(None): "none", pathlib.Path: "a path", epath.Path: "a path", Any: "anything"}
     parts = []
     for member in members(kind):
         items = typing.get_args(member)
@@ -73,7 +78,7 @@ def describe(kind: Any) -> str:
             parts.append(f"a list of {', '.join(describe(k) for k in items if k is not Ellipsis)}")
         else:
             parts.append(words.get(member) or getattr(member, "__name__", str(member)))
-    return " or ".join(parts)
+    return " or ".join(dict.fromkeys(parts))
 
 
 def _width(kind: Any) -> int:
@@ -100,7 +105,7 @@ def _parse_member(text: str, kind: Any) -> Any:
     if kind in (str, Any, object):
         return _unquote(text)
     if kind is pathlib.Path and _unquote(text).strip():  # a path of nothing is the working folder
-        return pathlib.Path(_unquote(text))
+        return as_path(_unquote(text))
     if origin is tuple:
         return _parse_tuple(text.strip(), kind)
     if origin in (dict, Mapping):
@@ -180,6 +185,8 @@ def _check_member(value: Any, kind: Any) -> Any:
             return tuple(check(item, k) for item, k in zip(value, items, strict=True))
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         return {check(k, items[0]): check(v, items[1]) for k, v in value.items()}
+    if kind is pathlib.Path and isinstance(value, os.PathLike):
+        return as_path(value)  # of a store too, whose paths are no pathlib.Path
     if isinstance(kind, type) and kind not in (bool, int) and isinstance(value, kind):
         return value
     if not isinstance(kind, type) and origin not in (tuple, dict, Mapping, Literal):

@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BASE = {"types", "sharding", "processes"}  # what everything below the families may use
+BASE = {"types", "sharding", "processes", "remote"}  # what everything below the families may use
 # top-level module or folder of llmprep_jax: what else of the package it may import
 MAY_IMPORT = {
     "types": set(),
     "sharding": set(),
     "processes": set(),
-    "values": set(),
+    "remote": set(),
+    "values": {"remote"},
     "near_names": set(),
-    "config": {"values", "near_names"},
+    "config": {"values", "near_names", "remote"},
     "interrupts": set(),
     "cli": {"config", "interrupts", "processes"},
     "kernels": set(),
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "pretrained": {"models", "nn", "peft", "quant", "text", "train", "weights", "config", *BASE},
     "runs": {
         *{"models", "nn", "peft", "quant", "text", "train", "data", "evaluate", "pretrained"},
-        "config",
+        *{"config", "remote"},
     },
     "__init__": {"peft", "quant", "generate", "pretrained", "train", "runs"},
 }

@@ -143,7 +143,7 @@ def _kind(module: str, annotation: ast.expr) -> str:
     if isinstance(annotation, ast.Name):
         found = _resolve(module, annotation.id)
         return _kind(*found) if isinstance(found, tuple) else annotation.id
-    text = ast.unparse(annotation).replace("pathlib.Path", "path")
+    text = ast.unparse(annotation).replace("pathlib.Path", "path").replace("AnyPath", "path")
     text = re.sub(r"Literal\[([^]]*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), text)
     return re.sub(r"tuple\[(.+), \.\.\.\]", r"list of \1", text)
 

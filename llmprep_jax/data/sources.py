@@ -21,6 +21,7 @@ from llmprep_jax.data.json_files import JsonFile, JsonLines, parse_line
 from llmprep_jax.data.records import RecordFormat, to_document
 from llmprep_jax.data.tables import Csv, Parquet
 from llmprep_jax.data.text_files import TextFiles
+from llmprep_jax.remote import fetch
 
 Format = Literal["auto", "jsonl", "json", "parquet", "csv", "text", "tfds"]
 Part = Literal["file", "paragraph", "chunk"]
@@ -75,7 +76,7 @@ def open_source(
       FileNotFoundError: there is no such file.
       ValueError: the format is not clear, the file is not of it, or there is no document in it.
     """
-    options = options or SourceOptions()
+    options, path = options or SourceOptions(), fetch(path)
     prepared = _find_prepared(pathlib.Path(path))
     if options.format == "tfds" or (options.format == "auto" and prepared):
         folder = prepared or pathlib.Path(path)

@@ -39,6 +39,7 @@ from llmprep_jax.peft.targets import (
     rows,
     stacked,
 )
+from llmprep_jax.remote import AnyPath, fetch
 from llmprep_jax.sharding import on_own_mesh, spec
 from llmprep_jax.weights.folder import read_json
 from llmprep_jax.weights.gather import to_host
@@ -98,11 +99,11 @@ def trained_table(model: nnx.Module) -> dict[str, tuple[str, str]]:
 @on_own_mesh
 def save(
     model: nnx.Module,
-    folder: str | Path,
+    folder: str | AnyPath,
     *,
     base_model: str | None = None,
     tolerance: float = 1e-5,
-) -> Path:
+) -> AnyPath:
     """Writes a folder that PEFT loads onto the base model.
 
     It is written aside, re-opened on the model's own base, and put in place only if the logits
@@ -170,7 +171,7 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     """
     if adapter.is_adapted(model):
         raise ValueError("the model has adapters already; load onto lp.peft.strip(model)")
-    folder = Path(folder)
+    folder = fetch(folder)
     config = read_config(folder / CONFIG, _read_json(folder))
     file = _open(folder)
     methods, params = {}, {}

@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import json
 import logging
-import pathlib
-import shutil
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -26,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from llmprep_jax import processes
 from llmprep_jax.config import settle
+from llmprep_jax.remote import AnyPath, absolute, delete, is_remote
 from llmprep_jax.sharding import on_devices
 from llmprep_jax.train.offload import retype
 from llmprep_jax.train.state import TrainState, path_name
@@ -76,8 +75,8 @@ class Checkpoints:
       OSError: the folder cannot be written.
     """
 
-    def __init__(self, out: pathlib.Path, cfg: CheckpointConfig, meta: dict[str, Any]):
-        self.folder, self._meta = out.resolve() / FOLDER, meta
+    def __init__(self, out: AnyPath, cfg: CheckpointConfig, meta: dict[str, Any]):
+        self.folder, self._meta = absolute(out) / FOLDER, meta
         self._deletion: threading.Thread | None = None
         self.best: int | None = None
         _silence_orbax()
@@ -91,7 +90,7 @@ class Checkpoints:
             self.folder,
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
             # renamed before it is deleted, so that a kill leaves no half of an old checkpoint
-            todelete_subdir=_DELETED,
+            todelete_subdir=None if is_remote(out) else _DELETED,
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -179,7 +178,7 @@ class Checkpoints:
         except (ValueError, OSError, RuntimeError) as error:
             _silence_closed_loops()
             for partial in self.folder.glob(_PARTIAL):
-                shutil.rmtree(partial, ignore_errors=True)
+                delete(partial)
             whole = all_steps(self.folder.parent)
             kept = f"whole are {', '.join(map(str, whole))}" if whole else "there is no earlier one"
             raise OSError(
@@ -191,7 +190,7 @@ class Checkpoints:
         """Deletes what Orbax put aside, in a thread: unlinking takes 0.1 s a GB."""
         self._join_deletion()
         if processes.is_writer() and (self.folder / _DELETED).is_dir():
-            self._deletion = threading.Thread(target=_delete, args=(self.folder / _DELETED,))
+            self._deletion = threading.Thread(target=delete, args=(self.folder / _DELETED,))
             self._deletion.start()
 
     def _join_deletion(self) -> None:
@@ -209,7 +208,7 @@ class _Best(ocp.checkpoint_managers.PreservationPolicy):
         return [info.step == self._checkpoints.best for info in checkpoints]
 
 
-def _open_manager(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
+def _open_manager(folder: AnyPath, **options: Any) -> ocp.CheckpointManager:
     # uncompressed: zstd takes 8 % off float32 weights and makes reading them three times as long
     arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in _ARRAYS}
     texts = {name: ocp.JsonCheckpointHandler() for name in _JSON}
@@ -220,15 +219,11 @@ def _open_manager(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager
     )
 
 
-def _prepare(folder: pathlib.Path) -> None:
+def _prepare(folder: AnyPath) -> None:
     """Makes the folder, without what a killed run had not finished to write or to delete."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in [*folder.glob(_PARTIAL), folder / _DELETED]:
-        _delete(path)
-
-
-def _delete(path: pathlib.Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+        delete(path)
 
 
 class _NotFromOrbax(logging.Filter):
@@ -298,7 +293,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path_name(path): tuple(leaf.shape) for path, leaf in flat}
 
 
-def _compare(path: pathlib.Path, manager: ocp.CheckpointManager, name: str, target: Any) -> None:
+def _compare(path: AnyPath, manager: ocp.CheckpointManager, name: str, target: Any) -> None:
     """Refuses a checkpoint whose arrays are not the ones wanted, naming the first of them."""
     if not (path / name).is_dir():
         raise ValueError(f"{path} holds no {name}; give the run another out folder")
@@ -316,7 +311,7 @@ def _compare(path: pathlib.Path, manager: ocp.CheckpointManager, name: str, targ
 
 
 @contextlib.contextmanager
-def _readable(path: pathlib.Path) -> Iterator[None]:
+def _readable(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, KeyError, RuntimeError) as error:
@@ -327,7 +322,7 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def _place_in_data(path: pathlib.Path, saved: dict[str, Any]) -> Any:
+def _place_in_data(path: AnyPath, saved: dict[str, Any]) -> Any:
     """The data state of a checkpoint, also of one from before places were the same everywhere."""
     if "place" in saved:
         return saved["place"]
@@ -339,7 +334,7 @@ def _place_in_data(path: pathlib.Path, saved: dict[str, Any]) -> Any:
     return json.loads(saved["processes"][0])
 
 
-def all_steps(out: pathlib.Path) -> list[int]:
+def all_steps(out: AnyPath) -> list[int]:
     """The steps of a run folder's whole checkpoints, ascending."""
     folder = out / FOLDER
     if not folder.is_dir():
@@ -347,12 +342,12 @@ def all_steps(out: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
-def latest_step(out: pathlib.Path) -> int | None:
+def latest_step(out: AnyPath) -> int | None:
     """The step of a run folder's last whole checkpoint, or None."""
     return max(all_steps(out), default=None)
 
 
-def read_meta(out: pathlib.Path, step: int | None = None) -> dict[str, Any]:
+def read_meta(out: AnyPath, step: int | None = None) -> dict[str, Any]:
     """The meta that was saved with a checkpoint.
 
     Args:
@@ -370,7 +365,7 @@ def read_meta(out: pathlib.Path, step: int | None = None) -> dict[str, Any]:
 
 
 def read_params(
-    out: pathlib.Path, abstract: Any, step: int | None = None, *, item: str = "params"
+    out: AnyPath, abstract: Any, step: int | None = None, *, item: str = "params"
 ) -> Any:
     """The trained parameters of a checkpoint, as nested dicts.
 
@@ -395,17 +390,17 @@ def _on_devices(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_devices(x.sharding))
 
 
-def _checkpoint_path(out: pathlib.Path, step: int | None) -> pathlib.Path:
+def _checkpoint_path(out: AnyPath, step: int | None) -> AnyPath:
     steps = all_steps(out)
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"checkpoint {step}"
         there = f"; there are {', '.join(map(str, steps))}" if steps else ""
         raise ValueError(f"{out} holds no {wanted}{there}")
-    return (out / FOLDER / str(steps[-1] if step is None else step)).resolve()
+    return absolute(out / FOLDER / str(steps[-1] if step is None else step))
 
 
 @contextlib.contextmanager
-def open_for_reading(path: pathlib.Path) -> Iterator[ocp.CheckpointManager]:
+def open_for_reading(path: AnyPath) -> Iterator[ocp.CheckpointManager]:
     """An Orbax manager that changes nothing in the folder of a checkpoint."""
     _silence_orbax()
     manager = _open_manager(path.parent, read_only=True)

@@ -11,7 +11,6 @@ import dataclasses
 import fcntl
 import itertools
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +20,7 @@ import rich.console
 from flax import nnx
 
 from llmprep_jax import processes
+from llmprep_jax.remote import AnyPath, as_path, is_remote
 from llmprep_jax.train.checkpoint import Checkpoints, abstract_of, all_steps
 from llmprep_jax.train.metrics import Flops, Numbers, read_up_to
 from llmprep_jax.train.monitor import METRICS_FILE, Monitor
@@ -95,7 +95,7 @@ def fit(
       ValueError: a checkpoint of another model, no data.
       OSError: a checkpoint cannot be written; earlier ones are whole.
     """
-    out, cfg = pathlib.Path(out), trainer.cfg
+    out, cfg = as_path(out), trainer.cfg
     with contextlib.ExitStack() as stack:
         if not locked:
             stack.enter_context(lock_folder(out))
@@ -124,7 +124,7 @@ def fit(
     return FitResult(trainer.model(state), ema_model, step, run.stopped, best, monitor.last)
 
 
-def _find_best(out: pathlib.Path, cfg: FitConfig) -> tuple[float, int] | None:
+def _find_best(out: AnyPath, cfg: FitConfig) -> tuple[float, int] | None:
     """The lowest eval_loss among the run's checkpoints, and its step, where the best is kept."""
     path = out / METRICS_FILE
     if not cfg.checkpoint.keep_best or not path.exists():
@@ -261,14 +261,14 @@ def _due(step: int, every: int | None) -> bool:
 
 
 @contextlib.contextmanager
-def lock_folder(out: pathlib.Path) -> Iterator[None]:
+def lock_folder(out: AnyPath) -> Iterator[None]:
     """Makes a run's folder and keeps a second run out of it; a killed run's lock goes with it.
 
     Raises:
       OSError: the folder cannot be made or written.
       ValueError: another run is in it.
     """
-    if not processes.is_writer():
+    if not processes.is_writer() or is_remote(out):  # a store has no locks
         yield
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ import math
 import os
 import pathlib
 import resource
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,6 +27,7 @@ import rich.progress
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from llmprep_jax.remote import AnyPath, is_remote, reached, upload_file, write_text
 from llmprep_jax.train.state import path_name
 
 # dense bf16 FLOP/s of one device, as its maker states it
@@ -122,7 +125,7 @@ def _resident() -> int:
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
+def _writing(path: AnyPath) -> Iterator[None]:
     """Names the file where a write fails: the system's error of an open file does not."""
     try:
         yield
@@ -135,21 +138,43 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
 
 class _File:
     """A file that keeps nothing back: a kill loses nothing, and what a full disk refuses is told
-    of once, where Python's buffer would try it again on closing."""
+    of once, where Python's buffer would try it again on closing.
 
-    def __init__(self, path: pathlib.Path):
-        self._path = path
+    Nothing can be appended to a file of a store, so it is written here and copied there once a
+    minute and at the end: a kill loses the last minute.
+    """
+
+    INTERVAL = 60.0
+
+    def __init__(self, path: AnyPath):
+        self._path, self._here, self._copied = path, path, time.monotonic()
         with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
+            if is_remote(path):
+                self._here = pathlib.Path(tempfile.mkdtemp()) / path.name
+                self._here.write_bytes(path.read_bytes() if path.exists() else b"")
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._here.open("ab", buffering=0)
 
     def write(self, data: bytes) -> None:
         with _writing(self._path):
             while data:  # a disk that fills up takes the first bytes without an error
                 data = data[self._file.write(data) :]
+            if time.monotonic() - self._copied > self.INTERVAL:
+                self._copy()
+
+    def _copy(self) -> None:
+        if self._here is not self._path:
+            with reached(self._path):
+                upload_file(self._here, self._path)
+            self._copied = time.monotonic()
 
     def close(self) -> None:
         self._file.close()
+        with _writing(self._path):
+            self._copy()
+        if self._here is not self._path:
+            shutil.rmtree(self._here.parent, ignore_errors=True)
 
 
 class JsonLines:
@@ -159,12 +184,10 @@ class JsonLines:
     its last checkpoint, and half a line, is dropped.
     """
 
-    def __init__(self, path: pathlib.Path, step: int):
+    def __init__(self, path: AnyPath, step: int):
         kept = map(json.dumps, read_up_to(path, step))
-        aside = path.with_suffix(".tmp")
         with _writing(path):
-            aside.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(aside, path)
+            write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = _File(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -179,10 +202,11 @@ class JsonLines:
         self._file.close()
 
 
-def read_up_to(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
+def read_up_to(path: AnyPath, step: int) -> list[dict[str, Any]]:
     """The records of a metrics file up to a step, without what a kill left; none without a file."""
     records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
             if record["step"] <= step:
@@ -192,7 +216,7 @@ def read_up_to(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
     return records
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_jsonl(path: AnyPath) -> list[dict[str, Any]]:
     """The records of a metrics file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -200,7 +224,7 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
 class TensorBoard:
     """Scalars in TensorBoard's event files, written without TensorFlow."""
 
-    def __init__(self, folder: pathlib.Path, step: int):
+    def __init__(self, folder: AnyPath, step: int):
         # read in the order of their names, so the time leads, finer than a second
         self._file = _File(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}")
         # written here and now: TensorBoard's own thread prints a traceback when it cannot

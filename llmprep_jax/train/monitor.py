@@ -9,7 +9,6 @@ late; that is no harm, since such a step changes nothing and every save flushes 
 import collections
 import contextlib
 import math
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import rich.console
 
 from llmprep_jax import processes
+from llmprep_jax.remote import AnyPath
 from llmprep_jax.train.metrics import (
     Flops,
     JsonLines,
@@ -52,7 +52,7 @@ class Monitor:
 
     def __init__(
         self,
-        out: pathlib.Path,
+        out: AnyPath,
         total: int,
         done: int,
         *,

@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.stack import REMAT_POLICIES
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.processes import Processes
+from llmprep_jax.remote import AnyPath, write_text
 from llmprep_jax.sharding import MeshSizes
 from llmprep_jax.train.checkpoint import all_steps
 from llmprep_jax.train.metrics import read_jsonl
@@ -70,7 +70,7 @@ class RunConfig(FitConfig):
     model: str | None = None
     architecture: Any | None = None
     tokenizer: str | None = None
-    chat_template: pathlib.Path | None = None
+    chat_template: AnyPath | None = None
     adapter: AnyMethod | str | None = None
     epochs: int | None = None
     data: DataConfig
@@ -81,7 +81,7 @@ class RunConfig(FitConfig):
     loss_chunk: int | None = None
     z_loss: float = 0.0
     processes: Processes = dataclasses.field(default_factory=Processes)
-    out: pathlib.Path
+    out: AnyPath
 
     def __post_init__(self):
         super().__post_init__()
@@ -130,7 +130,7 @@ def _pin_date(cfg: RunConfig) -> RunConfig:
     return dataclasses.replace(cfg, data=data, eval_data=eval_data)
 
 
-def _date_of(out: pathlib.Path) -> str | None:
+def _date_of(out: AnyPath) -> str | None:
     path = out / RUN_FILE
     if all_steps(out) and path.is_file():
         return (_read_run(path).get("data") or {}).get("date")
@@ -207,14 +207,11 @@ def saved_fields(cfg: RunConfig) -> dict[str, Any]:
     return fields
 
 
-def _write_run(path: pathlib.Path, cfg: RunConfig) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(saved_fields(cfg), indent=2, allow_nan=False) + "\n")
-    aside.replace(path)
+def _write_run(path: AnyPath, cfg: RunConfig) -> None:
+    write_text(path, json.dumps(saved_fields(cfg), indent=2, allow_nan=False) + "\n")
 
 
-def _read_run(path: pathlib.Path) -> dict[str, Any]:
+def _read_run(path: AnyPath) -> dict[str, Any]:
     try:
         old = json.loads(path.read_text())
     except ValueError:  # no JSON, or no text
@@ -236,7 +233,7 @@ class Trained:
     padding: float
 
 
-def count_trained(metrics: pathlib.Path, tokens_per_step: int) -> Trained | None:
+def count_trained(metrics: AnyPath, tokens_per_step: int) -> Trained | None:
     """Sums up the steps of a metrics file that changed anything; None where there are none."""
     records = read_jsonl(metrics) if metrics.exists() else []
     records = [r for r in records if "input_tokens" in r and "skipped" not in r]

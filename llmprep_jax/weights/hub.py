@@ -5,10 +5,15 @@ hub repository only the JSON, safetensors and tokenizer files of its top folder 
 """
 
 import difflib
+import fnmatch
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from etils import epath
+
+from llmprep_jax.remote import as_path, fetch, is_remote, reached
 from llmprep_jax.weights.folder import Checkpoint, FolderCheckpoint
 from llmprep_jax.weights.gguf import GgufCheckpoint
 from llmprep_jax.weights.safetensors import one_line
@@ -23,7 +28,8 @@ _UNWANTED = ["*/*"]  # folders of other formats: original/, onnx/
 
 
 def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
-    """The local path of a model; a hub id ("org/name") is downloaded into the hub's cache.
+    """The local path of a model; a hub id ("org/name") is downloaded into the hub's cache, and a
+    folder of gs:// or s3:// into ours.
 
     Raises:
       FileNotFoundError: no such path; near names are given.
@@ -32,6 +38,8 @@ def resolve(path_or_id: str | Path, revision: str | None = None) -> Path:
     """
     if not str(path_or_id).strip():  # which would be the working folder
         raise ValueError("the path of the model is empty; give a folder, a .gguf file or a hub id")
+    if is_remote(path_or_id):
+        return fetch(path_or_id, _is_wanted(as_path(path_or_id)))
     path = Path(path_or_id).expanduser()
     if path.exists():
         return path
@@ -76,6 +84,23 @@ def public_name(given: str | None) -> str | None:
 
 def _in_virtual_environment(path: Path) -> bool:
     return sys.prefix != sys.base_prefix and path.is_relative_to(Path(sys.prefix).resolve())
+
+
+def _is_wanted(path: epath.Path) -> Callable[[str], bool]:
+    """Whether a file of a remote folder is copied: of a model those of its top, of a run of ours
+    its tokenizer and its last checkpoint too."""
+    checkpoints = path / "checkpoints"
+    with reached(path):
+        there = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
+    steps = [int(p.name) for p in there if p.name.isdigit()]
+    folders = ("tokenizer/", f"checkpoints/{max(steps)}/") if steps else ()
+    patterns = (*_WANTED, "*.gguf")
+
+    def is_wanted(name: str) -> bool:
+        is_of_top = "/" not in name and any(fnmatch.fnmatch(name, p) for p in patterns)
+        return is_of_top or name.startswith(folders)
+
+    return is_wanted
 
 
 def _near(path: Path) -> str:

@@ -8,10 +8,12 @@ fails, and files of another kind (a README, a tokenizer that is not written anew
 
 import ctypes
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
-from llmprep_jax import processes
+from llmprep_jax import processes, remote
+from llmprep_jax.remote import AnyPath
 from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.safetensors import (
     beside,
@@ -35,7 +39,7 @@ RECEIPT = "llmprep_receipt.json"
 
 
 def save_folder(
-    folder: str | Path,
+    folder: str | AnyPath,
     config: dict[str, Any],
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
@@ -45,7 +49,7 @@ def save_folder(
     config_name: str = "config.json",
     weights_name: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
-) -> Path:
+) -> AnyPath:
     """Writes config and tensors, verifies them, and puts the folder in place.
 
     Several processes call this together, on a folder that all of them see: all gather the tensors
@@ -61,10 +65,8 @@ def save_folder(
       ValueError: the difference is beyond the tolerance, or not finite; nothing was put in place.
       OSError: the folder cannot be written; nothing was put in place.
     """
-    folder = Path(folder).resolve()
-    aside, dtypes, in_place = Path(processes.by_one(lambda: str(_make_aside(folder)))), set(), False
 
-    def write(tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    def write(aside: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         _write_json(aside / config_name, config)
         if weights_name is None:
             write_folder(aside, tensors, max_shard_bytes)
@@ -73,13 +75,30 @@ def save_folder(
         if extra_files is not None:
             extra_files(aside)
 
+    save = functools.partial(_save, tensors=tensors, write=write, tolerance=tolerance)
+    if remote.is_remote(folder):
+        return _save_remote(remote.as_path(folder), save, verify)
+    return save(Path(folder).resolve(), verify)
+
+
+def _save(
+    folder: Path,
+    verify: Callable[[Path], float],
+    *,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    write: Callable[[Path, Iterable[tuple[str, np.ndarray]]], None],
+    tolerance: float,
+) -> Path:
+    """As `save_folder`, on this machine."""
+    aside, dtypes, in_place = Path(processes.by_one(lambda: str(_make_aside(folder)))), set(), False
+
     def put_in_place() -> None:
         _write_json(aside / RECEIPT, _receipt(tolerance, difference, sorted(dtypes)))
         _sync(aside)
         _swap(aside, folder)
 
     try:
-        _write_by_one(write, _noting_dtypes(tensors, dtypes))
+        _write_by_one(functools.partial(write, aside), _noting_dtypes(tensors, dtypes))
         difference = float(verify(aside))
         _refuse_drift(folder, difference, tolerance)
         processes.by_one(put_in_place)
@@ -91,6 +110,42 @@ def save_folder(
         if not in_place and processes.is_writer():  # else what is left there is somebody's
             shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _save_remote(
+    folder: epath.Path, save: Callable[..., Path], verify: Callable[[Any], float]
+) -> epath.Path:
+    """Saves here, copies that aside there, verifies what is there, and puts it in place.
+
+    File by file, since a store renames no folders: who reads at that moment may see both.
+    """
+    here = Path(processes.by_one(tempfile.mkdtemp))
+    aside = folder.parent / f".{folder.name}.{here.name}"
+
+    def verify_there(written: Path) -> float:
+        processes.by_one(lambda: remote.upload(written, aside))
+        return verify(str(aside))
+
+    try:
+        saved = save(here / "saved", verify_there)
+        processes.by_one(lambda: _put_there(saved, folder))
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        remote.forget(aside)
+        if processes.is_writer():
+            remote.delete(aside)
+            shutil.rmtree(here, ignore_errors=True)
+    return folder
+
+
+def _put_there(saved: Path, folder: epath.Path) -> None:
+    """Copies a saved folder, and deletes the weights that it replaces."""
+    remote.upload(saved, folder)
+    with remote.reached(folder):
+        for path in folder.iterdir():
+            if is_weights(path.name) and not (saved / path.name).exists():
+                path.unlink()
 
 
 def _make_aside(folder: Path) -> Path:
