@@ -58,6 +58,7 @@ def build_model(
                 "around: give adapter=LoRA"
             )
         return model, None
+    method = method.of_run(cfg.horizon)
     if folder is not None:
         model = peft.load(model, folder)
         return model, dataclasses.replace(method, targets=tuple(adapters(model)))

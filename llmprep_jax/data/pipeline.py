@@ -267,7 +267,7 @@ def _prefetched(cfg: DataConfig, dataset: grain.IterDataset) -> grain.IterDatase
 def _identify(cfg: DataConfig, groups: Sequence[Documents], split: Split) -> dict[str, Any]:
     """What a place in the data depends on; not the paths: folders move, typos are corrected."""
     keys = ("weights", "seq_len", "batch_size", "packing", "pack_window", "mask", "overlong")
-    keys = (*keys, "shuffle", "seed", "num_epochs", "holdout", "special_tokens", "date", "format")
+    keys = (*keys, "shuffle", "seed", "holdout", "special_tokens", "date", "format")
     settings = {key: getattr(cfg, key) for key in keys}
     sizes = [[len(documents), len(documents.ids)] for documents in groups]
     return {"documents": sizes, **settings, "split": split}

@@ -63,6 +63,9 @@ class AdaLoRA(LowRank, Budget):
         """s."""
         return self.alpha / ((self.initial_rank or self.rank) + 1e-5)
 
+    def of_run(self, num_steps: int) -> "AdaLoRA":
+        return dataclasses.replace(self, total_steps=self.total_steps or num_steps)
+
     def resolve(self, names: Sequence[str]) -> "AdaLoRA":
         initial = self.initial_rank or self.rank
         return dataclasses.replace(super().resolve(names), initial_rank=initial)

@@ -153,6 +153,10 @@ class Method(abc.ABC):
 
     # of training
 
+    def of_run(self, num_steps: int) -> "Method":
+        """The settings for a run of so many steps, where they leave that open."""
+        return self
+
     def hastened(self, base: Einsum) -> tuple[str, ...]:
         """The parameters that LoRA+ gives a higher rate: the factor that is zero at first."""
         return ()

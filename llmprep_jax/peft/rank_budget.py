@@ -44,7 +44,7 @@ class Budget:
     """When how many triplets are pruned.
 
     Attributes:
-      total_steps: T of the schedule (section 3.3, eq. 12).
+      total_steps: T of the schedule (section 3.3, eq. 12); None: the steps of the run.
       target_rank: mean over the layers at its end.
       warmup_steps, final_steps: first and last of the T steps, which prune nothing.
       every: steps between prunings.
@@ -52,7 +52,7 @@ class Budget:
       orthogonality: weight of the regulariser in the loss (eq. 7).
     """
 
-    total_steps: int
+    total_steps: int | None = None
     target_rank: int = 8
     warmup_steps: int = 0
     final_steps: int = 0
@@ -67,13 +67,14 @@ class Budget:
             raise ValueError(f"AdaLoRA's alpha_pattern must be empty, not {alpha_pattern}")
         if any(own > rank for _, own in rank_pattern):
             raise ValueError(f"AdaLoRA's rank_pattern must not exceed rank, not {rank_pattern}")
-        for name in ("target_rank", "every", "total_steps"):
+        counts = ["target_rank", "every", *(["total_steps"] * (self.total_steps is not None))]
+        for name in counts:
             check_number(f"AdaLoRA's {name}", getattr(self, name), whole=True)
         wrong = {
             "warmup_steps must be >= 0": self.warmup_steps < 0,
             "final_steps must be >= 0": self.final_steps < 0,
-            "total_steps must exceed warmup_steps + final_steps": self.total_steps
-            <= self.warmup_steps + self.final_steps,
+            "total_steps must exceed warmup_steps + final_steps": self.total_steps is not None
+            and self.total_steps <= self.warmup_steps + self.final_steps,
             "beta1 must be in (0, 1)": not 0 < self.beta1 < 1,
             "beta2 must be in (0, 1)": not 0 < self.beta2 < 1,
             "orthogonality must be >= 0": not self.orthogonality >= 0,
@@ -110,6 +111,8 @@ def allocate_ranks(
     Raises:
       ValueError: nothing in params is AdaLoRA's, or the last pruning lies behind the run's end.
     """
+    if budget.total_steps is None:
+        budget = dataclasses.replace(budget, total_steps=num_steps)
     end = budget.total_steps - budget.final_steps
     if not triplets(params):
         raise ValueError("the model has AdaLoRA adapters, but nothing trained is a lora_e")
@@ -252,6 +255,8 @@ def write_budget(by_name: Mapping[str, Any]) -> dict[str, Any]:
         for name, method in by_name.items()
     }
     settings = {name: getattr(first, ours) for name, ours in FIELDS.items()}
+    if first.total_steps is None:  # PEFT takes no such; this is the shortest schedule
+        settings["total_step"] = first.warmup_steps + first.final_steps + 1
     pruned = any(False in kept for kept in left.values())
     return settings | {"init_r": first.initial_rank, "rank_pattern": left if pruned else None}
 

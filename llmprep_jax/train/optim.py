@@ -158,13 +158,14 @@ def make_optimizer(cfg: OptimConfig, params: Any, num_steps: int) -> optax.Gradi
         model, params = merge(params.graphdef, params.params, params.frozen), params.params
     of_adapters = {} if model is None else rules(model)
     decay = decay_mask(params, cfg.decay_embeddings, of_adapters)
+    clips = cfg.clip_norm is not None
     parts = [
+        # at its place either way, so that the state stays the same when a run goes on with another
+        optax.clip_by_global_norm(cfg.clip_norm) if clips else optax.identity(),
         _scale_by_moments(cfg),
         optax.add_decayed_weights(cfg.weight_decay, decay),
         optax.scale_by_learning_rate(make_schedule(cfg, num_steps)),
     ]
-    if cfg.clip_norm is not None:
-        parts.insert(0, optax.clip_by_global_norm(cfg.clip_norm))
     if cfg.lora_plus != 1.0:
         parts.append(_hasten(cfg.lora_plus, params, of_adapters))
     tx = _with_float32_state(optax.chain(*parts))

@@ -57,7 +57,7 @@ def make_train_step(
     def loss_of(params, frozen, micro, key):
         model = merge(graphdef, params, frozen)
         loss = loss_fn(model, micro, key)
-        return _with_extra(loss, model), (loss.count, loss.stats or {})
+        return _with_extra(loss, model)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, frozen, batch):
@@ -90,10 +90,13 @@ def make_train_step(
     return train_step
 
 
-def _with_extra(loss: LossSum, model: Any) -> jax.Array:
-    """The summed loss, with what adapter methods add to the mean."""
-    added = extra_loss(model)
-    return loss.total if added is None else loss.total + loss.count * added
+def _with_extra(loss: LossSum, model: Any) -> tuple[jax.Array, tuple[Any, Mapping[str, Any]]]:
+    """The summed loss with what adapter methods add to the mean; the tokens, and statistics."""
+    added, stats = extra_loss(model), loss.stats or {}
+    if added is None:
+        return loss.total, (loss.count, stats)
+    alone = {"parts": {"next_token_loss": loss.total}, "loads": {}, "dropped": jnp.zeros(())}
+    return loss.total + loss.count * added, (loss.count, stats or alone)
 
 
 def _sum_gradients(loss_of, params, frozen, batch, key):

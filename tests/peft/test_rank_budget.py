@@ -142,7 +142,11 @@ def test_a_run_ends_with_the_target_rank_and_more_orthogonal_factors(tmp_path):
     model = jax.tree.map(jnp.copy, adapted())
     before = orthogonality_of(model)
     assert before == pytest.approx(2.0, abs=0.02)  # all but zero: the norm of I, sqrt(4)
-    trained = fit(Trainer(model, AdapterParam, cfg), Rows(), out=tmp_path).model
+    result = fit(Trainer(model, AdapterParam, cfg), Rows(), out=tmp_path)
+    trained = result.model
+    # the loss is that of the next token, as evaluations give it; the regulariser is beside it
+    added = result.metrics["objective"] - result.metrics["loss"]
+    assert added > 0.25 * orthogonality_of(trained) / 2
     assert int(np.sum(np.asarray(trained.layers.lora_e[...]) != 0)) == 6
     assert orthogonality_of(trained) < 0.9 * before
     trainer = Trainer(jax.tree.map(jnp.copy, adapted()), AdapterParam, cfg)
@@ -150,6 +154,22 @@ def test_a_run_ends_with_the_target_rank_and_more_orthogonal_factors(tmp_path):
     np.testing.assert_array_equal(again.layers.lora_e[...], trained.layers.lora_e[...])
     found = lp.peft.merge(trained).features(np.ones((1, 4), np.int32))[0]
     np.testing.assert_allclose(trained.features(np.ones((1, 4), np.int32))[0], found, atol=1e-5)
+
+
+def test_the_budget_is_laid_over_the_run_where_its_steps_are_not_given():
+    given, open_ended = METHOD, AdaLoRA(rank=4, target_rank=2, warmup_steps=1, final_steps=2)
+    assert open_ended.of_run(8) == given
+    assert given.of_run(100) == given
+    params, grads = make_tree(0), make_tree(1)
+    found = []
+    for method in (given, open_ended):
+        tx = allocate_ranks(optax.sgd(0.01), method, params, 8)
+        state = tx.init(params)
+        for _ in range(3):
+            _, state = jax.jit(tx.update)(grads, state, params)
+        found.append(jax.tree.leaves(state.kept))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,14 @@ def test_epochs_are_counted_and_end_the_run(files, tmp_path, capsys):
     assert all_steps(tmp_path)[-1] == steps
     read = sum(r["input_tokens"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in r)
     assert f"trained on {int(read):,} tokens" in text
+    first = losses(tmp_path)
+    train.main(command(files, tmp_path, "epochs=3", "optim.warmup_steps=1", "eval_every=none"))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "changed since the run began: epochs: 2 -> 3" in text
+    assert f"schedule over {steps} steps" in text
+    more = losses(tmp_path)
+    assert len(more) > len(first)
+    assert {step: more[step] for step in first} == first
 
 
 def start(files, out, cache) -> subprocess.Popen:

@@ -234,6 +234,13 @@ def test_the_best_checkpoint_is_written_and_stays(tmp_path):
     assert (result.best, all_steps(tmp_path)) == (6, [6, 15])
 
 
+def test_a_run_goes_on_with_other_settings_of_the_optimizer(tmp_path):
+    train(tmp_path, dataclasses.replace(CFG, steps=2))
+    optim = OptimConfig(lr=1e-3, clip_norm=None, betas=(0.8, 0.9), weight_decay=0.0)
+    result = train(tmp_path, dataclasses.replace(CFG, steps=4, optim=optim))
+    assert (result.step, list(losses(tmp_path))) == (4, [1, 2, 3, 4])
+
+
 def test_the_schedule_may_be_longer_than_the_run(tmp_path):
     cfg = dataclasses.replace(CFG, steps=2, schedule_steps=12)
     train(tmp_path, cfg)
