@@ -45,7 +45,6 @@ from llmprep_jax.train.run import (
     make_meta,
     saved_steps,
 )
-from llmprep_jax.train.state import count
 from llmprep_jax.train.step import own_rows
 from llmprep_jax.train.trainer import Trainer
 
@@ -137,8 +136,9 @@ def describe(cfg: RunConfig, model: nnx.Module, trainer: Trainer) -> None:
     rows, micro = cfg.data.batch_size, cfg.data.batch_size // cfg.accumulate
     parts = f", in {cfg.accumulate} microbatches of {micro}" if cfg.accumulate > 1 else ""
     console.print(f"a step: {rows} rows of {cfg.data.seq_len} tokens{parts}")
-    trained, frozen = count(trainer.split.params), count(trainer.split.frozen)
-    total = trained + frozen
+    counts = lp.peft.count(model)  # packed weights by what they stand for
+    total = counts.trainable + counts.frozen
+    trained = total if cfg.adapter is None else counts.trainable
     console.print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
     console.print(f"optimizer state: {trainer.optimizer_bytes / 2**20:,.1f} MiB")
     if cfg.adapter is not None:

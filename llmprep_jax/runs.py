@@ -5,6 +5,7 @@
 
 import dataclasses
 import pathlib
+import time
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,7 +63,20 @@ def build_model(
     if folder is not None:
         model = peft.load(model, folder)
         return model, dataclasses.replace(method, targets=tuple(adapters(model)))
-    return peft.inject(model, method, seed=cfg.seed), method
+    return peft.inject(model, method, seed=cfg.seed, progress=_now_and_then(say)), method
+
+
+def _now_and_then(say: Callable[[str], Any], seconds: float = 5.0) -> Callable[[str], None]:
+    """Tells which layer's weight an adapter begins from, where that takes long."""
+    last = time.monotonic()
+
+    def progress(place: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > seconds:
+            last = time.monotonic()
+            say(f"the adapter begins from the weight of {place}")
+
+    return progress
 
 
 def make_base(

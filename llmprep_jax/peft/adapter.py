@@ -26,6 +26,7 @@ from llmprep_jax.peft.targets import (
     Number,
     stacked,
 )
+from llmprep_jax.peft.tokens import TokenRows
 from llmprep_jax.peft.tuned import Tuned
 from llmprep_jax.quant.linear import QuantEinsum, find_layers
 from llmprep_jax.sharding import on_own_mesh, sharding_of
@@ -153,8 +154,10 @@ def _settle(adapted: Adapted) -> Params:
     return adapted.map(lambda params, base: dict(adapted.method.settled(params, base)))
 
 
-def drop(x: Float[Array, "..."], rate: float, key: jax.Array) -> Float[Array, "..."]:
-    """Dropout: a share `rate` of the values is 0, the others are divided by 1 - rate."""
+def drop(x: Float[Array, "..."], rate: Any, key: jax.Array) -> Float[Array, "..."]:
+    """Dropout: a share `rate` (which may differ from row to row) of the values is 0, the others are
+    divided by 1 - rate.
+    """
     kept = jax.random.uniform(key, x.shape, out_sharding=sharding_of(x)) >= rate
     return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
 
@@ -240,7 +243,7 @@ def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx
     def merged(adapted: Adapted) -> Einsum:
         return with_weights(adapted.base, *adapted.merged(weights))
 
-    whole = map_adapted(model, merged, Tuned.merged, trained=True)
+    whole = map_adapted(model, merged, lambda each: each.merged(), trained=True)
     if isinstance(whole, LanguageModel):
         whole.source = Source()  # whoever adapts it anew does not adapt what was loaded
     return whole
@@ -255,7 +258,7 @@ def widen(model: nnx.Module) -> nnx.Module:
 def map_adapted(
     model: nnx.Module,
     change: Callable[[Adapted], Any],
-    change_whole: Callable[[Tuned], Any] | None = None,
+    change_whole: Callable[[Tuned | TokenRows], Any] | None = None,
     *,
     trained: bool | None = None,
 ) -> nnx.Module:
@@ -269,7 +272,7 @@ def map_adapted(
     def visit(_: tuple, node: Any) -> Any:
         if isinstance(node, Einsum) and trained is not None:  # before the adapter around it
             return biases.settle(node, trained=trained)
-        if isinstance(node, Tuned) and change_whole is not None:
+        if isinstance(node, (Tuned, TokenRows)) and change_whole is not None:
             return change_whole(node)
         return change(node) if isinstance(node, Adapted) else node
 

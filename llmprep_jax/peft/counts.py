@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.box
 import rich.console
 import rich.table
 from flax import nnx
@@ -64,11 +65,12 @@ def print_counts(
     Args:
       optimizer_bytes: of the whole optimizer state; None: AdamW's, two float32 moments.
     """
-    columns = ("trainable", "frozen", "per cent", "weights", "gradients", "optimizer")
-    table = rich.table.Table(title="what is trained, and MiB of memory")
-    table.add_column("target")
+    columns = ("trainable", "frozen", "%", "weights", "gradients", "optimizer")
+    title = "what is trained, and MiB of memory (activations are not in it)"
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("target", overflow="fold")  # cut short, layers would look alike
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     whole = count(model)
     moments = 8 * whole.trainable if optimizer_bytes is None else optimizer_bytes
     each = moments / max(whole.trainable, 1)

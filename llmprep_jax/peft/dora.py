@@ -54,13 +54,16 @@ class DoRA(LoRA):
         return super().tensors(layout) | {"magnitude": ("lora_magnitude_vector", pattern)}
 
     def derived(self, base: Einsum) -> Params:
+        return {**super().derived(base), **self._squares(base)}
+
+    def _squares(self, base: Einsum) -> Params:
         """||W||^2 of each output."""
         squares = jnp.square(base.weight().astype(jnp.float32))
         squares = jnp.sum(squares, axis=tuple(range(len(shape_of(base)[0]))))
         return {"base_squares": _whole(squares)}
 
     def init(self, base: Einsum, rngs: nnx.Rngs) -> dict[str, Array]:
-        params = {**super().init(base, rngs), **self.derived(base)}
+        params = {**super().init(base, rngs), **self._squares(base)}
         return params | {"magnitude": self._norm(params, base)}
 
     def forward(

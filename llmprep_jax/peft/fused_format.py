@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.peft.adapter import Adapted, adapters
+from llmprep_jax.peft.adapter_file import AdapterFile
 from llmprep_jax.peft.layout import dims
 from llmprep_jax.peft.targets import bases, plain
-from llmprep_jax.weights.safetensors import SafetensorsFile
 
 _MARK = "#"  # "<tensor>#1/2" is the second of two layers' parts of a tensor
 
@@ -117,7 +117,7 @@ def _is_b(name: str) -> bool:
     return name.endswith("lora_B.weight")
 
 
-class PartsFile(SafetensorsFile):
+class PartsFile(AdapterFile):
     """A file of adapters that answers for parts of tensors too; `names` are those of whole ones."""
 
     def __contains__(self, name: str) -> bool:

@@ -38,7 +38,7 @@ class HRA(Method):
     apply_gs: bool = dataclasses.field(default=False, kw_only=True)
 
     peft_type: ClassVar[str] = "HRA"
-    peft_fields: ClassVar[tuple[str, ...]] = ("r", "apply_GS")
+    peft_fields: ClassVar[tuple[str, ...]] = ("r", "apply_GS", "bias")
 
     def __post_init__(self):
         super().__post_init__()

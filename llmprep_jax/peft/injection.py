@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum, Embed
-from llmprep_jax.peft import biases
+from llmprep_jax.peft import biases, tokens
 from llmprep_jax.peft.adapter import is_adapted, wrap
 from llmprep_jax.peft.experts import each_expert, experts, num_experts
 from llmprep_jax.peft.method import Method, Params
@@ -87,7 +87,8 @@ def inject(
             f'bias is {method.bias!r}, but no layer that it means has one; leave it "none"'
         )
     model = tune(wrap(model, methods, params, shared), whole, method.dtype)
-    return biases.free(model, trained, method.dtype)
+    model = biases.free(model, trained, method.dtype)
+    return tokens.train(model, method.trainable_token_indices, method.dtype)
 
 
 def _chosen(

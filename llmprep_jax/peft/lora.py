@@ -10,7 +10,7 @@ embedding, as in PEFT, it is A that is zero and B that is drawn.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -22,7 +22,8 @@ from llmprep_jax.nn.linear import Einsum, Embed, contract, contract_logits
 from llmprep_jax.peft import biases, principal
 from llmprep_jax.peft.layout import Layout, axes_of, shape_of
 from llmprep_jax.peft.low_rank import LowRank, bypass, draw, outer
-from llmprep_jax.peft.peft_fields import flag
+from llmprep_jax.peft.method import Params
+from llmprep_jax.peft.peft_fields import flag, rows_from_peft
 from llmprep_jax.peft.targets import Number
 from llmprep_jax.sharding import spec
 from llmprep_jax.weights.safetensors import quoted
@@ -36,6 +37,7 @@ class LoRA(LowRank):
       rslora: a scale of alpha / sqrt(rank).
       bias: which biases are trained too: "none", those of the adapted layers ("lora_only"), "all".
       dropout: the share of A's inputs that is dropped in `peft.train_mode` with a key.
+      trainable_token_indices: rows of the embedding that are trained too, see `tokens`.
       init_weights: how A and B begin: "default", "gaussian" (A from N(0, 1/r^2), as in PEFT), or
         from the weight, "pissa", "pissa_niter_4" and "olora" (see `principal`).
     """
@@ -46,6 +48,7 @@ class LoRA(LowRank):
     rslora: bool = False
     dropout: float = 0.0
     bias: str = "none"
+    trainable_token_indices: tuple[int, ...] | list[int] = ()
     init_weights: str = "default"
 
     adapts_embeddings: ClassVar[bool] = True
@@ -57,6 +60,7 @@ class LoRA(LowRank):
     peft_fields: ClassVar[tuple[str, ...]] = (
         *("r", "rank_pattern", "alpha_pattern", "lora_alpha", "use_rslora", "use_dora", "bias"),
         *("init_lora_weights", "ensure_weight_tying", "lora_dropout", "target_parameters"),
+        "trainable_token_indices",
     )
 
     def __post_init__(self):
@@ -111,7 +115,7 @@ class LoRA(LowRank):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "LoRA":
-        dropout = config.get("lora_dropout") or 0.0
+        dropout, begun = config.get("lora_dropout") or 0.0, str(config.get("init_lora_weights"))
         if not isinstance(dropout, (int, float)):
             raise ValueError(f"lora_dropout is {quoted(dropout)}; it must be a number")
         return cls(
@@ -119,6 +123,8 @@ class LoRA(LowRank):
             rslora=flag(config, "use_rslora"),
             bias=config.get("bias") or "none",
             dropout=float(dropout),
+            trainable_token_indices=rows_from_peft(config),
+            init_weights=begun if principal.is_one(begun) else "default",
         )
 
     @classmethod
@@ -154,6 +160,16 @@ class LoRA(LowRank):
             return {"lora_a": self._normal(rngs, *a) / self.rank, "lora_b": self._zeros(*b)}
         drawn = draw(rngs, *a, math.prod(ins), self.dtype)
         return {"lora_a": drawn, "lora_b": self._zeros(*b)}
+
+    def resolve(self, names: Sequence[str]) -> "LoRA":
+        return dataclasses.replace(super().resolve(names), trainable_token_indices=())
+
+    def derived(self, base: Einsum) -> Params:
+        """What a folder's A and B began as, which it does not hold."""
+        if not self.takes_part:
+            return {}
+        a, b = principal.begin(self.init_weights, base, self.rank, self.scale, nnx.Rngs(0))
+        return {"lora_a0": a, "lora_b0": b}
 
     def _zeros(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array:
         return jnp.zeros(shape, self.dtype, out_sharding=spec(*axes, shape=shape))

@@ -51,6 +51,7 @@ class Method(abc.ABC):
     alpha_pattern: ClassVar[Pattern] = ()
     bias: ClassVar[str] = "none"  # which biases are trained too, see `biases`
     dropout: ClassVar[float] = 0.0  # the share of inputs that is dropped in training
+    trainable_token_indices: ClassVar[tuple[int, ...]] = ()  # rows of the embedding, see `tokens`
     groups: ClassVar[int | None] = None  # into which attention is cut in training, see `longlora`
     base_dtype: ClassVar[str | None] = None  # what `load_model` reads the base as; None: as stored
     frozen: ClassVar[tuple[str, ...]] = ()  # parameters that are not trained

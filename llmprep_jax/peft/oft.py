@@ -51,7 +51,7 @@ class OFT(Method):
     terms: int = 5
 
     peft_type: ClassVar[str] = "OFT"
-    peft_fields: ClassVar[tuple[str, ...]] = (*NUMBERS, *FLAGS)
+    peft_fields: ClassVar[tuple[str, ...]] = (*NUMBERS, *FLAGS, "bias")
 
     def __post_init__(self):
         super().__post_init__()

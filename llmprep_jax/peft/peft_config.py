@@ -13,6 +13,7 @@ from typing import Any
 
 from flax import nnx
 
+from llmprep_jax.peft import principal
 from llmprep_jax.peft.adapter import methods
 from llmprep_jax.peft.expert_format import expert_layers
 from llmprep_jax.peft.fused_format import leaves
@@ -20,6 +21,7 @@ from llmprep_jax.peft.method import Method
 from llmprep_jax.peft.peft_fields import flag, names, shortest
 from llmprep_jax.peft.targets import Targets, check_regex, is_among, is_extra, matches, modules
 from llmprep_jax.peft.tied import EMBED, is_tied
+from llmprep_jax.peft.tokens import trained_ids
 from llmprep_jax.peft.tuned import saved_names, tuned
 from llmprep_jax.weights.safetensors import quoted
 
@@ -53,7 +55,7 @@ REFUSED = (
     "use_bdlora",
     "fan_in_fan_out",
     "lora_bias",
-    "trainable_token_indices",
+    "trainable_token_indices",  # of methods other than LoRA
     "target_parameters",  # of methods other than LoRA
     "layer_replication",
     "alora_invocation_tokens",
@@ -63,7 +65,8 @@ REFUSED = (
     "monteclora_config",
     "megatron_config",
 )
-# these start from A and B alone; pissa, olora, corda, loftq and lora_ga change the base's weights
+# these start from A and B alone; corda, loftq and lora_ga change the base's weights by what is
+# not in the folder
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _ADVICE = "merge it into its base with peft (merge_and_unload) and load that model"
 
@@ -140,7 +143,9 @@ def read_config(path: Path, config: Mapping[str, Any]) -> AdapterConfig:
         raise ValueError(f"{path} is of peft_type {quoted(kind)}; supported: {supported}")
     known = {"peft_type", *SELECTION, *readers[0].peft_fields, *WITHOUT_EFFECT}
     asked = [name for name, value in config.items() if name not in known and value]
-    asked += ["init_lora_weights"] if config.get("init_lora_weights") not in _INITS else []
+    begun = config.get("init_lora_weights")
+    is_known = begun in _INITS or principal.is_one(str(begun))
+    asked += [] if is_known else ["init_lora_weights"]
     if asked:
         lacks = ", ".join(f"{name}={quoted(config[name])}" for name in sorted(asked))
         raise ValueError(f"{path} sets {lacks}, which is not supported; {_ADVICE}")
@@ -169,8 +174,14 @@ def _read(config: Mapping[str, Any], reader: type[Method]) -> AdapterConfig:
     if isinstance(parameters, str):
         raise ValueError(f"target_parameters is {quoted(parameters)}; it must be a list of names")
     saved = names(config, "modules_to_save") or ()
+    method, biases = reader.from_peft(config), config.get("bias") or "none"
+    if method.bias != biases:
+        name = type(method).__name__
+        raise ValueError(
+            f"bias is {quoted(biases)}, but of {name} none are trained here; {_ADVICE}"
+        )
     return AdapterConfig(
-        reader.from_peft(config),
+        method,
         *targets,
         tuple(layers) or None,
         containers,
@@ -204,6 +215,7 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
     of_parameters += [f"{name}.weight" for name in weights]
     first = next(iter(by_name.values()))
     settings = {"peft_type": first.peft_type, **type(first).to_peft(by_name)}
+    ids = trained_ids(model)
     if of_parameters:
         settings["lora_dropout"] = 0.0  # with parameters PEFT refuses it; it is of training alone
     for field in ("rank_pattern", "alpha_pattern") if weights else ():
@@ -222,6 +234,7 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
         "layers_pattern": None,
         "modules_to_save": saved_names(model) or None,
         **settings,
+        **({"trainable_token_indices": list(ids)} if ids else {}),
         **_tying(model, by_name),
     }
 

@@ -56,3 +56,18 @@ def shortest(values: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
 def whole(number: Number) -> Number:
     """PEFT's lora_alpha is a whole number where it can be."""
     return int(number) if int(number) == number else number
+
+
+def rows_from_peft(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """trainable_token_indices: a list, or an object that has one for the embedding."""
+    value = config.get("trainable_token_indices") or []
+    if isinstance(value, dict):
+        if len(value) > 1 or not next(iter(value)).endswith("embed_tokens"):
+            raise ValueError(
+                f"trainable_token_indices names {', '.join(map(quoted, value))}; embed_tokens alone"
+                " can have some"
+            )
+        value = next(iter(value.values()))
+    if not isinstance(value, list) or not all(type(number) is int for number in value):
+        raise ValueError(f"trainable_token_indices is {quoted(value)}; it must hold tokens' ids")
+    return tuple(value)

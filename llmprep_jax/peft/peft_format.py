@@ -10,7 +10,7 @@ what differs in a layer's scale goes into its B.
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,7 +21,9 @@ from flax import nnx
 from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
-from llmprep_jax.peft import adapter, biases, injection, tied, tuned
+from llmprep_jax.peft import adapter, biases, injection, tied, tokens, tuned
+from llmprep_jax.peft.adapter_file import PREFIX as _PREFIX
+from llmprep_jax.peft.base_spelling import BaseSpelling
 from llmprep_jax.peft.expert_format import expert_layers, expert_module, expert_tensors
 from llmprep_jax.peft.experts import experts, letters
 from llmprep_jax.peft.fused_format import PartsFile, join, join_tensors, marks, split_names
@@ -49,7 +51,6 @@ from llmprep_jax.weights.safetensors import SafetensorsFile
 from llmprep_jax.weights.table import Entry, export
 
 CONFIG, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _SHOWN = 8  # names of each kind in an error
 
 
@@ -93,6 +94,7 @@ def _names_of(
 def trained_table(model: nnx.Module) -> dict[str, tuple[str, str]]:
     """A weight table for all that is trained of a model with adapters."""
     beside = tuned.table(model, _PREFIX) | biases.table(model, _PREFIX)
+    beside |= tokens.table(model, _PREFIX)
     return adapter_table(model, adapter.methods(model)) | beside
 
 
@@ -112,21 +114,24 @@ def save(
     Args:
       base_model: hub id or path of the base, for `base_model_name_or_path`; None: what the model
         was loaded by. Files of a Python package or the hub's cache are named by their hub id; where
-        no name is known, a warning asks for one.
+        no name is known, a warning asks for one. Where the base is on this machine, the tensors are
+        spelled as it has its modules.
       tolerance: largest allowed difference of the probe's logits, as a share of the largest of
         them.
 
     Raises:
-      ValueError: the model has no adapters, or what was written gives other logits.
+      ValueError: the model has no adapters, the base that is named lacks their layers, or what was
+        written gives other logits.
       OSError: the folder cannot be written.
     """
     if not adapter.is_adapted(model):
         raise ValueError("the model has no adapters; save_model writes whole models")
     base, wide = adapter.strip(model), join(adapter.widen(model))
+    spelling = BaseSpelling(model, base_model)
     return save_folder(
         folder,
-        make_config(wide, _base_name(model, base_model)),
-        itertools.chain(_tensors(wide), _shared_tensors(model)),
+        spelling.config(make_config(wide, _base_name(model, base_model))),
+        spelling.tensors(itertools.chain(_tensors(wide), _shared_tensors(model))),
         config_name=CONFIG,
         weights_name=WEIGHTS_FILE,
         verify=lambda written: probe_difference(model, load(base, written)),
@@ -173,9 +178,10 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
         raise ValueError("the model has adapters already; load onto lp.peft.strip(model)")
     folder = fetch(folder)
     config = read_config(folder / CONFIG, _read_json(folder))
-    file = _open(folder)
+    file = _open(model, folder)
     methods, params = {}, {}
-    whole = tuned.rows_of(model, config.trains, file, _PREFIX)
+    ids = config.method.trainable_token_indices
+    whole = tuned.rows_of(model, _trains(model, config, file), file, _PREFIX)
     found, of_biases = _layers(model, config, file, whole)
     for path, layers in found.items():
         base = bases(model)[path]
@@ -185,7 +191,19 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     shared = _read_shared(config, [bases(model)[path] for path in methods], file)
     tied.check(model, file, _PREFIX)
     adapted = tuned.read(adapter.wrap(model, methods, params, shared), whole, file)
-    return biases.read(adapted, of_biases, file, _PREFIX)
+    adapted = biases.read(adapted, of_biases, file, _PREFIX)
+    return tokens.read(adapted, ids, file, _PREFIX)
+
+
+def _trains(
+    model: nnx.Module, config: AdapterConfig, file: SafetensorsFile
+) -> Callable[[str], bool]:
+    """Whether a module is trained whole: as the config has it, or a table unlike the base's.
+
+    Tables that were saved with the adapter (save_embedding_layers) are mostly those of the base.
+    """
+    changed = tied.changed_tables(model, file, _PREFIX)
+    return lambda module: config.trains(file.spelled(module)) or module in changed
 
 
 def read_method(folder: str | Path) -> Method:
@@ -204,9 +222,10 @@ def _read_json(folder: Path) -> dict:
     return read_json(folder / CONFIG)
 
 
-def _open(folder: Path) -> SafetensorsFile:
+def _open(model: nnx.Module, folder: Path) -> PartsFile:
     if (folder / WEIGHTS_FILE).is_file():
-        return PartsFile(folder / WEIGHTS_FILE)
+        spellings = getattr(model, "renames", ()), getattr(model, "ignored", ())
+        return PartsFile(folder / WEIGHTS_FILE, *spellings)
     if (folder / "adapter_model.bin").is_file():
         raise ValueError(
             f"{folder} holds a pickled adapter_model.bin, which can run code when opened; where you"
@@ -258,16 +277,17 @@ def _layers(
     for path, modules_of_path in named.items():
         pattern = table[f"{plain(path)}.w"][1]
         for place, module in modules_of_path.items():
-            if not config.adapts(module, parameter=path in of_experts):
+            theirs = file.spelled(module)
+            if not config.adapts(theirs, parameter=path in of_experts):
                 continue
             if config.targets == "all-linear" and is_table(of_model[path]):
                 continue
             if config.targets is not None:
                 injection.refuse_embedding(config.method, {path: of_model[path]})
-            method = config.method.resolve((module, f"{module}.weight"))
+            method = config.method.resolve((theirs, f"{theirs}.weight"))
             tensors = {
-                name: (f"{theirs}{shared.get(path, '')}", way)
-                for name, (theirs, way) in _names_of(path, method, of_model, pattern).items()
+                name: (f"{suffix}{shared.get(path, '')}", way)
+                for name, (suffix, way) in _names_of(path, method, of_model, pattern).items()
             }
             keys = expert_module(module, parameters) if path in of_experts else module
             layer = Layer(module, method, _rows(keys, method, of_model[path], tensors))
@@ -281,6 +301,7 @@ def _layers(
     of_biases = biases.names_of(model, config.method.bias, found, whole)
     expected |= tuned.shapes(whole) | tied.shapes(model, file, _PREFIX)
     expected |= biases.shapes(model, of_biases, _PREFIX)
+    expected |= tokens.shapes(model, config.method.trainable_token_indices, _PREFIX)
     problems = _differences(wanted, expected, file)
     known = [*parameters, *_weights(named, of_experts)]
     if unknown := [x for x in config.parameters if not any(matches((x,), [y]) for y in known)]:
@@ -367,7 +388,7 @@ def _one_method(path: str, layers: Mapping[Place, Layer], base: Einsum) -> Metho
     methods = {layer.method for layer in layers.values()}
     whole = len(layers) == (stacked(base) or 1)
     one = max(methods, key=lambda method: getattr(method, "rank", 0))
-    if not one.pads and (len(methods) > 1 or not whole):
+    if (one.takes_part or not one.pads) and (len(methods) > 1 or not whole):
         raise ValueError(
             f"the folder adapts layers of the stack {path} unlike each other by"
             f" {type(one).__name__}; unstack(model.layers) first, or adapt all alike"

@@ -18,7 +18,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum, contract
 from llmprep_jax.nn.param import Shared
-from llmprep_jax.peft.adapter import Adapted
+from llmprep_jax.peft.adapter import Adapted, drop
 from llmprep_jax.peft.layout import dims
 from llmprep_jax.peft.method import Method
 from llmprep_jax.peft.targets import Number
@@ -47,6 +47,7 @@ class Several(Adapted):
         self.methods = tuple((name, part.method) for name, part in parts.items())
         self.parts = nnx.Dict({name: nnx.Dict(_variables(part)) for name, part in parts.items()})
         self.rows = None if rows is None else Shared(rows)
+        self.key = None
 
     @property
     def method(self) -> Method:
@@ -88,7 +89,7 @@ class Several(Adapted):
             found[name] = one = Adapted(self.base, method, {})
             one.names = tuple(self.parts[name])
             for key, variable in self.parts[name].items():
-                setattr(one, key, variable.replace(variable[...]))
+                setattr(one, key, variable.replace(variable.get_value()))
         return found
 
     def owned(self) -> dict[str, Adapted]:
@@ -126,12 +127,23 @@ class Several(Adapted):
         loras = {name: one for name, one in each.items() if _is_plain(one.method)}
         y = self.base(x)
         if loras:
-            y = y + self._added(loras, rows, x)
+            y = y + self._added(loras, rows, self._dropped(loras, rows, x))
         for name in (name for name in each if name not in loras):
             own = rows == self.order.index(name) + 1
             own = jax.reshard(own, spec("batch", shape=own.shape)) if has_mesh() else own
+            each[name].key = self.key
             y = jnp.where(own.reshape(-1, *[1] * (y.ndim - 1)), each[name](x), y)
         return y
+
+    def _dropped(self, loras: Mapping[str, Adapted], rows: Array, x: Array) -> Array:
+        """The inputs of LoRAs, each row's after the dropout of its own."""
+        if self.key is None:
+            return x
+        rates = np.zeros(len(self.order) + 1, np.float32)
+        for name, one in loras.items():
+            rates[self.order.index(name) + 1] = one.method.dropout
+        rate = jnp.asarray(rates)[rows].reshape(-1, *[1] * (x.ndim - 1))
+        return drop(x, rate, self.key[...])
 
     def _rows(self, x: Array) -> Array:
         """Which adapter each row of a batch has, as numbers."""
@@ -171,7 +183,7 @@ def _is_plain(method: Method) -> bool:
 def _variables(part: Adapted) -> dict[str, nnx.Variable]:
     """An adapter's variables, of the classes that they have."""
     found = {name: getattr(part, name) for name in part.names}
-    return {name: variable.replace(variable[...]) for name, variable in found.items()}
+    return {name: variable.replace(variable.get_value()) for name, variable in found.items()}
 
 
 def _padded(factor: Array, axis: int, rank: int) -> Array:

@@ -99,12 +99,18 @@ def _meant(targets: Targets, needed: Sequence[str]) -> Targets:
     return tuple(each for each in targets if all(word in each for word in needed))
 
 
+def is_name(targets: Targets) -> bool:
+    """Whether targets are one bare name, "q_proj", which is meant as in a list of names."""
+    return isinstance(targets, str) and re.fullmatch(r"[\w.]+", targets) is not None
+
+
 def matches(targets: Targets, names: Sequence[str]) -> bool:
     """Whether a layer that goes by `names` is targeted."""
     if targets == "all-linear":
         return True
-    if isinstance(targets, str):
+    if isinstance(targets, str) and not is_name(targets):
         return any(re.fullmatch(targets, name) for name in names)
+    targets = (targets,) if isinstance(targets, str) else targets
     return any(name == t or name.endswith(f".{t}") for name in names for t in targets)
 
 

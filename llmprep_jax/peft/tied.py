@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.nn.linear import Head
-from llmprep_jax.peft.targets import Targets
+from llmprep_jax.peft.targets import Targets, is_name
 from llmprep_jax.sharding import has_mesh, on_own_mesh, spec
 from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.safetensors import SafetensorsFile
@@ -55,6 +55,7 @@ def refuse_head(model: nnx.Module, names: Targets) -> None:
     Raises:
       ValueError: they do.
     """
+    names = (names,) if is_name(names) else names
     if not is_tied(model) or isinstance(names, str):
         return
     head = {HEAD, model.weights["head.w"][0].removesuffix(".weight")}.intersection(names)
@@ -92,7 +93,8 @@ def head_tensors(
 
 def shapes(model: nnx.Module, file: SafetensorsFile, prefix: str) -> dict[str, tuple[int, ...]]:
     """Shapes of what the file has of a tied head, and of tables that PEFT saves as they were."""
-    found = {name: tuple(model.embed.w.shape) for name in _base_tables(model, file, prefix)}
+    names = [*_base_tables(model, file, prefix), *_saved_tables(model, file, prefix)]
+    found = {name: tuple(model.embed.w.shape) for name in names}
     if is_tied(model):
         for head, table in _pairs(model, prefix).items():
             if head in file:  # alone, it is refused by `check`
@@ -108,6 +110,46 @@ def _base_tables(model: nnx.Module, file: SafetensorsFile, prefix: str) -> list[
     return [name for name in names if name in file]
 
 
+def _saved_tables(model: nnx.Module, file: SafetensorsFile, prefix: str) -> list[str]:
+    """Tables that a file holds whole."""
+    pairs = list(_pairs(model, prefix).items())[:1]
+    return [name for pair in pairs for name in pair if name in file]
+
+
+def changed_tables(model: nnx.Module, file: SafetensorsFile, prefix: str) -> set[str]:
+    """Modules of tables that a file holds whole and that are not the base's.
+
+    Raises:
+      ValueError: a table is of another size.
+    """
+    changed = set()
+    for name in _saved_tables(model, file, prefix):
+        ours, theirs = _table(model, name, prefix), file.read(name)
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"{file.path}: {name} has {len(theirs)} rows, and the base's table {len(ours)}; the"
+                " vocabulary was resized before training, so resize and save the base alike first"
+            )
+        if not _equal(ours, theirs):
+            changed.add(name.removeprefix(prefix).removesuffix(".weight"))
+    return changed
+
+
+def _table(model: nnx.Module, name: str, prefix: str) -> np.ndarray:
+    """The base's table of this name, vocabulary first."""
+    is_head = name.startswith(prefix + model.weights[f"{HEAD}.w"][0].removesuffix("weight"))
+    if is_tied(model) or not is_head:
+        return to_host(model.embed.w[...])
+    return to_host(model.head.w[...]).T
+
+
+def _equal(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Whether two tables are the same but for the dtype that one is kept in."""
+    return not np.any(ours != theirs.astype(ours.dtype)) or not np.any(
+        ours.astype(theirs.dtype) != theirs
+    )
+
+
 def check(model: nnx.Module, file: SafetensorsFile, prefix: str) -> None:
     """Refuses what changes a tied table in one of its uses alone, and another base's table.
 
@@ -115,11 +157,8 @@ def check(model: nnx.Module, file: SafetensorsFile, prefix: str) -> None:
       ValueError: it does.
     """
     for name in _base_tables(model, file, prefix):
-        is_head = name.startswith(prefix + model.weights[f"{HEAD}.w"][0].removesuffix("weight"))
-        table = model.embed if is_tied(model) or not is_head else model.head
-        ours, theirs = to_host(table.w[...]), file.read(name)
-        ours = ours.T if table is not model.embed else ours
-        if ours.shape != theirs.shape or np.any(ours != theirs.astype(ours.dtype)):
+        ours, theirs = _table(model, name, prefix), file.read(name)
+        if ours.shape != theirs.shape or not _equal(ours, theirs):
             raise ValueError(
                 f"{file.path}: {name} is not the base's; merge the adapter into its own base with"
                 " peft (merge_and_unload) and load that model"

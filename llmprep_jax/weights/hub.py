@@ -103,6 +103,19 @@ def _is_wanted(path: epath.Path) -> Callable[[str], bool]:
     return is_wanted
 
 
+def cached(path_or_id: str | Path) -> Path | None:
+    """As `resolve`, of what is on this machine already; None: it is not."""
+    path = Path(path_or_id).expanduser()
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+        return path if path.exists() else None
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(path_or_id), local_files_only=True))
+    except Exception:  # the client raises a dozen kinds; all mean that it is not there
+        return None
+
+
 def _near(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent} either"

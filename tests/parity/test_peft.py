@@ -202,6 +202,17 @@ MORE = {
         peft.AdaLoraConfig,
         dict(init_r=4, lora_alpha=6, target_modules=ALL, total_step=10),
     ),
+    "oft": (peft.OFTConfig, dict(oft_block_size=8, target_modules=ALL)),
+    "oft-exact": (
+        peft.OFTConfig,
+        dict(r=4, oft_block_size=0, target_modules=ALL, use_cayley_neumann=False),
+    ),
+    "oft-coft": (
+        peft.OFTConfig,
+        dict(oft_block_size=7, target_modules=["q_proj"], coft=True, eps=0.3, block_share=True),
+    ),
+    "hra": (peft.HRAConfig, dict(r=4, target_modules=ALL)),
+    "hra-gs": (peft.HRAConfig, dict(r=3, target_modules=["o_proj", "up_proj"], apply_GS=True)),
     "ia3": (
         peft.IA3Config,
         dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),

@@ -34,3 +34,5 @@ RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
 )
 IGNORED = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
+# where the language model is in transformers' model of this model_type
+WITHIN = (("gemma3", "model.language_model."),)

@@ -1,0 +1,104 @@
+"""How the base that an adapter folder names spells its modules, and whether it has them.
+
+A multimodal model holds the language model in a module of its own, and PEFT leaves out in silence
+what it finds no module for; so what is saved for such a base is spelled as transformers does.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from llmprep_jax.nn.language_model import LanguageModel
+from llmprep_jax.peft.adapter_file import PREFIX
+from llmprep_jax.weights import hub
+from llmprep_jax.weights.folder import read_json
+
+_BODY = "model."
+_LISTS = ("target_modules", "target_parameters", "modules_to_save", "feedforward_modules")
+_OBJECTS = ("rank_pattern", "alpha_pattern")
+
+
+class BaseSpelling:
+    """The spelling of the base of this name, where it is on this machine; else the model's own.
+
+    Args:
+      name: path or hub id of the base; None: where the model was loaded from.
+    """
+
+    def __init__(self, model: nnx.Module, name: str | None):
+        if name is None and isinstance(model, LanguageModel):
+            name = model.source.path
+        folder = None if name is None else hub.cached(name)
+        self._model, self._folder, self.body = model, None, _BODY
+        if folder is not None and (folder / "config.json").is_file():
+            self._folder = folder
+            kind = read_json(folder / "config.json").get("model_type")
+            self.body = dict(getattr(model, "within", ())).get(kind, _BODY)
+
+    def module(self, name: str) -> str:
+        """A module's name, or a tensor's without PEFT's prefix."""
+        is_body = name.startswith(_BODY)
+        return self.body + name.removeprefix(_BODY) if is_body else name
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """An adapter_config.json with the base's names."""
+        config = dict(config)
+        if self.body == _BODY:
+            return config
+        for field in _LISTS:
+            if config.get(field):
+                config[field] = [self.module(name) for name in config[field]]
+        for field in _OBJECTS:
+            if config.get(field):
+                config[field] = {self.module(name): x for name, x in config[field].items()}
+        # names such as "q_proj" are those of layers of other parts too
+        parts = "|".join(re.escape(part) for part in _parts(self._model))
+        return config | ({"exclude_modules": rf".*({parts})\..*"} if parts else {})
+
+    def tensors(
+        self, tensors: Iterable[tuple[str, np.ndarray]]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """A file's tensors with the base's names.
+
+        Raises:
+          ValueError: the base has no module of a tensor's name.
+        """
+        known = self._names()
+        for name, array in tensors:
+            inner = name.removeprefix(PREFIX)
+            is_known = not known or ".experts." in inner or _is_in(inner, known)
+            if name != inner and not is_known:
+                raise ValueError(
+                    f"{self._folder} has no module for {inner}, so peft would leave it out; name"
+                    " the base that the model was loaded from in base_model"
+                )
+            yield (PREFIX + self.module(inner) if name != inner else name), array
+
+    def _names(self) -> set[str]:
+        """Modules of the base's file, in this model's spelling."""
+        if self._folder is None or not list(Path(self._folder).glob("*.safetensors")):
+            return set()
+        found = set()
+        for name in hub.open_checkpoint(self._folder).names:
+            for pattern, replacement in getattr(self._model, "renames", ()):
+                name = re.sub(pattern, replacement, name)
+            found |= {name.rpartition(".")[0], f"{_BODY}{name.rpartition('.')[0]}"}
+        return found | {"lm_head"}
+
+
+def _is_in(name: str, modules: set[str]) -> bool:
+    """Whether a tensor is of one of these modules."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in modules for end in range(len(parts) - 1, 1, -1)) or (
+        parts[0] in modules
+    )
+
+
+def _parts(model: nnx.Module) -> list[str]:
+    """Names of the modules that the larger model has beside the language model."""
+    ends = [pattern.replace("\\.", ".").rstrip(".") for pattern in getattr(model, "ignored", ())]
+    return [re.findall(r"\w+", end)[-1] for end in ends]
