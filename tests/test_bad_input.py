@@ -212,7 +212,10 @@ def test_a_document_longer_than_the_context_is_named_where_that_is_an_error(
     settings = [f"data.paths={tmp_path / 'long.jsonl'}", f"out={tmp_path / 'run'}"]
     error = error_of(capsys, train, files / "config.py", *settings, "data.overlong=error")
     assert f"{tmp_path / 'long.jsonl'}:1: the document has " in error
-    assert "the context holds 17; raise seq_len, or set overlong=split, truncate or drop" in error
+    assert (
+        "the context holds 17; raise data.seq_len, or set data.overlong=split, truncate or drop"
+        in error
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ _MARK_PROBLEMS = {  # by how much of each conversation is learnt
     "none": "there is no token to learn; check that the assistant speaks in them, and their train"
     " and weight",
     "all": "every token is to be learnt, questions too; correct the template's {% generation %}"
-    " blocks, or set mask=all if that is wanted",
+    " blocks, or set data.mask=all if that is wanted",
 }
 
 
@@ -170,8 +170,8 @@ class Encoder:
             for i, message in enumerate(document.messages):
                 if message.get("role") == "assistant" and not is_trained(i, message):
                     raise ValueError(
-                        f"message {i} is not to be learnt, and mask=all learns everything; set"
-                        " mask=answers, or leave out its train and weight"
+                        f"message {i} is not to be learnt, and data.mask=all learns all; set"
+                        " data.mask=answers, or leave out its train and weight"
                     )
         ids, answers = self.encode_chat(document.messages, document.fields)
         return ids, answers if self.answers_only else [True] * len(ids)
@@ -185,7 +185,7 @@ class Encoder:
         if policy == "error":
             raise ValueError(
                 f"{document.name}: the document has {len(whole) + 1} tokens and the context holds "
-                f"{limit + 1}; raise seq_len, or set overlong=split, truncate or drop"
+                f"{limit + 1}; raise data.seq_len, or set data.overlong=split, truncate or drop"
             )
         if policy == "drop":
             counted["dropped"] = 1

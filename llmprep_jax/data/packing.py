@@ -124,7 +124,7 @@ class _RowIterator(grain.DatasetIterator):
             raise ValueError(
                 f"not one of {self._epoch} documents has a token to learn ({counts['dropped']} "
                 f"dropped as too long, {counts['empty']} without a target); "
-                "check the data, mask, overlong and seq_len"
+                "check the data, data.mask, data.overlong and data.seq_len"
             )
         return encoded
 

@@ -114,14 +114,16 @@ class Batches:
             states = [pack.iterator.get_state() for pack in self._packs]
         else:
             states = _find_packs(self._iterator.get_state())
-        each = {
+        by_source = {
             documents.title: _counts_of(state)
             for documents, state in zip(self._documents, states, strict=True)
         }
-        total = {key: sum(counts[key] for counts in each.values()) for key in (*COUNTS, "rows")}
-        parts = [counts["yielded"] for counts in each.values()]
+        total = {
+            key: sum(counts[key] for counts in by_source.values()) for key in (*COUNTS, "rows")
+        }
+        parts = [counts["yielded"] for counts in by_source.values()]
         total["yielded"] = {key: sum(part[key] for part in parts) for key in YIELDED}
-        return total | ({"sources": each} if len(each) > 1 else {})
+        return total | ({"sources": by_source} if len(by_source) > 1 else {})
 
     def name(self, doc_id: int | np.integer) -> str:
         """Where a document of `doc_ids` is: file and line.

@@ -98,7 +98,7 @@ class Documents:
             if not cut:
                 raise ValueError(
                     f"{self.title}: there is one document, and it cannot be parted into what is"
-                    " trained on and what is held out; set holdout=0, or give more data"
+                    " trained on and what is held out; set data.holdout=0, or give more data"
                 )
         wanted = is_held if split == "heldout" else ~is_held
         wanted = [i for i in range(len(self)) if wanted[i] or i in cut]
@@ -140,7 +140,9 @@ def _part_of(document: Document, part: slice) -> Document:
 def open_documents(cfg: DataConfig, split: Split) -> list[Documents]:
     """What is mixed: one entry, or one a path where there are weights."""
     if split == "heldout" and not cfg.holdout:
-        raise ValueError("holdout is 0, so nothing is held out; set holdout=0.05, or split=all")
+        raise ValueError(
+            "data.holdout is 0, so nothing is held out; set data.holdout=0.05, or split=all"
+        )
     sources = [open_source(path, cfg.source, cfg.format) for path in cfg.paths]
     if not cfg.weights:
         return [Documents(sources, ", ".join(cfg.paths), 0).side(cfg.holdout, split)]

@@ -65,7 +65,7 @@ def is_trained(i: int, message: Mapping[str, Any]) -> bool:
         if train:
             raise ValueError(
                 f'message {i} is of role {message["role"]} and has "train": true; only what the'
-                " assistant says is learnt, or everything by mask=all"
+                " assistant says is learnt, or everything by data.mask=all"
             )
         return False
     return train is not False and weight != 0

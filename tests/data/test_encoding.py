@@ -100,7 +100,7 @@ def test_a_long_document_can_be_an_error_that_names_it():
     assert shown(strict((0, SHORT))) == shown(encoder((0, SHORT)))
     with pytest.raises(
         ValueError,
-        match=r"^a.jsonl:2: the document has 11 tokens and the context holds 5; raise seq_len, or",
+        match=r"^a.jsonl:2: the document has 11 tokens and the context holds 5; raise data.seq",
     ):
         strict((0, LONG))
 
@@ -158,7 +158,7 @@ def test_what_is_not_to_be_learnt_is_refused_where_everything_is():
     )
     everything = dataclasses.replace(encoder, answers_only=False, seq_len=20)
     with pytest.raises(
-        ValueError, match=r"^a.jsonl:3: message 1 is not to be learnt, and mask=all"
+        ValueError, match=r"^a.jsonl:3: message 1 is not to be learnt, and data.mask=all"
     ):
         everything((0, silent))
 

@@ -301,13 +301,21 @@ def test_a_chunk_must_have_a_size():
 @pytest.mark.parametrize(
     ("fields", "arguments", "words"),
     [
-        ({}, {"split": "heldout"}, "holdout is 0, so nothing is held out; set holdout=0.05"),
+        (
+            {},
+            {"split": "heldout"},
+            "data.holdout is 0, so nothing is held out; set data.holdout=0.05",
+        ),
         (
             {"seq_len": 1, "overlong": "drop"},
             {},
             "not one of 50 documents has a token to learn (50",
         ),
-        ({"seq_len": 3, "overlong": "error"}, {}, "tokens and the context holds 4; raise seq_len"),
+        (
+            {"seq_len": 3, "overlong": "error"},
+            {},
+            "tokens and the context holds 4; raise data.seq_len",
+        ),
     ],
 )
 def test_data_that_cannot_be_had_are_refused_on_one_line(path, fields, arguments, words):

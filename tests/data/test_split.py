@@ -90,7 +90,9 @@ def test_of_one_text_the_end_is_held_out(text):
     Document("", text="2+2=4", answer=4),
 ], ids=["conversation", "short", "completion"])  # fmt: skip
 def test_one_document_that_cannot_be_parted_is_refused_with_remedies(document):
-    with pytest.raises(ValueError, match=r"^t: there is one document.*set holdout=0, or give more"):
+    with pytest.raises(
+        ValueError, match=r"^t: there is one document.*set data.holdout=0, or give more"
+    ):
         sides([document], 0.05)
 
 

@@ -101,8 +101,9 @@ DEEPSEEK_BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 def write_tiny(path, architecture, *more, size=0, **fields):
     """A vocabulary of bytes, the digits' merges 12, 34, 1234, `more`, and filling up to `size`."""
     tokens = [*TINY, "12", "34", "1234", *more]
+    kinds = [NORMAL] * (len(TINY) + 3) + [CONTROL] * len(more)
     tokens += [f"<fill{i}>" for i in range(size - len(tokens))]
-    kinds = [NORMAL] * (len(TINY) + 3) + [CONTROL] * (len(tokens) - len(TINY) - 3)
+    kinds += [NORMAL] * (len(tokens) - len(kinds))
     merges = ["1 2", "3 4", "12 34"]
     return write_gguf(path, architecture, "gpt2", tokens, kinds, merges=merges, **fields)
 
