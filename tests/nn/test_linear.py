@@ -115,9 +115,11 @@ def test_an_embedding_looks_up_rows_and_reads_out_against_them():
     np.testing.assert_allclose(embed.unembed(x)[0], x[0] @ embed.w[...].T, atol=1e-6)
 
 
-def test_an_id_beyond_the_vocabulary_gives_its_last_row():
-    embed = Embed(5, 3, compute=Compute(), rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(embed(jnp.array([[99]]))[0, 0], embed.w[...][4])
+def test_an_id_beyond_the_vocabulary_is_refused_where_it_is_known_and_else_gives_the_last_row():
+    embed, ids = Embed(5, 3, compute=Compute(), rngs=nnx.Rngs(0)), jnp.array([[99]])
+    with pytest.raises(ValueError, match="token 99 is outside the vocabulary of 5"):
+        embed(ids)
+    np.testing.assert_array_equal(jax.jit(embed)(ids)[0, 0], embed.w[...][4])
 
 
 def test_parameters_are_made_in_their_dtype_and_used_in_the_activations():

@@ -127,7 +127,7 @@ def test_rows_with_adapters_of_their_own_decode_as_alone():
 
 
 def test_what_experts_cannot_have_is_one_line():
-    with pytest.raises(ValueError, match="dropout is 0.1, but moe_layers.mlp.experts.down holds"):
+    with pytest.raises(ValueError, match="moe_layers.mlp.experts.down: dropout is 0.1, but"):
         lp.peft.inject(base(), LoRA(2, targets=("experts.down",), dropout=0.1))
     both = lp.peft.combine({"a": trained(), "b": trained()})
     with pytest.raises(ValueError, match="experts.down is adapted, and ECD,.* keeps no rows"):
