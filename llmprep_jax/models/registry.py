@@ -115,7 +115,7 @@ FAMILIES = (
         ignored=deepseek_weights.ignored,
         settle=deepseek_weights.settle,
         copies=deepseek_weights.copies,
-        unsaved=("compute", "mtp_weight", "balance", "transport", "capacity_factor"),
+        unsaved=("compute", "mtp_weight", "balance", "transport", "buffer_factor"),
     ),
 )
 

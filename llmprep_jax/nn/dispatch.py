@@ -8,7 +8,13 @@ a transport:
     ragged    each copy to its expert's device, by `ragged_all_to_all` (TPU)
     emulated  the same with that collective written out, for backends without it (CPU)
     ring      all tokens to all devices, which add up what their own experts make of them (GPU)
-    capacity  `all_to_all` of a fixed number of rows for each expert; what is over may be dropped
+    capacity  `all_to_all` of a fixed number of rows for each expert
+
+What a device receives has room for `buffer_factor` times an even load, or for the worst case. In
+the worst case all tokens go to one device's experts, which takes 32 times an even load on 64
+devices of 4 experts each. Of what does not fit, the last tokens' copies are dropped: by one limit
+for each sender and expert of a device (`routes.share`), so that only the busiest ones lose. They
+are counted. Padding goes to no expert and takes no room.
 
 Tokens that are not split over the expert axis (a decode step of few rows) need none: each device
 runs its own experts on them and a sum over the axis adds up. The one thing a reader would get
@@ -27,9 +33,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from llmprep_jax.nn.routes import combine, gather_rows, place_in_slots, sort_copies, undo
+from llmprep_jax.nn.routes import combine, gather_rows, lay, pack, share, sort_copies, undo
 from llmprep_jax.sharding import has_mesh, platform, spec
-from llmprep_jax.types import Array, Float, Int
+from llmprep_jax.types import Array, Bool, Float, Int
 
 # (rows_RD, sizes_E, params) -> rows_RD
 Apply = Callable[[Array, Array, Any], Array]
@@ -43,22 +49,27 @@ class Experts(NamedTuple):
       params: their weights.
       count: how many they are.
       axis: the mesh axes that experts lie over; None if one device has them all.
-      capacity_factor: of "capacity".
+      buffer_factor: room for rows, as a multiple of an even load; None: as many as there may be.
     """
 
     apply: Apply
     params: Any
     count: int
     axis: str | tuple[str, ...] | None
-    capacity_factor: float | None
+    buffer_factor: float | None
+
+    def room(self, even: int | float, most: int) -> int:
+        """Rows of a buffer, of at most so many where the load is even and where it is not."""
+        factor = self.buffer_factor
+        return most if factor is None else min(most, math.ceil(factor * even))
 
 
 @runtime_checkable
 class Transport(Protocol):
     """Has a device's tokens computed by the experts of all devices along `experts.axis`.
 
-    Every device calls it with as many tokens. Returns the weighted sums in float32, and how many
-    copies of this device's tokens were dropped.
+    Every device calls it with as many tokens. Returns the weighted sums, and how many copies this
+    device dropped.
     """
 
     def __call__(
@@ -75,8 +86,9 @@ def run_experts(
     apply: Apply,
     *,
     num_experts: int,
+    mask_BT: Bool[Array, "B T"] | None = None,
     transport: str | None = None,
-    capacity_factor: float | None = None,
+    buffer_factor: float | None = None,
 ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
     """y = sum over a of weights_a expert_a(x), summed in float32.
 
@@ -88,8 +100,10 @@ def run_experts(
       apply: (rows_RD, sizes_E, params) -> rows_RD for the experts of one device, on rows sorted by
         expert; what it makes of rows beyond the sum of sizes, which are zeros, does not count.
       transport: a name in `TRANSPORTS`; the default goes by the platform of the mesh's devices.
-      capacity_factor: for "capacity", the rows that a device may send to an expert, as a multiple
-        of an even load; None: as many as it has tokens, so that nothing is dropped.
+      mask_BT: False for padding, which goes to no expert; its result is 0.
+      buffer_factor: room for the rows that a device receives (for "capacity", for an expert from
+        each device), as a multiple of an even load; None: for the worst case, so that nothing is
+        dropped. One device alone drops nothing either way.
 
     Returns:
       y in x's dtype, sharded as ("batch", "seq", "act_embed"); and how many copies of tokens were
@@ -99,10 +113,11 @@ def run_experts(
       ValueError: an unknown transport, or experts that the expert axis does not divide.
     """
     send = _find_transport(transport)
+    if mask_BT is not None:
+        experts_BTA = jnp.where(mask_BT[..., None], experts_BTA, num_experts)
     if not has_mesh():
-        experts = Experts(apply, params, num_experts, None, capacity_factor)
-        y_BTD, dropped = _run_tokens(_run_own, x_BTD, experts_BTA, weights_BTA, experts)
-        return y_BTD.astype(x_BTD.dtype), dropped
+        experts = Experts(apply, params, num_experts, None, None)
+        return _run_tokens(_run_own, x_BTD, experts_BTA, weights_BTA, experts)
     tokens, axis = spec("batch", "seq", None, shape=x_BTD.shape), spec("expert")[0]
     split, across = _names(tokens), _names(jax.P(axis))
     assert across <= split or not across & split, "tokens lie over a part of the expert axes"
@@ -113,11 +128,11 @@ def run_experts(
     def run(*operands):
         x_BTD, experts_BTA, weights_BTA, params = _vary(operands, varying)
         params = jax.tree.map(functools.partial(_gather_weight, split), params, specs)
-        experts = Experts(apply, params, count, axis, capacity_factor)
+        experts = Experts(apply, params, count, axis, buffer_factor)
         y_BTD, dropped = _run_tokens(send, x_BTD, experts_BTA, weights_BTA, experts)
         # of tensor-parallel experts, or of all experts of the axis if tokens are not split over it
-        y_BTD = jax.lax.psum(y_BTD.astype(x_BTD.dtype), tuple(varying - split))
-        return y_BTD, jax.lax.psum(dropped, tuple(varying)) // _ways(varying - split)
+        y_BTD = jax.lax.psum(y_BTD, tuple(varying - split))
+        return y_BTD, jax.lax.psum(dropped, tuple(varying)) // _ways(varying - split - across)
 
     arrays = [jax.reshard(z, tokens) for z in (x_BTD, experts_BTA, weights_BTA)]
     params = jax.tree.map(jax.reshard, params, specs)
@@ -189,59 +204,76 @@ def _run_tokens(send: Transport, x_BTD, experts_BTA, weights_BTA, experts: Exper
     return y_MD.reshape(x_BTD.shape), dropped
 
 
-def _run_own(x_MD, experts_MA, weights_MA, experts):
-    """What this device's experts make of tokens that are all here."""
-    first = 0 if experts.axis is None else jax.lax.axis_index(experts.axis) * experts.count
-    num_rows = len(x_MD) * min(experts_MA.shape[1], experts.count)
-    routes = sort_copies(experts_MA - first, experts.count, num_rows)
-    y_RD = experts.apply(gather_rows(x_MD, routes), routes.sizes_E, experts.params)
-    return combine(y_RD, weights_MA, routes), _none_of(experts_MA)
+def _run_own(x_MD, experts_MA, weights_MA, experts, num_senders=1):
+    """What this device's experts make of tokens that are all here, of senders one after another."""
+    num_devices, first = 1, 0
+    if experts.axis is not None:
+        num_devices = jax.lax.axis_size(experts.axis)
+        first = jax.lax.axis_index(experts.axis) * experts.count
+    most = len(x_MD) * min(experts_MA.shape[1], experts.count)
+    num_rows = experts.room(experts_MA.size / num_devices, most)
+    # each sender's copies for an expert apart, so that none loses more than others
+    own_MA = experts_MA - first
+    senders_M1 = jnp.arange(len(x_MD))[:, None] // (len(x_MD) // num_senders)
+    is_own_MA = (own_MA >= 0) & (own_MA < experts.count)
+    groups_MA = jnp.where(is_own_MA, own_MA * num_senders + senders_M1, -1)
+    copies = sort_copies(groups_MA, experts.count * num_senders)
+    kept = copies.sizes_E if num_rows == most else share(copies.sizes_E, num_rows)
+    routes, kept_E = pack(copies, kept, num_rows), kept.reshape(experts.count, -1).sum(1)
+    y_RD = experts.apply(gather_rows(x_MD, routes), kept_E, experts.params)
+    return combine(y_RD, weights_MA, routes), jnp.sum(copies.sizes_E - kept)
 
 
 def _run_ring(x_MD, experts_MA, weights_MA, experts):
     gather = functools.partial(jax.lax.all_gather, axis_name=experts.axis, tiled=True)
-    y, dropped = _run_own(gather(x_MD), gather(experts_MA), gather(weights_MA), experts)
-    return jax.lax.psum_scatter(y.astype(x_MD.dtype), experts.axis, tiled=True), dropped
+    gathered, senders = map(gather, (x_MD, experts_MA, weights_MA)), jax.lax.axis_size(experts.axis)
+    y, dropped = _run_own(*gathered, experts, senders)
+    return jax.lax.psum_scatter(y, experts.axis, tiled=True), dropped
 
 
 def _run_capacity(x_MD, experts_MA, weights_MA, experts):
-    num_devices, (num_tokens, num_active) = jax.lax.axis_size(experts.axis), experts_MA.shape
-    num_experts, factor = num_devices * experts.count, experts.capacity_factor
-    num_slots = num_tokens
-    if factor is not None:
-        even = num_tokens * num_active / num_experts
-        num_slots = min(num_slots, math.ceil(factor * even))
+    num_devices, num_tokens = jax.lax.axis_size(experts.axis), len(x_MD)
+    num_experts = num_devices * experts.count
+    num_slots = experts.room(experts_MA.size / num_experts, num_tokens)
     swap = functools.partial(
         jax.lax.all_to_all, axis_name=experts.axis, split_axis=0, concat_axis=0, tiled=True
     )
-    routes = place_in_slots(experts_MA, num_experts, num_slots)
-    taken_IE = swap(routes.sizes_E).reshape(num_devices, experts.count, 1)
+    copies = sort_copies(experts_MA, num_experts)
+    kept_E = jnp.minimum(copies.sizes_E, num_slots)
+    starts_E = num_slots * jnp.arange(num_experts)
+    routes = lay(copies, starts_E, kept_E, num_experts * num_slots)
+    taken_IE = swap(kept_E).reshape(num_devices, experts.count, 1)
     ids_IEC = jnp.arange(experts.count)[:, None]
     ids_IEC = jnp.where(jnp.arange(num_slots) < taken_IE, ids_IEC, experts.count)
     y_RD = swap(_run_arrived(swap(gather_rows(x_MD, routes)), ids_IEC.reshape(-1), experts))
-    return combine(y_RD, weights_MA, routes), experts_MA.size - routes.sizes_E.sum()
+    return combine(y_RD, weights_MA, routes), jnp.sum(copies.sizes_E - kept_E)
 
 
 def _run_arrived(x_RD, experts_R, experts):
     """Runs experts on rows in the order in which they came; those of no expert are empty."""
-    routes = sort_copies(experts_R[:, None], experts.count, len(x_RD))
-    y_RD = experts.apply(gather_rows(x_RD, routes), routes.sizes_E, experts.params)
+    copies = sort_copies(experts_R[:, None], experts.count)
+    routes = pack(copies, copies.sizes_E, len(x_RD))
+    y_RD = experts.apply(gather_rows(x_RD, routes), copies.sizes_E, experts.params)
     return gather_rows(y_RD, undo(routes))
 
 
 def _run_ragged(x_MD, experts_MA, weights_MA, experts, *, exchange=jax.lax.ragged_all_to_all):
     num_devices, me = jax.lax.axis_size(experts.axis), jax.lax.axis_index(experts.axis)
-    num_experts = num_devices * experts.count
-    routes = sort_copies(experts_MA, num_experts, experts_MA.size)
-    sizes_IE = jax.lax.all_gather(routes.sizes_E, experts.axis)
+    most = num_devices * len(x_MD) * min(experts_MA.shape[1], experts.count)
+    num_rows = experts.room(experts_MA.size, most)
+    copies = sort_copies(experts_MA, num_devices * experts.count)
+    sizes_IE = jax.lax.all_gather(copies.sizes_E, experts.axis)
     sizes_IJE = sizes_IE.reshape(num_devices, num_devices, experts.count)
+    if num_rows < most:  # what all send to a device fits there; every device finds the same
+        sizes_IJE = jax.vmap(share, (1, None), 1)(sizes_IJE, num_rows)
     sizes_IJ = sizes_IJE.sum(2)
     starts_IJ = jnp.cumsum(sizes_IJ, 1) - sizes_IJ  # of J's rows among those that I sends
     places_IJ = jnp.cumsum(sizes_IJ, 0) - sizes_IJ  # of I's rows among those that J receives
     exchange = functools.partial(exchange, axis_name=experts.axis)
 
+    kept_E = sizes_IJE[me].reshape(-1)
+    routes = pack(copies, kept_E, experts_MA.size)
     x_RD = gather_rows(x_MD, routes)
-    num_rows = num_devices * len(x_MD) * min(experts_MA.shape[1], experts.count)
     room = jnp.zeros_like(x_RD, shape=(num_rows, x_RD.shape[1]))
     x_RD = exchange(x_RD, room, starts_IJ[me], sizes_IJ[me], places_IJ[me], sizes_IJ[:, me])
     # from each device rows come sorted by expert
@@ -251,7 +283,7 @@ def _run_ragged(x_MD, experts_MA, weights_MA, experts, *, exchange=jax.lax.ragge
     y_RD = _run_arrived(x_RD, ids_R, experts)
     room = jnp.zeros_like(y_RD, shape=(experts_MA.size, x_RD.shape[1]))
     y_RD = exchange(y_RD, room, places_IJ[:, me], sizes_IJ[:, me], starts_IJ[:, me], sizes_IJ[me])
-    return combine(y_RD, weights_MA, routes), _none_of(experts_MA)
+    return combine(y_RD, weights_MA, routes), jnp.sum(copies.sizes_E - kept_E)
 
 
 def exchange_gathered(
@@ -269,11 +301,6 @@ def exchange_gathered(
     index_R = jnp.where(is_sent_IR, devices_I * len(operand) + froms_I + at_IR, 0).sum(0)
     found_RD = gather(operand, tiled=True)[index_R]
     return jnp.where(is_sent_IR.any(0)[:, None], found_RD, output)
-
-
-def _none_of(experts_MA):
-    """No dropped copies, as a number that varies over devices as its argument does."""
-    return jnp.zeros_like(experts_MA, shape=())
 
 
 TRANSPORTS: dict[str, Transport] = {

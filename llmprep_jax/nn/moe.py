@@ -175,7 +175,9 @@ class MoE(nnx.Module):
 
     Args:
       dim: D. expert_dim: F, the hidden width of an expert. num_shared: 0 for none.
-      transport, capacity_factor: how tokens go to experts on other devices (`nn.dispatch`).
+      transport: how tokens go to experts on other devices (`nn.dispatch`).
+      buffer_factor: room for what a device receives, as a multiple of an even load, in training
+        (`with_bounded_buffers`); there is room for the worst case otherwise.
     """
 
     def __init__(
@@ -187,12 +189,12 @@ class MoE(nnx.Module):
         *,
         balance: Balance = NO_BALANCE,
         transport: str | None = None,
-        capacity_factor: float | None = None,
+        buffer_factor: float | None = None,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
         self.routing, self.balance = routing, balance
-        self.transport, self.capacity_factor = transport, capacity_factor
+        self.transport, self.buffer_factor, self.is_bounded = transport, buffer_factor, False
         kind: dict[str, Any] = dict(compute=compute, rngs=rngs)
         self.router = Router(dim, routing, **kind)
         self.experts = Experts(dim, expert_dim, routing.num_experts, **kind)
@@ -201,7 +203,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], Load]:
-        """The result, and the load; `mask_BT` is True for the tokens that count in it."""
+        """The result, and the load; `mask_BT` is False for padding, which goes to no expert."""
         choice = self.router(x_BTD)
         y_BTD, dropped = run_experts(
             x_BTD,
@@ -211,11 +213,29 @@ class MoE(nnx.Module):
             EXPERT_AXES,
             self.experts.apply,
             num_experts=self.routing.num_experts,
+            mask_BT=mask_BT,
             transport=self.transport,
-            capacity_factor=self.capacity_factor,
+            buffer_factor=self.buffer_factor if self.is_bounded else None,
         )
         groups = self.routing.num_groups, self.routing.num_active_groups
         load = measure(choice.experts_BTA, choice.scores_BTE, mask_BT, self.balance, *groups)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, load._replace(dropped=dropped)
+
+
+def with_bounded_buffers(model: nnx.Module) -> nnx.Module:
+    """The model as it is trained: its layers' buffers have the room that `buffer_factor` says.
+
+    Experts drop what does not fit, so evaluation and generation take the model itself.
+    """
+    found = []
+
+    def visit(_: tuple, node: Any) -> Any:
+        if isinstance(node, MoE):
+            node.is_bounded = True
+            found.append(node)
+        return node
+
+    bounded = nnx.recursive_map(visit, model)
+    return bounded if found else model

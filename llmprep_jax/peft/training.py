@@ -18,6 +18,7 @@ from flax import nnx
 
 from llmprep_jax.nn.attention import Attention
 from llmprep_jax.nn.linear import Embed
+from llmprep_jax.nn.moe import with_bounded_buffers
 from llmprep_jax.nn.param import AdapterParam, Buffer
 from llmprep_jax.peft.adapter import Adapted, adapters
 from llmprep_jax.peft.longlora import ShiftedAttention
@@ -99,8 +100,8 @@ def _by_method(model: nnx.Module) -> dict[type, list[Adapted]]:
 def train_mode(model: nnx.Module, key: jax.Array | None = None) -> nnx.Module:
     """The model as its adapters train it; the given model is unchanged.
 
-    LongLoRA attends in shifted groups, and layers with `dropout` drop their adapter's inputs. A
-    model of other methods, or without any, is as it was.
+    LongLoRA attends in shifted groups, layers with `dropout` drop their adapter's inputs, and
+    experts have buffers of a bounded size. A model without any of these is as it was.
 
     Args:
       key: of this step's dropout; None: nothing is dropped.
@@ -115,6 +116,7 @@ def train_mode(model: nnx.Module, key: jax.Array | None = None) -> nnx.Module:
         raise ValueError(
             "LongLoRA attends in groups, and other adapters of these rows do not; train them apart"
         )
+    model = with_bounded_buffers(model)
     if groups <= {None} and not drops:
         return model
 

@@ -15,7 +15,9 @@ import pytest
 from llmprep_jax.kernels.grouped_matmul import reference
 from llmprep_jax.kernels.grouped_matmul.api import grouped_matmul
 from llmprep_jax.nn.dispatch import TRANSPORTS, exchange_gathered, run_experts
+from llmprep_jax.nn.routes import Routes, combine, gather_rows, share
 from llmprep_jax.sharding import ShardingRules, make_mesh, spec, use_mesh
+from tests.programs import equations
 
 E, D, F = 8, 8, 16
 AXES = {"up": ("expert", "embed", "mlp"), "down": ("expert", "mlp", "embed")}
@@ -201,7 +203,7 @@ def test_copies_beyond_the_capacity_are_dropped_and_counted(mesh, kept):
     # a device has 3 or 6 of 24 tokens, all for one of 8 experts: 2 x 3 / 8 and 2 x 6 / 8 rows
     *tokens, params = draw(experts=(5,), active=1)
     expected = np.array(every_expert(*tokens, params))
-    options = dict(num_experts=E, transport="capacity", capacity_factor=2.0)
+    options = dict(num_experts=E, transport="capacity", buffer_factor=2.0)
     with use_mesh(mesh_of(mesh)):
         run = jax.jit(functools.partial(run_experts, axes=AXES, apply=apply, **options))
         y, dropped = run(*tokens, place(params))
@@ -212,8 +214,87 @@ def test_copies_beyond_the_capacity_are_dropped_and_counted(mesh, kept):
     assert int(dropped) == 24 - kept * (24 // per_device)
 
 
+def run_on(mesh, transport, factor, *tokens, mask=None, params):
+    """(result, dropped copies)."""
+    options = dict(num_experts=E, transport=transport, buffer_factor=factor)
+    with use_mesh(mesh_of(mesh)):
+        run = functools.partial(run_experts, axes=AXES, apply=apply, **options)
+        y, dropped = jax.jit(lambda *args, mask: run(*args, mask_BT=mask))(
+            *tokens, place(params), mask=mask
+        )
+        return np.asarray(y), int(dropped)
+
+
+@pytest.mark.parametrize("transport", [None, *RUNNABLE])
+def test_padding_goes_to_no_expert_and_takes_no_room(transport):
+    x, experts, weights, params = draw(rows=4, length=5, active=2)
+    # before real tokens, and to the experts that those go to
+    experts = jnp.tile(experts[:, 3:4], (1, 5, 1))
+    mask = np.tile(np.arange(5) >= 3, (4, 1))
+    expected = np.where(mask[..., None], every_expert(x, experts, weights, params), 0)
+    # two real tokens of one expert each: 0.8 x an even load of all five tokens
+    found, dropped = run_on(
+        "expert4", transport, 4.0, x, experts, weights, mask=mask, params=params
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert dropped == 0
+
+
+def test_a_mask_hides_padding_from_experts_without_a_mesh():
+    x, experts, weights, params = draw(rows=2, length=3)
+    mask, sizes = np.array([[True, False, True], [False, False, True]]), []
+
+    def apply_and_see(x_RD, sizes_E, params):
+        sizes.append(sizes_E)
+        return apply(x_RD, sizes_E, params)
+
+    args = (x, experts, weights, params, AXES, apply_and_see)
+    y, _ = run_experts(*args, num_experts=E, mask_BT=mask)
+    expected = np.where(mask[..., None], every_expert(x, experts, weights, params), 0)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    assert sizes[0].sum() == 2 * 3
+
+
+@pytest.mark.parametrize("transport", ["emulated", "ring"])
+def test_beyond_the_buffers_the_last_tokens_of_the_busiest_lose(transport):
+    # 4 devices of 6 tokens; the first two send all to expert 0, the others one each to expert 1
+    x, experts, weights, params = draw(rows=8, length=3, active=1)
+    experts = np.arange(24).reshape(8, 3, 1) % 6 + 2
+    experts[:4], experts[4:, 0] = 0, 1
+    experts[[5, 7], 0] = 7
+    # an even load is 6 rows a device; room for 9: 2 for expert 1, of which 3 and 3 are left
+    found, dropped = run_on("expert4", transport, 1.5, x, experts, weights, params=params)
+    kept = np.ones((8, 3), bool)
+    kept[[1, 3]] = False
+    expected = every_expert(x, experts, weights, params) * kept[..., None]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert dropped == 6
+
+
+def test_what_is_kept_is_the_most_that_one_limit_allows():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes, room = rng.integers(0, 9, (3, 4)), int(rng.integers(1, 60))
+        limits = [n for n in range(10) if np.minimum(sizes, n).sum() <= room]
+        np.testing.assert_array_equal(
+            share(jnp.asarray(sizes), room), np.minimum(sizes, limits[-1])
+        )
+
+
+def test_no_float32_array_is_as_large_as_all_copies_where_they_are_summed():
+    x, weights, rows = jnp.ones((64, 16), jnp.bfloat16), jnp.ones((64, 4)), jnp.arange(256)
+    routes = Routes(rows, rows.reshape(64, 4))
+
+    def loss(x, weights):
+        return combine(gather_rows(x, routes), weights, routes).astype(jnp.float32).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, weights)
+    sizes = [x.aval.size for e in equations(jaxpr.jaxpr) for x in e.outvars if x.aval.dtype == "f4"]
+    assert max(sizes) == 64 * 16
+
+
 @pytest.mark.parametrize("transport", RUNNABLE)
-def test_nothing_is_dropped_without_a_capacity(transport):
+def test_nothing_is_dropped_without_a_buffer_factor(transport):
     *tokens, params = draw(experts=(5,), active=1)
     with use_mesh(mesh_of("expert4")):
         run = jax.jit(

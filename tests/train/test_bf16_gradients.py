@@ -8,7 +8,6 @@ numbers are compared for some, at 16,384 tokens; programs are read, which compil
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from llmprep_jax.nn.param import AdapterParam, Compute, Param, add_bias, scale_b
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train.losses import next_token_loss, training_loss
 from tests.peft.test_methods import METHODS
+from tests.programs import equations
 from tests.random_modules import random_module
 
 # a base this small turns all pairs within a row; else the gradient of a key's bias is near 0, as
@@ -125,18 +125,6 @@ def test_every_gradient_in_bf16_is_float32s_within_two_percent(name):
 
 
 SUMS = ("reduce_sum", "scatter-add", "cumsum", "dot_general")
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
-            if is_jaxpr(value):
-                yield from equations(getattr(value, "jaxpr", value))
-
-
-def is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def narrow_sums(jaxpr: Any) -> set[str]:

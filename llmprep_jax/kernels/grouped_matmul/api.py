@@ -52,9 +52,11 @@ def _varying_alike(*arrays):
 
 def _default_impl() -> str:
     mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return "blocks" if platform == "cpu" else "ragged"
+    if mesh.empty:
+        return "blocks" if jax.default_backend() == "cpu" else "ragged"
+    # a mesh without devices is that of a pod which nobody has at hand
+    device = mesh.abstract_device
+    return "blocks" if device is not None and device.platform == "cpu" else "ragged"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

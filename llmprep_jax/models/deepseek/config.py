@@ -41,7 +41,9 @@ class Config:
         is no multiple of it have none either.
       num_mtp: multi-token prediction modules after the last layer. mtp_weight: lambda of their
         loss.
-      transport, capacity_factor: of tokens between devices (`nn.dispatch`).
+      transport: of tokens between devices (`nn.dispatch`).
+      buffer_factor: room for the tokens that a device receives in training, as a multiple of an
+        even load; what does not fit is dropped, and counted in the metrics. None: room for all.
       model_type: how Hugging Face calls the architecture: "deepseek_v2" or "deepseek_v3".
     """
 
@@ -70,7 +72,7 @@ class Config:
     mtp_weight: float = 0.3
     balance: Balance = Balance()
     transport: str | None = None
-    capacity_factor: float | None = None
+    buffer_factor: float | None = 2.0
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None

@@ -25,7 +25,7 @@ from llmprep_jax.nn.language_model import LanguageModel, Source
 from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.nn.mla import MLA
 from llmprep_jax.nn.mlp import GatedMlp
-from llmprep_jax.nn.moe import MoE
+from llmprep_jax.nn.moe import MoE, with_bounded_buffers
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.rope import rope_angles, rope_frequencies
 from llmprep_jax.nn.stack import scan, stack, take
@@ -55,7 +55,7 @@ class Block(nnx.Module):
         )
         if is_moe:
             sizes = (cfg.dim, cfg.expert_dim, cfg.num_shared, cfg.routing)
-            sent = dict(transport=cfg.transport, capacity_factor=cfg.capacity_factor)
+            sent = dict(transport=cfg.transport, buffer_factor=cfg.buffer_factor)
             self.mlp = MoE(*sizes, balance=cfg.balance, **sent, **kind)
         else:
             self.mlp = GatedMlp(cfg.dim, cfg.mlp_dim, **kind)
@@ -204,7 +204,7 @@ class Model(LanguageModel):
 
     def training_terms(self, batch: Mapping[str, Array], sum_losses: SumLosses) -> Terms:
         """What the model is trained by, see `loss.training_terms`."""
-        return loss.training_terms(self, batch, sum_losses)
+        return loss.training_terms(with_bounded_buffers(self), batch, sum_losses)
 
     def rope(self, place: Tokens) -> Rope:
         """cos and sin of the tokens' positions."""
