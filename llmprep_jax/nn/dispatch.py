@@ -101,13 +101,11 @@ def run_experts(
         expert; what it makes of rows beyond the sum of sizes, which are zeros, does not count.
       transport: a name in `TRANSPORTS`; the default goes by the platform of the mesh's devices.
       mask_BT: False for padding, which goes to no expert; its result is 0.
-      buffer_factor: room for the rows that a device receives (for "capacity", for an expert from
-        each device), as a multiple of an even load; None: for the worst case, so that nothing is
-        dropped. One device alone drops nothing either way.
+      buffer_factor: room for the rows that a device receives ("capacity": for an expert from each
+        device), as a multiple of an even load; None: for the worst case, which drops nothing.
 
     Returns:
-      y in x's dtype, sharded as ("batch", "seq", "act_embed"); and how many copies of tokens were
-      dropped.
+      y in x's dtype, sharded as ("batch", "seq", "act_embed"); how many copies were dropped.
 
     Raises:
       ValueError: an unknown transport, or experts that the expert axis does not divide.
