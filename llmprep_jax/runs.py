@@ -16,6 +16,7 @@ from flax import nnx
 from llmprep_jax import data, peft, quant
 from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.models import registry
+from llmprep_jax.models.deepseek import config as deepseek
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor
@@ -89,11 +90,21 @@ def make_base(
     if cfg.model is None:
         name = cfg.architecture
         sizes = registry.preset(name) if isinstance(name, str) else name
+        if isinstance(sizes, deepseek.Config):
+            _check_transport(sizes.transport)
         sizes = dataclasses.replace(sizes, compute=cfg.compute)
         return jax.jit(lambda: registry.build(sizes, rngs=nnx.Rngs(cfg.seed)))()
     if adapter_of_run(cfg.model) is not None:
         say(f"the adapter of {cfg.model} is merged into its base, and training begins from that")
     return load_base(cfg.model, packed, mesh=mesh, compute=cfg.compute)
+
+
+def _check_transport(transport: str | None) -> None:
+    if transport == "ragged" and jax.default_backend() == "cpu":
+        raise ValueError(
+            "architecture.transport=ragged needs an all-to-all that CPUs do not have; leave it out "
+            "there, or give emulated, ring or capacity"
+        )
 
 
 def open_adapter(adapter: AnyMethod | str | None) -> tuple[pathlib.Path | None, AnyMethod | None]:

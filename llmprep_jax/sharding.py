@@ -108,9 +108,11 @@ def make_mesh(
     known = math.prod(size for size in axes.values() if size != -1)
     sizes = {name: len(devices) // known if size == -1 else size for name, size in axes.items()}
     if math.prod(sizes.values()) != len(devices):
+        # a CPU is one device unless it is told otherwise
+        more = "; JAX_NUM_CPU_DEVICES=N makes N of a CPU" if devices[0].platform == "cpu" else ""
         raise ValueError(
             f"a mesh of {dict(axes)} does not fit {len(devices)} devices; the product of its sizes"
-            " must be their number, and one of them may be -1 for what is left"
+            f" must be their number, and one of them may be -1 for what is left{more}"
         )
     explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), explicit, devices=devices)

@@ -1,5 +1,6 @@
 """The commands train and evaluate on tiny models and real files: outputs, errors, signals."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -18,8 +19,11 @@ from flax import nnx
 
 import llmprep_jax as lp
 from experiments import evaluate, train
+from llmprep_jax.config import load_config
 from llmprep_jax.data import Batches
+from llmprep_jax.models.deepseek.presets import V3_TINY
 from llmprep_jax.nn.param import AdapterParam
+from llmprep_jax.runs import build_model
 from llmprep_jax.sharding import make_mesh
 from llmprep_jax.train.checkpoint import all_steps, read_meta
 from llmprep_jax.train.metrics import read_jsonl
@@ -126,6 +130,7 @@ def test_a_result_lies_beside_the_model_and_never_over_another(files, tmp_path):
         (["compute.dtype=bfloat"], 2, "compute.dtype='bfloat'; the dtypes are float32"),
         (["mesh=v5e_9"], 2, "unknown mesh v5e_9; did you mean v5e_8"),
         (["mesh=v5e_16"], 2, "mesh=v5e_16: a mesh of {'fsdp': 16} does not fit 8 devices"),
+        (["mesh=v5e_16"], 2, "JAX_NUM_CPU_DEVICES=N makes N of a CPU"),
         (["architecture=llama-3.1-9b"], 1, "unknown preset 'llama-3.1-9b'; did you mean"),
         (["model=nowhere"], 2, "give either model (weights) or architecture"),
         (["architecture=none", "model=nowhere"], 1, "no file or folder nowhere"),
@@ -145,6 +150,13 @@ def test_bad_input_is_one_line_and_an_exit_code(files, tmp_path, capsys, overrid
     assert (got, error.count("\n")) == (code, 1), error
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_transport_that_cpus_lack_is_refused_in_one_line(files):
+    architecture = dataclasses.replace(V3_TINY, transport="ragged")
+    cfg = load_config(files / "config.py")
+    with pytest.raises(ValueError, match=r"^architecture\.transport=ragged needs an all-to-all"):
+        build_model(dataclasses.replace(cfg, architecture=architecture), None)
 
 
 def test_a_run_ends_by_saying_what_became_of_its_documents(run_text):
@@ -269,8 +281,8 @@ def wait_for_step(process, out, step) -> None:
     raise AssertionError(f"step {step} never came: {process.communicate()[0][-3000:]}")
 
 
-@pytest.mark.slow  # four processes, each of which imports and compiles anew
-def test_the_command_survives_sigterm_and_kill_9_to_the_bit(files, tmp_path):
+@pytest.mark.slow  # five processes, each of which imports and compiles anew
+def test_the_command_survives_sigterm_ctrl_c_and_kill_9_to_the_bit(files, tmp_path):
     cache, whole, parts = tmp_path / "cache", tmp_path / "whole", tmp_path / "parts"
     first = start(files, whole, cache)
     text = first.communicate(timeout=600)[0]
@@ -282,6 +294,15 @@ def test_the_command_survives_sigterm_and_kill_9_to_the_bit(files, tmp_path):
     assert stopped.returncode == 0, text
     assert "stopped by SIGTERM; the same command goes on from here" in text
     assert 5 <= all_steps(parts)[-1] < 40
+    interrupted = start(files, parts, cache)
+    wait_for_step(interrupted, parts, all_steps(parts)[-1] + 3)
+    interrupted.send_signal(signal.SIGINT)
+    text = interrupted.communicate(timeout=300)[0]
+    assert interrupted.returncode == 130, text
+    assert text.count("Ctrl-C: saving after the step under way; again ends at once") == 1
+    said = f"interrupted and saved at step {all_steps(parts)[-1]}; to go on: python -m experiments"
+    assert said in text.splitlines()[-1]
+    assert "Traceback" not in text
     killed = start(files, parts, cache)
     wait_for_step(killed, parts, all_steps(parts)[-1] + 7)
     killed.kill()
