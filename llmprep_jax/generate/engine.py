@@ -38,7 +38,7 @@ from llmprep_jax.nn.settle import settle
 from llmprep_jax.sharding import mesh_of, on_mesh_of
 from llmprep_jax.types import Array
 
-MIN_SLOTS = 128  # of a cache while it is decoded with
+MIN_SLOTS = 256  # of a cache while it is decoded with
 MIN_STOPS = 8  # stop ids that a program takes; -1 fills them up
 
 

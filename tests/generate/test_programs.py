@@ -39,7 +39,7 @@ def traces(monkeypatch):
 def test_temperatures_and_lengths_share_programs(traces, lengths):
     jax.clear_caches()
     model, tokens = random_model(LONG), make_tokens(1, 100)
-    temperatures, new_tokens = (0.3, 0.7, 1.0, 1.7), (4, 20, 60)
+    temperatures, new_tokens = (0.3, 0.7, 1.0, 1.7), (4, 20, 200)
     for temperature, new, length in itertools.product(temperatures, new_tokens, lengths):
         settings = dict(temperature=temperature, top_k=5 + new, seed=new, pad_id=length)
         found = lp.generate_tokens(

@@ -212,6 +212,7 @@ def test_a_draft_that_there_is_not_is_refused_on_one_line(model, draft, problem)
     assert "\n" not in str(caught.value)
 
 
-def test_the_caches_of_a_lone_row_are_the_power_of_two_above_its_text():
+def test_the_caches_of_a_lone_row_are_the_power_of_two_above_its_text(monkeypatch):
+    monkeypatch.setattr(engine, "MIN_SLOTS", 1)
     state = Engine(model_with(1)).start(PROMPTS[:1], None, Sampling(), 60, 0, 0, "mtp")
     assert [cache.num_slots for cache in state.cache] == [128] * 2  # of 32 + 59 + 2
