@@ -86,6 +86,7 @@ MODELS = {
     "README.md": ["path/to/folder"],
     "quantisation.md": ["dense folder"],
     "deepseek.md": ["DeepSeek-V2-Lite"],
+    "generation.md": ["path/to/folder"],
     "reasoning.md": ["DeepSeek-R1-Distill-Qwen-1.5B"],
     "training.md": ["path/to/folder"],
 }
