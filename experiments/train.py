@@ -97,7 +97,7 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
     cfg = settle_steps(cfg, processor)
     cfg, changes = claim_folder(cfg)
     for change in changes:
-        console.print(f"changed since the run began: {change}", markup=False)
+        console.print(f"changed since the run began: {change}", markup=False, soft_wrap=True)
     model, method = build_model(cfg, mesh, lambda words: console.print(words, markup=False))
     processor.tokenizer.check_vocab(model.cfg.vocab_size)
     processes.by_one(lambda: remote.write_folder(cfg.out / "tokenizer", processor.save))

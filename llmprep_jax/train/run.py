@@ -163,7 +163,9 @@ def claim_folder(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
                 f"{cfg.out} holds a run with another config ({key} was {was!r}, is {now!r}); give "
                 f"another out folder by out=FOLDER, or go on from its weights by model={cfg.out}"
             )
-        changes = [f"{key}: {was!r} -> {now!r}" for key, was, now in changes] + words
+        in_words = ("schedule_steps",) if words else ()
+        changes = [f"{key}: {was!r} -> {now!r}" for key, was, now in changes if key not in in_words]
+        changes += words
     elif not path.is_file() and cfg.out.is_dir():
         others = sorted(f.name for f in cfg.out.iterdir() if f.name not in (*OURS, ".lock"))
         if others:
