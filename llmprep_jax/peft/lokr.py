@@ -103,12 +103,13 @@ class LoKr(Added, LowRank):
         else:
             x_cut = x
         w1, w2 = (_factors(params, name) for name in ("lokr_w1", "lokr_w2"))
-        y = x_cut.reshape(*rows, w1[-1].shape[1], w2[-1].shape[1]).astype(base.dtype)
+        y = x_cut.astype(base.dtype).reshape(*rows, -1)
+        y = y.reshape(*rows, w1[-1].shape[1], w2[-1].shape[1])
         for w in reversed(w2):
             y = _multiply("...ab,cb->...ac", y, w, base.dtype)
         for w in reversed(w1):
             y = _multiply("...ba,cb->...ca", y, w, base.dtype)
-        y = (self.scale * y).reshape(*rows, *outs).astype(x.dtype)
+        y = (self.scale * y).astype(x.dtype).reshape(*rows, -1).reshape(*rows, *outs)
         return base(x) + (jax.reshard(y, spec(*base.out_axes, shape=y.shape)) if has_mesh() else y)
 
     def delta(self, params: Mapping[str, Array], base: Einsum) -> Array:
