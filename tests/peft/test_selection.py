@@ -32,7 +32,8 @@ def attention() -> nnx.Module:
 
 
 def taken(**settings) -> set[str]:
-    model = jax.eval_shape(lambda: lp.peft.inject(base(), LoRA(4, 8, **settings)))
+    whole = base()
+    model = jax.eval_shape(lambda: lp.peft.inject(whole, LoRA(4, 8, **settings)))
     return {path.removeprefix("layers.") for path in adapters(model)}
 
 
