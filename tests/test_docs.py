@@ -6,9 +6,7 @@ import pathlib
 import re
 import shlex
 
-import jax
 import jaxtyping
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -64,26 +62,24 @@ def adapted(model: nnx.Module) -> nnx.Module:
     return lp.peft.inject(model, lp.peft.LoRA(rank=2, targets="layers.mlp.up"))
 
 
-def adapters_page(folder: pathlib.Path, model: nnx.Module) -> dict:
-    lp.peft.save(adapted(model), folder / "path/to/folder", base_model="org/base")
-    prompts = np.arange(1, 25, dtype=np.int32).reshape(4, 6)
-    return {"model_a": adapted(model), "prompts": prompts}
+def adapters_page(folder: pathlib.Path, model: nnx.Module) -> None:
+    for name in ("law", "path/to/verse"):
+        lp.peft.save(adapted(model), folder / name, base_model="org/base")
 
 
-def quantisation_page(folder: pathlib.Path, model: nnx.Module) -> dict:
+def quantisation_page(folder: pathlib.Path, model: nnx.Module) -> None:
     lp.save_model(lp.quant.quantize_model(model, "nf4"), folder / "folder")
-    return {}
 
 
-def training_page(folder: pathlib.Path, model: nnx.Module) -> dict:
+def training_page(folder: pathlib.Path, model: nnx.Module) -> None:
     lines = [json.dumps({"text": f"{n} is a number and {n + 1} the next " * 40}) for n in range(4)]
     (folder / "my_text.jsonl").write_text("\n".join(lines) + "\n")
-    return {}
 
 
-# where a page's names lead to: folders of the tiny model, and what else it takes as given
+# where a page's names lead to: folders of the tiny model, and other files
 MODELS = {
     "README.md": ["path/to/folder"],
+    "adapters.md": ["path/to/base"],
     "quantisation.md": ["dense folder"],
     "deepseek.md": ["DeepSeek-V2-Lite"],
     "generation.md": ["path/to/folder"],
@@ -104,8 +100,10 @@ def test_every_snippet_runs_as_it_is_written(page, base, tmp_path, monkeypatch):
     for name in MODELS.get(page.name, []):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(source)
-    names = {"lp": lp, "jax": jax} | GIVEN.get(page.name, lambda *_: {})(tmp_path, model)
+    if page.name in GIVEN:
+        GIVEN[page.name](tmp_path, model)
     monkeypatch.chdir(tmp_path)
+    names = {}  # a page says all that it needs
     for number, snippet in enumerate(snippets(page)):
         exec(compile(snippet, f"{page.name}, snippet {number}", "exec"), names)
 
