@@ -202,7 +202,7 @@ def attend_in_order(
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions, optional biases, query/key norms and soft cap.
+    """Grouped-query attention with rotary positions, optional biases and query/key norms.
 
     Args:
       dim: D. num_heads: N. num_kv_heads: K. head_dim: H.
@@ -210,7 +210,6 @@ class Attention(nnx.Module):
       qk_norm_eps: epsilon of the (1 + w) norms of each head's queries and keys (Gemma 3); None: no
         norms.
       scale: of the scores; None is H^-0.5.
-      soft_cap: tanh cap of the scores, or None.
     """
 
     def __init__(
@@ -224,14 +223,13 @@ class Attention(nnx.Module):
         out_bias: bool = False,
         qk_norm_eps: float | None = None,
         scale: float | None = None,
-        soft_cap: float | None = None,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
         self.scale = head_dim**-0.5 if scale is None else scale
         # not matmul_dtype: XLA's CPU compiler has no batched bf16 product, and would keep the
         # probabilities for the backward pass in bf16 and in float32 (5 % of a step)
-        self.soft_cap, self.dtype = soft_cap, jnp.dtype(compute.dtype)
+        self.dtype = jnp.dtype(compute.dtype)
         self.within = attend_in_order  # how a block attends to itself; LongLoRA trains with another
 
         def project(heads: int, axis: str) -> Einsum:
@@ -289,7 +287,7 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
         k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        options = dict(scale=self.scale, soft_cap=self.soft_cap, dtype=self.dtype)
+        options = dict(scale=self.scale, dtype=self.dtype)
         if cache is None:
             return self.o(self.within(q_BTNH, k_BKTH, v_BKTH, tokens, window, **options)), None
         cache, k_BKSH, v_BKSH, slots = cache.update(layer, k_BKTH, v_BKTH)
