@@ -235,27 +235,54 @@ def look_up(
 
     On a mesh the table stays where it is. A device looks up, in its part of the table, the tokens
     of all devices that hold other parts; what crosses the network is tokens there and activations,
-    in `dtype`, back. The gradient goes the same way and is summed in the table's dtype.
+    in `dtype`, back. The gradient goes the same way; a device sums it in float32.
     """
     if not has_mesh():
-        return table.at[tokens_BT].get().astype(dtype)
+        return _rows(table, tokens_BT).astype(dtype)
     vocab, width = (*jax.typeof(table).sharding.spec, None, None)[:2]
     with without_axes(tuple(jax.tree.leaves((vocab, width)))):
         (rows,) = spec("batch", shape=tokens_BT.shape[:1])
 
     def run(table_VD: Array, tokens_BT: Array) -> Array:
         if vocab is None:
-            return table_VD.at[tokens_BT].get().astype(dtype)
+            return _rows(table_VD, tokens_BT).astype(dtype)
         num_rows = len(table_VD)
         at_BT = _in_range(tokens_BT, table.shape[0]) - jax.lax.axis_index(vocab) * num_rows
         is_here_BT1 = ((at_BT >= 0) & (at_BT < num_rows))[..., None]
-        found_BTD = table_VD.at[jnp.clip(at_BT, 0, num_rows - 1)].get()
+        found_BTD = _rows(table_VD, jnp.clip(at_BT, 0, num_rows - 1))
         return jax.lax.psum(jnp.where(is_here_BT1, found_BTD, 0).astype(dtype), vocab)
 
     in_specs, out_specs = (jax.P(vocab, width), jax.P(rows, None)), jax.P(rows, None, width)
     tokens_BT = jax.reshard(tokens_BT, in_specs[1])
     x_BTD = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs)(table, tokens_BT)
     return jax.reshard(x_BTD, spec(*axes, shape=x_BTD.shape))
+
+
+def _rows(table_VD: Array, ids_BT: Array) -> Float[Array, "B T D"]:
+    # in `jax.shard_map` both vary over the same devices, as the custom rule wants it
+    varying = [jax.typeof(x).manual_axis_type.varying for x in (table_VD, ids_BT)]
+    missing = tuple(varying[1] - varying[0])
+    table_VD = jax.lax.pcast(table_VD, missing, to="varying") if missing else table_VD
+    return _gather(table_VD, ids_BT)
+
+
+@jax.custom_vjp
+def _gather(table_VD: Array, ids_BT: Array) -> Array:
+    """Rows of a table, whose gradient is summed in float32 whatever the table is."""
+    return table_VD.at[ids_BT].get()
+
+
+def _gather_forward(table_VD, ids_BT):
+    return _gather(table_VD, ids_BT), (table_VD, ids_BT)
+
+
+def _gather_backward(residuals, dx_BTD):
+    table_VD, ids_BT = residuals
+    sums_VD = jnp.zeros_like(table_VD, jnp.float32).at[ids_BT].add(dx_BTD.astype(jnp.float32))
+    return sums_VD.astype(table_VD.dtype), None
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _in_range(ids: Int[Array, "..."], size: int) -> Int[Array, "..."]:

@@ -22,10 +22,11 @@ from llmprep_jax.models.deepseek.config import Config as DeepSeekConfig
 from llmprep_jax.models.gemma3.config import Config as Gemma3Config
 from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.balance import Balance
+from llmprep_jax.nn.linear import look_up
 from llmprep_jax.nn.moe import Routing
 from llmprep_jax.nn.norm import LayerNorm
 from llmprep_jax.nn.param import AdapterParam, Compute, Param, add_bias, scale_by
-from llmprep_jax.sharding import make_mesh, use_mesh
+from llmprep_jax.sharding import make_mesh, spec, use_mesh
 from llmprep_jax.train.losses import next_token_loss, training_loss
 from tests.peft.test_methods import METHODS
 from tests.programs import equations
@@ -143,7 +144,9 @@ def narrow_sums(jaxpr: Any) -> set[str]:
 
 @pytest.mark.parametrize("name", [*CONFIGS, *METHODS])
 def test_no_gradient_is_summed_in_bf16(name):
-    model = jax.eval_shape(lambda: model_of(name, dtype="bfloat16"))
+    # a family's parameters too, which is the harder case
+    param_dtype = "bfloat16" if name in CONFIGS else "float32"
+    model = jax.eval_shape(lambda: model_of(name, dtype="bfloat16", param_dtype=param_dtype))
     jaxpr = jax.make_jaxpr(gradients, static_argnums=(1, 2))(
         model, *what(name), make_batch(rows=8, length=16)
     )
@@ -192,3 +195,20 @@ def test_a_layer_norm_has_exact_sums_as_gradients():
     norm, x = LayerNorm(4, rngs=nnx.Rngs(0)), draw(65536, 4)
     grads = jax.jit(jax.grad(lambda norm: jnp.sum(norm(x).astype(jnp.float32) * x)))(norm)
     np.testing.assert_allclose(grads.bias[...], np.asarray(x, np.float64).sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh", [None, {"fsdp": 8}, {"data": 2, "tensor": 2, "fsdp": 2}], ids=["alone", "fsdp", "mixed"]
+)
+def test_the_gradient_of_a_bf16_table_is_summed_in_float32(mesh):
+    tokens = np.arange(8 * 512).reshape(8, 512) % 4
+    with use_mesh(mesh and make_mesh(mesh)):
+        table = jnp.zeros((16, 8), jnp.bfloat16, out_sharding=spec("vocab", "embed"))
+        axes = ("batch", None, None)
+
+        def loss(table):
+            return 1.25 * jnp.sum(look_up(table, tokens, "bfloat16", axes).astype(jnp.float32))
+
+        grad = np.asarray(jax.jit(jax.grad(loss))(table), np.float32)
+    np.testing.assert_array_equal(grad[:4], np.full((4, 8), 1280.0))
+    assert not np.any(grad[4:])
