@@ -4,9 +4,11 @@ The text that is read is that right after XLA's partitioner: later on the CPU co
 bf16 sums, makes float32 of what TPUs and GPUs send as it stands there.
 """
 
+import contextlib
 import math
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +32,24 @@ class Collective(NamedTuple):
         return math.prod(self.shape) * _BYTES[self.dtype]
 
 
+@contextlib.contextmanager
+def _kept_out_of_the_cache() -> Iterator[None]:
+    """No program compiled inside is kept: one from the cache would not be dumped again."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
 def collectives(lowered: jax.stages.Lowered) -> list[Collective]:
     """The collectives of a lowered program; one in a loop is there once."""
     with tempfile.TemporaryDirectory() as folder:
-        # a pattern that an earlier compilation did not have: a program of the cache is not dumped
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-        lowered.compile(compiler_options=options)
+        with _kept_out_of_the_cache():
+            lowered.compile(compiler_options=options | {"xla_backend_optimization_level": 0})
         (path,) = Path(folder).glob("*after_spmd-partitioning*.txt")
         text = path.read_text()
     found = []
