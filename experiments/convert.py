@@ -20,9 +20,10 @@ import rich.console
 
 import llmprep_jax as lp
 from configs.meshes import get_mesh
-from llmprep_jax import cli
+from llmprep_jax import cli, processes
 from llmprep_jax.config import UsageError, override, split_arguments
 from llmprep_jax.pretrained import adapter_of_run
+from llmprep_jax.processes import Processes
 from llmprep_jax.sharding import MeshSizes
 from llmprep_jax.weights.receipt import RECEIPT
 
@@ -40,12 +41,14 @@ class Settings:
       ema: of a run that kept one, the running average in place of the weights.
       mesh: a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`: for a model that
         one device does not hold.
+      processes: where this process stands among several, which convert together on a mesh.
     """
 
     dtype: Literal["float32", "bfloat16", "float16", "nf4", "fp4", "int8", "fp8"] | None = None
     adapter: str | None = None
     ema: bool = False
     mesh: str | MeshSizes | None = None
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
 
 def main(arguments: list[str]) -> cli.Outputs:
@@ -54,12 +57,15 @@ def main(arguments: list[str]) -> cli.Outputs:
         raise UsageError("give a model and the folder to write")
     source, folder = positional
     settings = override(Settings(), overrides)
-    check_output(folder)
+    processes.start(settings.processes)
+    processes.refuse_apart(settings.mesh)
+    processes.by_one(lambda: check_output(folder))
     # an adapter is merged before its base is packed, so that it is rounded once
     adapted = settings.adapter is not None or adapter_of_run(source) is not None
     packs = adapted and settings.dtype in lp.quant.KINDS
     dtype = "bfloat16" if packs else settings.dtype
-    console, mesh = rich.console.Console(), get_mesh(settings.mesh)
+    console = rich.console.Console(quiet=not processes.is_writer())
+    mesh = get_mesh(settings.mesh)
     with console.status(f"loading {source}"):
         model = lp.load_model(source, dtype=dtype, mesh=mesh, ema=settings.ema)
         processor = lp.load_processor(source)
@@ -71,7 +77,7 @@ def main(arguments: list[str]) -> cli.Outputs:
         if packs:
             model = lp.quant.quantize_model(model, settings.dtype)
         written = lp.save_model(model, folder, processor=processor)
-    return {"Hugging Face folder": pathlib.Path(written)}
+    return {"Hugging Face folder": written}
 
 
 def check_output(folder: str) -> None:

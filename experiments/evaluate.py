@@ -89,7 +89,8 @@ def main(arguments: list[str]) -> Outputs:
         f"{found.nll:.4f} nats a token, perplexity {found.perplexity:,.3f} over "
         f"{found.tokens:,} tokens"
     )
-    result = {**found._asdict(), "settings": to_dict(cfg)}
+    settings = {name: value for name, value in to_dict(cfg).items() if name != "processes"}
+    result = {**found._asdict(), "settings": settings}
     path = processes.by_one(lambda: write(cfg, result))
     return {"result": as_path(path)}
 

@@ -17,6 +17,7 @@ import rich.console
 
 from llmprep_jax import interrupts, processes
 from llmprep_jax.config import UsageError
+from llmprep_jax.remote import is_remote
 
 Outputs = Mapping[str, Any]
 
@@ -101,6 +102,7 @@ def show_outputs(outputs: Outputs) -> None:
     width = max(map(len, outputs), default=0)
     for name, path in outputs.items():
         shown = path
-        if isinstance(path, os.PathLike) and not os.path.relpath(path).startswith(".."):
+        is_local = isinstance(path, os.PathLike) and not is_remote(path)
+        if is_local and not os.path.relpath(path).startswith(".."):
             shown = os.path.relpath(path)
         console.print(f"{name:{width}}  {shown}", soft_wrap=True, markup=False, highlight=False)

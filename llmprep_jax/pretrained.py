@@ -30,7 +30,7 @@ from llmprep_jax.quant import export
 from llmprep_jax.quant.folder import packers, unpacking
 from llmprep_jax.quant.kinds import KINDS
 from llmprep_jax.quant.linear import adopt, quantize_model
-from llmprep_jax.remote import AnyPath
+from llmprep_jax.remote import AnyPath, is_remote
 from llmprep_jax.sharding import mesh_of, use_mesh
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.checkpoint import FOLDER as CHECKPOINTS
@@ -187,7 +187,8 @@ def load_base(
 
 def adapter_of_run(path: str | Path) -> Any | None:
     """The settings of the adapter that a run trained; None for all else that is loaded."""
-    run, step = _find_run(Path(path).expanduser())
+    path = hub.resolve(path) if is_remote(path) else Path(path).expanduser()
+    run, step = _find_run(path)
     adapter = read_meta(run, step)["adapter"] if run is not None else None
     return None if adapter is None else from_dict(AnyMethod, adapter)
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "near_names": set(),
     "config": {"values", "near_names", "remote"},
     "interrupts": set(),
-    "cli": {"config", "interrupts", "processes"},
+    "cli": {"config", "interrupts", "processes", "remote"},
     "kernels": set(),
     "nn": {"kernels", *BASE},
     "models": {"nn", *BASE},

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 import llmprep_jax as lp
-from experiments import evaluate, train
+from experiments import convert, evaluate, train
 from llmprep_jax import cli, processes
 from llmprep_jax.config import override, split_arguments
 from llmprep_jax.processes import Processes
@@ -55,7 +55,8 @@ def trained(folder: pathlib.Path, index: int) -> dict[str, Any]:
     run(folder, f"fsdp-{name}", "mesh=fsdp")
     run(folder, f"lora-{name}", "mesh=tensor", "adapter._type=LoRA", "adapter.rank=2", "steps=2")
     model = lp.load_model(folder / f"fsdp-{name}", mesh=make_mesh({"fsdp": 2, "tensor": 2}))
-    lp.save_model(model, folder / f"saved-{name}")
+    both = ["mesh.fsdp=2", "mesh.tensor=2"]
+    convert.main([str(folder / f"fsdp-{name}"), str(folder / f"saved-{name}"), *both])
     measured = folder / f"evaluated-{name}.json"
     text = [str(folder / f"saved-{name}"), str(folder / "text"), f"tokenizer={folder}/tokenizer"]
     sizes = ["data.seq_len=32", "data.batch_size=8", "data.source.part=paragraph", "max_batches=3"]
