@@ -1,8 +1,8 @@
 """What every family's `from_hf` and `to_hf` share: RoPE fields, token ids, and refusals.
 
 Hugging Face wrote RoPE as `rope_theta` + `rope_scaling` up to transformers 4 and as
-`rope_parameters` from 5 on; both are read, and both are written so that either reads us. The one
-thing a reader would get wrong: `type` is an old alias of `rope_type`.
+`rope_parameters` from 5 on; both are read, and both are written so that either reads us. `type` is
+an old alias of `rope_type`.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Which family a Hugging Face `model_type` is, and the presets by name.
 
-A family is a folder with `config.py` (Config, from_hf, to_hf, presets), `model.py` (Model) and
-`weights.py` (the table of tensor names); this file is the only one that lists them. The one thing a
-reader would get wrong: `gemma3` is the multimodal checkpoint's type; its language model is loaded
-from it.
+A family is a folder with `config.py` (Config, from_hf, to_hf), its presets there or in
+`presets.py`, `model.py` (Model) and `weights.py` (the table of tensor names); this file is the only
+one that lists them. `gemma3` is the multimodal checkpoint's type; its language model is loaded from
+it.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
 What may see what is described by values, not by a dense mask: each query and key has a position and
 a segment (0 = padding or an empty cache slot), and a key is visible when it is of the same segment,
 not later and within the window. Packing, padding, ring caches and sliding windows are this one
-rule. The one thing a reader would get wrong: query heads of one group are neighbours (heads 0..G-1
-share key head 0), as every checkpoint has it. Softmax is float32.
+rule. Query heads of one group are neighbours (heads 0..G-1 share key head 0), as every checkpoint
+has it. Softmax is float32.
 """
 
 import dataclasses

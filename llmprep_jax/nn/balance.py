@@ -2,8 +2,8 @@
 20), the bias rule without a loss (2408.15664; DeepSeek-V3, section 2.1.2), and measures of it.
 
 Losses multiply how often each expert is chosen, which has no gradient, with the scores it is given,
-which have one. The one thing a reader would get wrong: all of them are of one sequence at a time,
-averaged over sequences; counts over a whole batch can be even where no sequence is.
+which have one. All losses are of one sequence at a time, averaged with the sequences' tokens as
+weights; counts over a whole batch can be even where no sequence is.
 
 Letters of this file: E experts, A experts of a token, G groups of experts, each on one device.
 """

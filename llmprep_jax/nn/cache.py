@@ -4,9 +4,9 @@ A cache is a value: it goes into a forward pass and a new one comes out, and ins
 are updated in place. Slots carry the position and segment of the token that they hold (segment 0:
 empty), so attention needs no notion of full or ring. In a full cache all rows write the same slots,
 padding too; in a ring each row counts its own tokens, and padding takes no slot, for it would take
-that of a token which is still in the window. The one thing a reader would get wrong: a ring of W
-slots is enough for a window of W only while one token comes at a time; a longer block attends to
-the old ring and to itself, and writes afterwards.
+that of a token which is still in the window. A ring of W slots is enough for a window of W only
+while one token comes at a time; a longer block attends to the old ring and to itself, and writes
+afterwards.
 
 A full cache that is asked for more slots than it has cannot raise where its length is traced: what
 it then holds is NaN, and so is every logit that follows (`place_tokens` raises where it can).

@@ -17,9 +17,9 @@ for each sender and expert of a device (`routes.share`), so that only the busies
 are counted. Padding goes to no expert and takes no room.
 
 Tokens that are not split over the expert axis (a decode step of few rows) need none: each device
-runs its own experts on them and a sum over the axis adds up. The one thing a reader would get
-wrong: the A experts of a token are distinct, as those of a top-k are, and buffers are sized for
-that: a device of E/n experts gets at most min(A, E/n) copies of a token.
+runs its own experts on them and a sum over the axis adds up. The A experts of a token are distinct,
+as those of a top-k are, and buffers are sized for that: a device of E/n experts gets at most min(A,
+E/n) copies of a token.
 
 Letters: M tokens of a device, A experts of a token (one copy each), R rows sorted by expert, E
 experts, C rows for an expert, I sending and J receiving devices.

@@ -2,10 +2,9 @@
 
 Every dense layer of a transformer is one einsum of an activation with a weight whose dimensions
 stay unmerged: `"BTD,DNH->BTNH"` for a query projection. `contract` is its matrix product: operands
-in one dtype, accumulation in float32, forward and backward. The one thing a reader would get wrong:
-autodiff of a bf16 product with a float32 result multiplies a float32 cotangent with bf16 operands,
-which runs at half speed; hence the custom rule, which rounds the cotangent to the operands' dtype
-first.
+in one dtype, accumulation in float32 on each device, forward and backward. Autodiff of a bf16
+product with a float32 result multiplies a float32 cotangent with bf16 operands, which runs at half
+speed; hence the custom rule, which rounds the cotangent to the operands' dtype first.
 """
 
 import functools

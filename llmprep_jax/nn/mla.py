@@ -4,8 +4,8 @@ Keys and values of all heads come out of one latent of C numbers a token, beside
 that the heads share; only these C + R are cached. Three equal forms: naive (keys and values of
 every head, as in multi-head attention), absorbed (the up-projection of keys moved into the queries
 and that of values behind the softmax, so that all heads attend to the latents themselves), and
-either of them over the cache. The one thing a reader would get wrong: YaRN's temperature enters the
-softmax scale squared, and not the angles, where both of its mscales are equal.
+either of them over the cache. Where both of YaRN's mscales are equal, its temperature enters the
+softmax scale, squared, and not the angles.
 
 Letters of this file: C key/value latent, Q query latent, R rotary width, U value head width, Z what
 is cached of a token (C + R); H is the width of a head's part without rotation.

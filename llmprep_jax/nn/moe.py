@@ -3,8 +3,8 @@
 
 Every token goes to a few of many small experts and to shared ones: y = shared(x) + sum_a g_a
 E_a(x). Softmax gates (V2) or sigmoid gates (V3); experts may be limited to the best groups, which
-bounds how many devices a token is sent to. The one thing a reader would get wrong: V3's bias takes
-part in the choice of experts alone, neither in the weights of what they say nor in any gradient.
+bounds how many devices a token is sent to. V3's bias takes part in the choice of experts alone,
+neither in the weights of what they say nor in any gradient.
 
 Letters of this file: E experts, A experts that a token goes to, G groups of experts, M rows of
 tokens sorted by expert.

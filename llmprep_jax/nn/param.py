@@ -2,8 +2,8 @@
 
 The class of a variable tells who may change it: `Param` is trained, `AdapterParam` belongs to a
 parameter-efficient method, `Buffer` is state without a gradient. `nnx.split(model, AdapterParam,
-...)` is therefore all that fine-tuning needs. The one thing a reader would get wrong:
-`AdapterParam` is no subclass of `Param`, so splitting by `Param` gives the base weights alone.
+...)` is therefore all that fine-tuning needs. `AdapterParam` is no subclass of `Param`, so
+splitting by `Param` gives the base weights alone.
 """
 
 import dataclasses

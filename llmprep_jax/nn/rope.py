@@ -2,9 +2,9 @@
 
 Pair i of a head's dimensions is rotated by the angle p * f_i, with f_i = base^(-2i/H). Two layouts
 of the pairs are in use: half-split (i, i + H/2), which Llama and Gemma release, and interleaved
-(2i, 2i + 1), the paper's and DeepSeek's. The one thing a reader would get wrong: a context
-extension changes the frequencies, never the positions, so an angle is computed for any position and
-nothing is clamped to a table's end.
+(2i, 2i + 1), the paper's and DeepSeek's. A context extension changes the frequencies (YaRN scales
+cos and sin too), never the positions, so an angle is computed for any position and nothing is
+clamped to a table's end.
 """
 
 import dataclasses

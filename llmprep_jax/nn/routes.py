@@ -2,8 +2,8 @@
 
 Each token has A copies, one for each expert it goes to, and each copy a row. Sorting, going back
 and summing are gathers in both directions of differentiation, since both a row's copy and a copy's
-row are known. The one thing a reader would get wrong: autodiff of a gather is a scatter, which
-XLA's CPU compiler does row by row; hence the custom rules.
+row are known. Autodiff of a gather is a scatter, which XLA's CPU compiler does row by row; hence
+the custom rules.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,9 @@
 """AdaLoRA (Zhang et al. 2023, section 3.1): LoRA as P diag(E) Q, whose least triplets are pruned.
 
 Delta W = s B diag(E) A with s = alpha / r. A triplet is a row of A, a column of B and its number in
-E; `rank_budget` sets to zero the E of those that matter least among all layers. E is zero at
-first. The one thing a reader would get wrong: s keeps the rank that training began with (and PEFT
-adds 1e-5 to it), so what pruning leaves says the same.
+E; `rank_budget` sets to zero the E of those that matter least among all layers. E is zero at first.
+The rank in s stays the one that training began with (to which PEFT adds 1e-5), so what pruning
+leaves says the same.
 """
 
 import dataclasses

@@ -2,9 +2,8 @@
 
 A method (`method.py`) is three functions of one layer with its settings in a frozen dataclass;
 `inject` (`injection.py`) wraps every targeted layer of a stack at once. Training is then
-`nnx.split(model, AdapterParam, ...)`. The one thing a reader would get wrong: the wrapped model
-shares the base model's arrays, nothing is copied, and the base's own step of training is what
-`split` leaves out.
+`nnx.split(model, AdapterParam, ...)`. The wrapped model shares the arrays of its base; only what is
+trained whole is copied.
 """
 
 import warnings

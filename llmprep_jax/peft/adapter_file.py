@@ -2,8 +2,8 @@
 
 Files differ in spelling: of a compiled model ("_orig_mod."), written from a state dict
 ("lora_A.default.weight"), or of a larger model that holds the language model in a module of its
-own. The one thing a reader would get wrong: the names in adapter_config.json are in the larger
-model's spelling too, so `spelled` gives them.
+own. The names in adapter_config.json are in the larger model's spelling too, so `spelled` gives
+them.
 """
 
 import re

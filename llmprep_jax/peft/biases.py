@@ -1,9 +1,9 @@
 """Biases trained beside LoRA, PEFT's `bias`: of the adapted layers ("lora_only") or of all layers.
 
 The linear layer keeps its bias as `b_base` and adds a trained copy, `b`, in its place, so that
-neither the layer nor the adapter around it knows of it. The one thing a reader would get wrong:
-PEFT trains the base's own biases in place, so that its model is not its base when the adapters are
-switched off; `peft.strip` gives the biases back.
+neither the layer nor the adapter around it knows of it. PEFT trains the base's own biases in place,
+so that its model is not its base when the adapters are switched off; `peft.strip` gives the biases
+back.
 """
 
 from collections.abc import Collection, Mapping

@@ -2,8 +2,7 @@
 
 All arrays are shared. One name selected gives the very model that has that adapter alone, so
 training, saving and merging are as ever; names of rows give a model for batches of as many rows.
-The one thing a reader would get wrong: the combined model itself has no adapter chosen, and refuses
-to compute.
+The combined model itself has no adapter chosen, and refuses to compute.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """How much of a model an adapter trains, as numbers and as a table for people.
 
 A packed weight counts as many parameters as it stands for, and as many bytes as it takes; what
-layers share counts once. The one thing a reader would get wrong: per cent is of all parameters, the
-adapter's own among them, as PEFT prints it, while a layer's row is of that layer alone.
+layers share counts once. Per cent is of all parameters, the adapter's own among them, as PEFT
+prints it, while a layer's row is of that layer alone.
 """
 
 import dataclasses

@@ -2,9 +2,8 @@
 
 W' = m V / ||V|| with V = W + s B A, norms over the inputs of each output, and m trained beside A
 and B. ||V||^2 = ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2, of which the first is kept, so that no
-matrix of the layer's size is formed. The one thing a reader would get wrong: no gradient goes
-through the norm (section 4.3), the bias is not scaled, and m is float32 whatever `dtype` is, or
-rounding it would change the model.
+matrix of the layer's size is formed. No gradient goes through the norm (section 4.3), the bias is
+not scaled, and m is float32 whatever `dtype` is, since rounding it would change the model.
 """
 
 import dataclasses

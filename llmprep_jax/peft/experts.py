@@ -2,9 +2,8 @@
 
 In "ECD,EDF->ECF" the letter E is in the activation, the weight and the result: nothing is summed
 over it, and each expert has a layer of its own. A method's functions are mapped over such letters,
-so that each expert has an adapter of its own and no method knows of experts. The one thing a reader
-would get wrong: adapters' parameters get the experts as their first dimensions, wherever E stands
-in the weight.
+so that each expert has an adapter of its own and no method knows of experts. Adapters' parameters
+get the experts as their first dimensions, wherever E stands in the weight.
 """
 
 from collections.abc import Callable, Sequence

@@ -3,8 +3,8 @@
 Its outputs are the gate's and then up's, so PEFT's LoRA of it has one A for both and a B whose
 halves are theirs. Read, both layers get that A. Written, layers whose A have been trained apart
 become one LoRA of rank 2 r, A = [A_gate; A_up] and B block-diagonal, with twice alpha for the same
-scale, as PEFT converts adapters of experts that were stored apart. The one thing a reader would get
-wrong: the gradient of PEFT's A is the sum of those of our two.
+scale, as PEFT converts adapters of experts that were stored apart. The gradient of PEFT's A is the
+sum of those of our two.
 """
 
 import dataclasses

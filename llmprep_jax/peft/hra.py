@@ -2,9 +2,9 @@
 
 y = W H x with H = H_1 ... H_r and H_i = I - 2 u_i u_i^T / |u_i|^2; the product of reflections is I
 - U T U^T with T^-1 = striu(U^T U) + diag(U^T U) / 2, two low-rank products. With `apply_gs`, PEFT's
-Gram-Schmidt, H = I - 2 U (U^T U)^-1 U^T, at the hyperplanes' intersection. The one thing a reader
-would get wrong: reflections begin in equal pairs, the identity to rounding, and under `apply_gs`,
-where pairs would be one, as a true reflection that changes the model.
+Gram-Schmidt, H = I - 2 U (U^T U)^-1 U^T, at the hyperplanes' intersection. Reflections begin in
+equal pairs, the identity to rounding; under `apply_gs`, where a pair would be one, H begins as a
+true reflection, which changes the model.
 """
 
 import dataclasses

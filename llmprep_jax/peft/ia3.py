@@ -1,8 +1,8 @@
 """(IA)^3 (Liu et al. 2022, section 3.3): learned vectors rescale keys, values and MLP activations.
 
 A layer's outputs are multiplied by l, bias and all; the inputs instead where the layer ends a
-feed-forward block, so that it is that block's activations which are rescaled. The one thing a
-reader would get wrong: merging therefore changes the bias too.
+feed-forward block, so that it is that block's activations which are rescaled. Where it is the
+outputs, merging changes the bias too.
 """
 
 import dataclasses

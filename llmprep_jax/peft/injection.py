@@ -1,8 +1,8 @@
 """Putting a method around a model's layers: which are targeted, and how their parameters begin.
 
-Which layers are taken goes by PEFT's rules (`targets.py`). The one thing a reader would get wrong:
-a stack has its adapters whole, so of layers that `layers_to_transform` leaves out the parameters
-are zeros, which is the identity and gets no gradient; methods of which that is not true refuse it.
+Which layers are taken goes by PEFT's rules (`targets.py`). A stack has its adapters whole, so of
+layers that `layers_to_transform` leaves out the parameters are zeros, which is the identity and
+gets no gradient; methods of which that is not true refuse it.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """LoHa (FedPara, Hyeon-Woo et al. 2022, section 2.1): the added matrix is a Hadamard product.
 
 Delta W = s (w1a w1b) * (w2a w2b), each factor of rank r, so that their product may have rank r^2
-with twice LoRA's parameters. The one thing a reader would get wrong: all but w2b are drawn, from
-U(+-1/sqrt(columns)), and w2b is zero, so the model is unchanged until the first step.
+with twice LoRA's parameters. All but w2b are drawn, from U(+-1/sqrt(columns)), and w2b is zero, so
+the model is unchanged until the first step.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """LoKr (LyCORIS, Yeh et al. 2023, section 3.2): the added matrix is a Kronecker product.
 
 Delta W = s w1 (x) w2 for the matrix (outputs, inputs); w2, the larger factor, is w2a w2b of rank r
-where that is smaller, and so is w1 with `decompose_both`. The one thing a reader would get wrong:
-the factors cut outputs and inputs into blocks of the merged matrix, so they know nothing of heads.
+where that is smaller, and so is w1 with `decompose_both`. The factors cut outputs and inputs into
+blocks of the merged matrix, so they know nothing of heads.
 """
 
 import dataclasses

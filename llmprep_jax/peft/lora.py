@@ -4,8 +4,8 @@ trained.
 The weights are einsum weights with unmerged dimensions, so A is [inputs..., r] and B [r,
 outputs...]. With `rslora` s = alpha / sqrt(r) (Kalajdzievski 2023). LoRA+ (Hayou et al. 2024) is a
 setting of the optimiser. A is drawn from U(+-1/sqrt(fan in)) and B is zero, so the model is
-unchanged, bit for bit, until the first step. The one thing a reader would get wrong: of an
-embedding, as in PEFT, it is A that is zero and B that is drawn.
+unchanged, bit for bit, until the first step. Of an embedding it is A that is zero and B that is
+drawn, as in PEFT.
 """
 
 import dataclasses

@@ -1,9 +1,8 @@
 """One LoRA of several, and the base out of merged weights.
 
 The weighted sum of LoRAs is a LoRA whose rank is the sum of theirs: sum of w s B A = [w s B] [A],
-columns and rows side by side (PEFT's combination_type "cat"). The one thing a reader would get
-wrong: the model before a merge still has its base (`strip`); `unmerge` is for who has the merged
-weights alone, and the adapter.
+columns and rows side by side (PEFT's combination_type "cat"). The model before a merge still has
+its base (`strip`); `unmerge` is for who has the merged weights alone, and the adapter.
 """
 
 import dataclasses

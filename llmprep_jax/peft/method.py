@@ -2,8 +2,8 @@
 
 A method is a frozen dataclass in one file. It must state `peft_type`, `tensors`, `init`, `forward`,
 `merge`, `from_peft` and `to_peft`; everything else that inject, train, save and load ask of it has
-a default here. The one thing a reader would get wrong: `inject` resolves the settings for each
-layer, so a method in a model has neither targets nor patterns left, and layers alike share one.
+a default here. `inject` resolves the settings for each layer, so a method in a model has neither
+targets nor patterns left, and layers alike share one.
 """
 
 import abc

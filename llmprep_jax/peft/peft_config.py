@@ -1,8 +1,8 @@
 """adapter_config.json of Hugging Face PEFT 0.21: what it asks for, and what we write.
 
 Every field is one of three kinds: read here, without effect on what the adapter computes, or
-refused by name when it is set. The one thing a reader would get wrong: a field that is in none of
-the three lists (of a newer PEFT) is refused too when it is set, since it may change the result.
+refused by name when it is set. A field that is in none of the three lists (of a newer PEFT) is
+refused too when it is set, since it may change the result.
 """
 
 import dataclasses

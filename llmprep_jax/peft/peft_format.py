@@ -1,10 +1,10 @@
 """Hugging Face PEFT adapter folders, both ways: adapter_config.json and adapter_model.safetensors.
 
 PEFT keeps A as (r, in) and B as (out, r), one pair a layer, under `base_model.model.` and the
-base's module path; the base's own weight table therefore gives names and layouts. The one thing a
-reader would get wrong: a stack has one rank and one scale, so a layer of a smaller rank is padded
-with zeros, a layer without a pair (layers_to_transform) is all zeros and stays so in training, and
-what differs in a layer's scale goes into its B.
+base's module path; the base's own weight table therefore gives names and layouts. A stack has one
+rank and one scale, so a layer of a smaller rank is padded with zeros, a layer without a pair
+(layers_to_transform) is all zeros and stays so in training, and what differs in a layer's scale
+goes into its B.
 """
 
 import dataclasses

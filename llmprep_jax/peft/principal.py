@@ -3,9 +3,9 @@
 Both train A and B from a part of W, s B0 A0, and keep the rest, W - s B0 A0, frozen: PiSSA takes
 the r largest singular values (section 3, eq. 2 to 4), OLoRA the first r columns of a QR
 factorisation (section 3). "pissa_niter_4" finds the singular values by 4 power iterations on random
-vectors (Halko et al. 2011, algorithm 4.4), in a fraction of the time. The one thing a reader would
-get wrong: the base's arrays stay W; the layer subtracts s B0 A0 as it computes, so the base is
-shared, removed and merged exactly, and only the start is the identity to within rounding.
+vectors (Halko et al. 2011, algorithm 4.4), in a fraction of the time. The base's arrays stay W; the
+layer subtracts s B0 A0 as it computes, so the base is shared, removed and merged exactly, and only
+the start is the identity to within rounding.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""QLoRA (Dettmers et al. 2023): LoRA on a base whose linear layers are packed in 4 bits.
+"""QLoRA (Dettmers et al. 2023): LoRA on a base of packed linear layers, 4 bits by default.
 
 What is trained is LoRA's A and B in float32; products with the packed weight make it dense tile by
-tile, and its backward goes to the activations alone. The one thing a reader would get wrong: the
-method of a layer is plain LoRA, and so is the saved folder, which PEFT loads onto a dense base too.
+tile, and its backward goes to the activations alone. The method of a layer is plain LoRA, and so is
+the saved folder, which PEFT loads onto a dense base too.
 """
 
 import dataclasses

@@ -3,9 +3,8 @@
 The sensitivity of a weight is |w g|; its importance is the product of two averages over the steps,
 of the sensitivity and of how far it strays from its average (eq. 8 to 11). A triplet's is that of
 its number in E, plus the means over its row of A and its column of B; triplets of all layers
-compete, and a cubic schedule (eq. 12) says how many stay. The one thing a reader would get wrong: a
-pruned E is set to zero after the update, yet trains on and may come back at the next pruning; only
-the last one is final.
+compete, and a cubic schedule (eq. 12) says how many stay. A pruned E is set to zero after the
+update, yet trains on and may come back at the next pruning; only the last one is final.
 """
 
 import dataclasses

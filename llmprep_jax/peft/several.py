@@ -2,9 +2,8 @@
 
 The layer's LoRAs are stacked, those of lower rank filled up with zeros, each row takes its own A
 and B (S-LoRA, Sheng et al. 2023, section 5) and the base multiplies the batch once. With other
-methods the layer computes the batch once an adapter, and each row takes its own. The one thing a
-reader would get wrong: which row has which adapter is an array, not structure, so other names for
-as many rows compile nothing anew.
+methods the layer computes the batch once an adapter, and each row takes its own. Which row has
+which adapter is an array, not structure, so other names for as many rows compile nothing anew.
 """
 
 import difflib

@@ -1,9 +1,9 @@
 """Which linear layers an adapter goes around, by PEFT's rules of names.
 
 A layer goes by our path ("layers.attn.q") and by Hugging Face's module name
-("model.layers.3.self_attn.q_proj"). The one thing a reader would get wrong: a stack holds many
-layers under one path and is adapted whole, so a regex that picks layer 3 alone is refused there;
-layers in a list (`nn.stack.unstack`) are picked one by one.
+("model.layers.3.self_attn.q_proj"). A stack holds many layers under one path and is adapted whole,
+so a regex that picks layer 3 alone is refused there; layers in a list (`nn.stack.unstack`) are
+picked one by one.
 """
 
 import difflib

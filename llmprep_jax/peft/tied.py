@@ -1,9 +1,9 @@
 """Models whose output head is their embedding, and what adapters make of the two.
 
 What adapts or trains the table of such a model does so for both its uses, which is PEFT's
-ensure_weight_tying: its files then hold the head's tensors too, made of the embedding's. The one
-thing a reader would get wrong: without that setting PEFT changes one use alone (the lookup, where
-the embedding is named), which here takes an `untie`d model.
+ensure_weight_tying: its files then hold the head's tensors too, made of the embedding's. Without
+that setting PEFT changes one use alone (the lookup, where the embedding is named), which here takes
+an `untie`d model.
 """
 
 import dataclasses

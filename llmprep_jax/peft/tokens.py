@@ -1,8 +1,8 @@
 """Single rows of the embedding that are trained, PEFT's `trainable_token_indices`: for new tokens.
 
 The rows stand in the place of the table's, in its lookup and, where the table is the output head
-too, in the logits. The one thing a reader would get wrong: what is trained is the rows themselves
-and no difference from the table's, so weight decay does not hold for them.
+too, in the logits. What is trained is the rows themselves and no difference from the table's, so
+weight decay does not hold for them.
 """
 
 from typing import Any

@@ -2,9 +2,8 @@
 
 The training loss calls `train_mode` on the model that it is given and adds `extra_loss`;
 evaluation, generation and saving see the model itself. An optimizer follows `rules` and goes
-through `wrap_optimizer`. The one thing a reader would get wrong: nothing of `train_mode` is state.
-The switched model is another one with the same arrays, so there is no mode to leave, and what it
-drops is a function of the key.
+through `wrap_optimizer`. Nothing of `train_mode` is state: the switched model is another one with
+the same arrays, so there is no mode to leave, and what it drops is a function of the key.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Modules that are trained whole beside an adapter, PEFT's `modules_to_save`: tables, norms, heads.
 
 A `Tuned` keeps the module as it was and a copy of it, whose variables are adapter parameters; the
-copy alone computes. The one thing a reader would get wrong: where the output head is the embedding,
-training the embedding trains the head with it (see `tied`).
+copy alone computes. Where the output head is the embedding, training the embedding trains the head
+with it (see `tied`).
 """
 
 import dataclasses

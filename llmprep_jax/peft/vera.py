@@ -2,9 +2,9 @@
 trained vectors a layer that scale it.
 
 Delta W = diag(b) B diag(d) A, with A and B of the largest width among the layers, of which each
-takes the first columns and rows. The one thing a reader would get wrong: A and B are no
-parameters; every layer refers to the same two arrays, which are drawn as PEFT draws them, bit for
-bit, from `seed`. b is zero at first, so the model is unchanged until the first step.
+takes the first columns and rows. A and B are no parameters; every layer refers to the same two
+arrays, which are drawn as PEFT draws them, bit for bit, from `seed`. b is zero at first, so the
+model is unchanged until the first step.
 """
 
 import dataclasses

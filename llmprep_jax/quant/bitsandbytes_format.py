@@ -2,8 +2,8 @@
 
 For a weight called `name`: `name` (the codes, uint8 [n / 2, 1]), `.absmax`, `.quant_map`, with
 double quantisation `.nested_absmax` and `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4`,
-a JSON text as bytes. The one thing a reader would get wrong: the offset of double quantisation is
-in that text and not a tensor, and `shape` there is the weight's, outputs by inputs.
+a JSON text as bytes. The offset of double quantisation is in that text and not a tensor, and
+`shape` there is the weight's, outputs by inputs.
 """
 
 import json

@@ -1,9 +1,8 @@
 """A model with packed linear layers as the tensors and config fields of a Hugging Face folder.
 
 nf4, fp4 and int8 are written as bitsandbytes does, fp8 as DeepSeek-V3 is released; what was packed
-is written bit by bit. The one thing a reader would get wrong: int8 files hold each row's largest
-magnitude, of which the scale is a 127th, and it is chosen such that the division gives the scale
-back.
+is written bit by bit. A file of int8 holds each row's largest magnitude, of which the scale is a
+127th; it is chosen such that the division gives the scale back.
 """
 
 from collections.abc import Iterator

@@ -2,8 +2,8 @@
 
 `PackedCheckpoint` shows each packed layer as the one tensor `<layer>.weight` that it stands for, so
 that tables of names fit packed folders as they are; `read` gives it dequantised and `read_packed`
-as stored. `packers` says which of the two, layer by layer. The one thing a reader would get wrong:
-the layers of a stack are one array, so all of them must be packed alike to stay packed.
+as stored. `packers` says which of the two, layer by layer. The layers of a stack are one array, so
+all of them must be packed alike to stay packed.
 """
 
 import collections

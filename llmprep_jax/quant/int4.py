@@ -1,9 +1,8 @@
 """4-bit integers with a scale, and if asymmetric a zero, for each group of inputs of each output.
 
 w[o, i] = scale[o, g] (q[o, i] - zero[o, g]) with g = i // 128, as GPTQ (Frantar et al. 2023) and
-AWQ (Lin et al. 2024) store weights; here numbers are rounded to the nearest. Letters: G groups. The
-one thing a reader would get wrong: symmetric codes are stored with zero = 8 too, so that both kinds
-are one format.
+AWQ (Lin et al. 2024) store weights; here numbers are rounded to the nearest. Letters: G groups.
+Symmetric codes have 8 for their zero, so that both kinds are one format.
 """
 
 import dataclasses

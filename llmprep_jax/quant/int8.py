@@ -1,8 +1,7 @@
 """Symmetric 8-bit integers with one scale an output channel: w[o, i] = scale[o] q[o, i].
 
 The scale is the row's largest magnitude over 127 (absmax quantisation: Dettmers et al. 2022,
-LLM.int8(), section 2, row-wise). The one thing a reader would get wrong: -128 is not used, so that
-the range is symmetric.
+LLM.int8(), section 2, row-wise). -128 is not used, so that the range is symmetric.
 """
 
 import dataclasses

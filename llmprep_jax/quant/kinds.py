@@ -1,7 +1,7 @@
 """The formats by name: what `load_model(dtype=...)` and `quantize_model(kind=...)` take.
 
-The one thing a reader would get wrong: "nf4" is with double quantisation, as QLoRA uses it, and
-"int4" is asymmetric; the formats' own modules have the settings.
+"nf4" is with double quantisation, as QLoRA uses it, and "int4" is asymmetric; the formats' own
+modules have the settings.
 """
 
 import functools

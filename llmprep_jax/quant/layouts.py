@@ -2,8 +2,8 @@
 
 A layout is made from `quantization_config` of config.json and answers for one layer at a time: what
 its tensors must be (`expected`), its format (`kind`), and the weight itself (`read`). Letters: O
-outputs, I inputs, G groups. The one thing a reader would get wrong: which layers are packed is seen
-from their tensors and not from the config's lists, so a layer that was left alone needs no entry.
+outputs, I inputs, G groups. Which layers are packed is seen from their tensors and not from the
+config's lists, so a layer that was left alone needs no entry.
 """
 
 import abc

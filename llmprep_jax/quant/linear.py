@@ -5,8 +5,8 @@ Face stores it, so that its bytes are those of the formats' own libraries; a `Qu
 of each expert. Embeddings, norms and the head of a model stay as they are. The arrays are Buffers:
 nothing of them is trained, and adapters go around as around any layer. On a mesh a device holds
 some rows of each array (experts lie over the expert axis); a layer's are brought together, packed
-as they are, where it multiplies. The one thing a reader would get wrong: a stack of
-layers is one QuantEinsum whose arrays have a leading axis, as an Einsum's weight has.
+as they are, where it multiplies. A stack of layers is one QuantEinsum whose arrays have a leading
+axis, as an Einsum's weight has.
 """
 
 import functools

@@ -3,8 +3,8 @@
 The matrix is flattened row by row and cut into blocks of 64 numbers; each block keeps its largest
 magnitude and, for each number over it, the nearest of 16 codes. With double quantisation (ibid.,
 "Double Quantization") the blocks' magnitudes, less their mean, are 8-bit numbers in blocks of 256.
-The one thing a reader would get wrong: blocks run on over the ends of rows where 64 does not divide
-a row, so only some rows begin a block; `row_step` says which.
+Blocks run on over the ends of rows where 64 does not divide a row, so only some rows begin a block;
+`row_step` says which.
 """
 
 import dataclasses

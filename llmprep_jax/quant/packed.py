@@ -3,9 +3,8 @@
 A packed weight is a frozen dataclass whose fields are arrays (codes, scales) and static settings;
 it stands for a matrix [O, I], outputs by inputs as Hugging Face stores it. A leading axis of all
 arrays makes it a stack of matrices (`jax.vmap` of a quantiser, or what `jax.lax.scan` slices).
-Letters: O outputs, I inputs, R rows of a tile, G
-groups of g inputs. The one thing a reader would get wrong: `shape` is
-that of one matrix, stacked or not, since a static field cannot know how often it was mapped over.
+Letters: O outputs, I inputs, R rows of a tile, G groups of g inputs. `shape` is that of one matrix,
+stacked or not, since a static field cannot know how often it was mapped over.
 """
 
 import dataclasses

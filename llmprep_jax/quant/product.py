@@ -2,9 +2,9 @@
 
 Tiles are dequantised and multiplied one after the other inside a `jax.lax` loop, forward over the
 outputs of y, backward over those of dy; the packed weight gets no gradient. On a mesh its parts
-come together, packed, in each pass anew. Letters: O outputs, I inputs. The one thing a reader would
-get wrong: the backward pass dequantises again instead of keeping tiles, and needs no x, since
-nothing but x's gradient is asked for.
+come together, packed, in each pass anew. Letters: O outputs, I inputs. The backward pass
+dequantises again instead of keeping tiles, and needs no x, since nothing but x's gradient is asked
+for.
 """
 
 import functools

@@ -3,8 +3,8 @@
 Rows are sorted by group and groups differ in size, so one product of M rows does the work of M
 rows, whatever the number of groups. `reference` says what is meant; `ragged` and `blocks` compute
 it. Operands are in one dtype and sums in float32, forward and backward: dx is the same product with
-w transposed, dw a sum of outer products over each group's rows. The one thing a reader would get
-wrong: on a mesh this is called inside `jax.shard_map`, on the rows and groups of one device.
+w transposed, dw a sum of outer products over each group's rows. On a mesh this is called inside
+`jax.shard_map`, on the rows and groups of one device.
 """
 
 import functools

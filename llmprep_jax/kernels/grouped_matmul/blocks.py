@@ -2,9 +2,9 @@
 
 Groups that have rows are visited in turn: a group's matrix is taken out and cast once, and
 multiplied with its rows block by block. A block that reaches over the end of its group writes rows
-that the next group's first block writes again, so rows are neither padded nor gathered. The one
-thing a reader would get wrong: in a loop XLA's CPU compiler slices and updates a bf16 array on a
-float32 copy of all of it, made at every step (47 against 8 ms for 4096 rows); hence `_bits`.
+that the next group's first block writes again, so rows are neither padded nor gathered. In a loop
+XLA's CPU compiler slices and updates a bf16 array on a float32 copy of all of it, made at every
+step (47 against 8 ms for 4096 rows); hence `_bits`.
 """
 
 import functools

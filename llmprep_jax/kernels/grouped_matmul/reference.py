@@ -1,7 +1,7 @@
 """What a grouped product means: each row times the matrix of its group, all of them tried.
 
-The one thing a reader would get wrong: groups lie one after the other, so a row's group is told by
-its index alone, and rows after the last group belong to none and give zeros.
+Groups lie one after the other, so a row's group is told by its index alone, and rows after the last
+group belong to none and give zeros.
 """
 
 import jax

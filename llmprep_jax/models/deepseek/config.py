@@ -2,8 +2,8 @@
 
 One architecture (latent attention, a few dense layers, then mixtures of experts) with two routers:
 V2 gates by a softmax, V3 by sigmoids with a bias, normalised. Hugging Face's field names occur in
-`from_hf` and `to_hf` only. The one thing a reader would get wrong: a file that leaves a field out
-means its class's default, which differs between V2 and V3 and from every release.
+`from_hf` and `to_hf` only. A file that leaves a field out means its class's default, which differs
+between V2 and V3 and from every release.
 """
 
 import dataclasses

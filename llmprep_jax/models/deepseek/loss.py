@@ -2,9 +2,8 @@
 2.1.2 and 2.2, eq. 17 to 25).
 
 The loss is (sum of the next tokens' cross-entropies + lambda / D times those of the D modules) /
-tokens + the balance losses of all routers. The one thing a reader would get wrong: module k is
-given the embedding of the token k further on and predicts the one after it, so at the end of a
-document the last k of them have no target.
+tokens + the balance losses of all routers. Module k is given the embedding of the token k further
+on and predicts the one after it, so at the end of a document the last k of them have no target.
 """
 
 from collections.abc import Callable, Mapping

@@ -2,9 +2,8 @@
 
 x <- x + MLA(RMSNorm(x)); x <- x + FFN(RMSNorm(x)), where the FFN is a SwiGLU in the first layers
 and shared and routed experts in the others (V3, sections 2.1.1 and 2.1.2). After the last norm, D
-modules predict further tokens one after the other (section 2.2). The one thing a reader would get
-wrong: layers of the two kinds are two stacks, and a layer's number in a checkpoint, and its slot in
-the cache, count both.
+modules predict further tokens one after the other (section 2.2). Layers of the two kinds are two
+stacks, and a layer's number in a checkpoint, and its slot in the cache, count both.
 """
 
 import functools

@@ -1,8 +1,7 @@
 """Every released size of DeepSeek-V2 and V3, by name, and two tiny ones to train on a laptop.
 
 Fields are those of the released config.json files; tests hold the parameter counts against the
-published ones. The one thing a reader would get wrong: R1 and V3.1 are V3's shapes, and the R1
-distills are of the family `llama`.
+published ones. R1 and V3.1 are V3's shapes, and the R1 distills are of the family `llama`.
 """
 
 import dataclasses

@@ -1,9 +1,8 @@
 """Names of DeepSeek-V2's and V3's tensors in Hugging Face checkpoints.
 
 Layers with and without experts are two stacks, so the table lists which numbers each holds; experts
-are stored one by one and stacked here. The one thing a reader would get wrong: a multi-token
-prediction module is stored as one more layer, with copies of the embedding and the head that are
-the main model's.
+are stored one by one and stacked here. A multi-token prediction module is stored as one more layer,
+with copies of the embedding and the head that are the main model's.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Shapes of Gemma 3's text models (Gemma 3 technical report 2025, section 2): 270M to 27B.
 
-Hub files omit most fields, so the defaults in `from_hf` decide; they are transformers'. The one
-thing a reader would get wrong: the window is 512 for 270M and 1B and 1024 above, and 27B scales its
-scores by 168^-0.5, which is neither its head width nor what the other sizes do.
+Hub files omit most fields, so the defaults in `from_hf` decide; they are transformers'. The window
+is 512 for 270M and 1B and 1024 above, and 27B scales its scores by 168^-0.5, which is neither its
+head width nor what the other sizes do.
 """
 
 import dataclasses

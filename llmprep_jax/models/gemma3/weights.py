@@ -1,9 +1,8 @@
 """Names of Gemma 3's text tensors in Hugging Face checkpoints.
 
 The multimodal checkpoints (4B and up) hold the same tensors under `language_model.`, next to a
-vision tower that a text model leaves alone; `RENAMES` and `IGNORED` say so. The one thing a reader
-would get wrong: the norms are stored as w and applied as 1 + w; nothing is folded here, so what is
-saved is what was loaded.
+vision tower that a text model leaves alone; `RENAMES` and `IGNORED` say so. The norms are stored as
+w and applied as 1 + w; nothing is folded here, so what is saved is what was loaded.
 """
 
 _LAYER = "model.layers.{l}"

@@ -2,8 +2,7 @@
 
 One architecture, a few switches: Qwen2 has biases on queries, keys and values, small models tie
 their embeddings, Llama 3.1 and later scale RoPE. Hugging Face's field names occur in `from_hf` and
-`to_hf` only. The one thing a reader would get wrong: the R1 distill of Qwen-1.5B is not tied
-although its base model is.
+`to_hf` only. The R1 distill of Qwen-1.5B is not tied although its base model is.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Llama (Touvron et al. 2023; Llama 3 herd, 2024): pre-norm decoder with RoPE, GQA and SwiGLU.
 
 x <- x + Attention(RMSNorm(x)); x <- x + SwiGLU(RMSNorm(x)), a final RMSNorm, and a head that may be
-the embedding itself. Qwen2 (2024) is the same with biases on q, k and v. The one thing a reader
-would get wrong: positions and segments travel beside the tokens, so packing, left padding and
-cached decoding are all the same forward pass.
+the embedding itself. Qwen2 (2024) is the same with biases on q, k and v. Positions and segments
+travel beside the tokens, so packing, left padding and cached decoding are all the same forward
+pass.
 """
 
 import functools

@@ -1,8 +1,7 @@
 """Every released size of the Llama family, by name.
 
 Fields are those of the released config.json files; tests hold the parameter counts against the
-published ones. The one thing a reader would get wrong: Llama 3.2 ties its embeddings and Llama 3.1
-does not.
+published ones.
 """
 
 from llmprep_jax.models.llama.config import Config

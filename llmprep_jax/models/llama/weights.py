@@ -2,8 +2,8 @@
 DeepSeek-LLM).
 
 `{l}` runs over the stacked layers; the pattern turns their dimensions into ours. Rows that a model
-has no parameter for (biases, a head of its own) are not used. The one thing a reader would get
-wrong: `(n h)` leaves the rotary halves as released; only GGUF files permute them.
+has no parameter for (biases, a head of its own) are not used. `(n h)` leaves the rotary halves as
+released; only GGUF files permute them.
 """
 
 _LAYER = "model.layers.{l}"
