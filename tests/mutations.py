@@ -93,7 +93,10 @@ MUTATIONS = [
         "nn/stack.py", "compute.unroll or depth(layers)", "compute.unroll or 1", "nn/test_stack.py"
     ),
     Mutation(
-        "nn/routes.py", "weights_R[:, None] * dz_RD", "dz_RD", "nn/test_dispatch.py nn/test_moe.py"
+        "nn/routes.py",
+        "weights_R[:, None].astype(dz_RD.dtype) * dz_RD",
+        "dz_RD",
+        "nn/test_dispatch.py nn/test_moe.py",
     ),
     Mutation(
         "kernels/grouped_matmul/blocks.py", "[:, None] < left", "[:, None] <= left", "kernels"
@@ -112,8 +115,8 @@ MUTATIONS = [
     ),
     Mutation(
         "generate/sampler.py",
-        "logits_BV < kth_B1",
-        "logits_BV <= kth_B1",
+        "logits_BV < _kth_largest",
+        "logits_BV <= _kth_largest",
         "generate/test_sampler.py",
     ),
     Mutation(
