@@ -1,8 +1,8 @@
 """`Document`, one text or one conversation as every source yields it, and its side of a hold-out.
 
-The one thing a reader would get wrong: the side is decided by a hash of the content alone, not by
-seed, order, file or format, so it stays when the data are shuffled, converted or added to, and two
-copies of a document are always on the same side.
+The side is decided by a hash of the content alone, not by seed, order, file or format, so it stays
+when the data are shuffled, converted or added to, and two copies of a document are always on the
+same side.
 """
 
 import dataclasses

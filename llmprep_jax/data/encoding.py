@@ -2,9 +2,9 @@
 for the loss.
 
 A document of n tokens makes n - 1 pairs (token, next token); a document longer than the context is
-split, cut, dropped or refused, as the policy says, and what was done is counted. The one thing a
-reader would get wrong: pairs are split, not tokens, so that the last token of one piece is the
-first target's input of the next and every target of a split document counts exactly once.
+split, cut, dropped or refused, as the policy says, and what was done is counted. Pairs are split,
+not tokens: the last target of one piece is the first token of the next, and every target of a split
+document counts exactly once.
 """
 
 import dataclasses

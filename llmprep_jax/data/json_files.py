@@ -1,7 +1,7 @@
 """JSON as documents: a record a line (.jsonl), or a file that is one list of records (.json).
 
-Lines are read one at a time, a .json file whole. The one thing a reader would get wrong: many files
-called .json hold a record a line; they are read as that.
+Lines are read one at a time, a .json file whole. Many files called .json hold a record a line; they
+are read as that.
 """
 
 import json

@@ -3,9 +3,8 @@
 "packed" fits whole pieces together (best fit, longest first, over a window of rows), "padded" puts
 one piece in a row, "stream" lays documents end to end and cuts every T pairs, so that no row but
 the last has padding. In all of them documents do not see each other: segment ids and positions
-start anew, and no pair crosses a border. The one thing a reader would get wrong: an iterator's
-state holds no tokens. It is the place where the window (or the document) began and how far it was
-used; `set_state` reads that window again.
+start anew, and no pair crosses a border. An iterator's state holds no tokens: it is the place where
+the window (or the document) began and how far it was used, and `set_state` reads that window again.
 """
 
 import bisect

@@ -1,10 +1,10 @@
-"""The pipeline that a `DataConfig` describes: split, shuffle, shard, encode, pack, mix, batch.
+"""The pipeline that a `DataConfig` describes: split, shuffle, encode, pack, mix, batch.
 
 Everything is a function of the config and of the place reached, so `get_state` and `set_state`
-continue a stream bit for bit. The one thing a reader would get wrong: weights are shares of rows,
-hence of tokens, not of documents, and `batch_size` counts the rows of all processes together. Every
-process reads and encodes all documents and makes arrays of its own rows alone, so that order and
-place are the same however many processes there are.
+continue a stream bit for bit. Weights are shares of rows, hence of tokens, not of documents, and
+`batch_size` counts the rows of all processes together. Every process reads and encodes all
+documents and makes arrays of its own rows alone, so that order and place are the same however many
+processes there are.
 """
 
 import dataclasses

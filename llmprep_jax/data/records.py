@@ -1,10 +1,9 @@
 """Records (JSON objects, rows of a table) to documents: which columns hold what.
 
 Formats are those that datasets for fine-tuning come in: a text; messages; ShareGPT's conversations
-of `from` and `value`; Alpaca's instruction, input and output; a prompt and its completion. The one
-thing a reader would get wrong: a prompt and a completion that are strings go through no chat
-template (they are one text of which the completion is learnt), while Alpaca's columns are a
-question and an answer and do.
+of `from` and `value`; Alpaca's instruction, input and output; a prompt and its completion. A prompt
+and a completion that are strings go through no chat template (they are one text of which the
+completion is learnt), while Alpaca's columns are a question and an answer and do.
 """
 
 import json

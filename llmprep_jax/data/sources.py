@@ -1,9 +1,8 @@
 """Sources: random access to documents in JSON, Parquet, CSV, plain text and TFDS folders.
 
 A source is a sequence: `source[i]` reads and decodes document i and nothing else, `source.name(i)`
-says where it is. The one thing a reader would get wrong: a broken line is found when it is read,
-which `pipeline.build` does for all lines at the start only where a hold-out is asked for or the
-data are small.
+says where it is. A broken line is found when it is read, which `pipeline.build` does for all lines
+at the start only where a hold-out is asked for or the data are small.
 """
 
 import bisect

@@ -1,7 +1,7 @@
 """What is trained on and what is held out: the documents of a run on either side.
 
-The one thing a reader would get wrong: of a text whose end is held out, the first part does not end
-(there is no EOS after it) and the last does not begin (there is no BOS before it).
+Of a text whose end is held out, the first part does not end (there is no EOS after it) and the last
+does not begin (there is no BOS before it).
 """
 
 import dataclasses

@@ -1,8 +1,7 @@
 """Tables as documents: Parquet and CSV, a row a document.
 
-The one thing a reader would get wrong: Arrow gives all rows of a column one type, so that a key
-which one row's object has is null in all others. Such nulls are dropped: a tool call that had two
-arguments in the data has two again.
+Arrow gives all rows of a column one type, so that a key which one row's object has is null in all
+others. Such nulls are dropped: a tool call that had two arguments in the data has two again.
 """
 
 import csv

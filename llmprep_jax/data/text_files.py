@@ -1,8 +1,7 @@
 """Plain text files as documents: whole files, paragraphs, or chunks of bounded size.
 
-Only byte offsets are held in memory. The one thing a reader would get wrong: chunks are measured in
-bytes, and end after a line or a word where there is one in their second half, never inside a
-character.
+Only byte offsets are held in memory. Chunks are measured in bytes, and end after a line or a word
+where there is one in their second half, never inside a character.
 """
 
 import mmap

@@ -1,8 +1,8 @@
 """A TFDS builder that writes documents of any source as ArrayRecord, and how to read it back.
 
 ArrayRecord gives random access to data of any size without an index to build first. Nothing here
-needs a network or TensorFlow. The one thing a reader would get wrong: TFDS keeps what a folder
-already holds and says nothing, so `write_array_record` refuses such a folder.
+needs a network or TensorFlow. TFDS keeps what a folder already holds and says nothing, so
+`write_array_record` refuses such a folder.
 """
 
 import contextlib

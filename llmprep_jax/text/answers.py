@@ -2,9 +2,9 @@
 
 A chat template is a program, so a turn is found by what the program does to a probe: a word put in
 the place of the answer, beside it, or in the place of a tool's name. What surrounds the probe
-surrounds the turn. The one thing a reader would get wrong: a template may show the content, the
-tool calls, both or neither, and white space around one that it does not put around the other, so
-the header is found by a plain answer and the end by what the message holds.
+surrounds the turn. A template may show the content, the tool calls, both or neither, and white
+space around one that it does not put around the other, so the header is found by a plain answer and
+the end by what the message holds.
 """
 
 import dataclasses

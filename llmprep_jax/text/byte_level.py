@@ -1,9 +1,9 @@
 """Byte-level BPE (GPT-2 and after): how each published tokenizer cuts text before its merges apply.
 
 A GGUF names that cut only by a word (`tokenizer.ggml.pre`), so the patterns are listed here as the
-models' own tokenizer.json files and llama.cpp (src/llama-vocab.cpp) have them. The one thing a
-reader would get wrong: the cut decides ids even where the merges are right. SmolLM2 isolates every
-digit first, so in "x =  5" both spaces are one token; with GPT-2's pattern alone they would be two.
+models' own tokenizer.json files and llama.cpp (src/llama-vocab.cpp) have them. The cut decides ids
+even where the merges are right. SmolLM2 isolates every digit first, so in "x =  5" both spaces are
+one token; with GPT-2's pattern alone they would be two.
 """
 
 from collections.abc import Iterable

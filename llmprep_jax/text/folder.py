@@ -1,10 +1,9 @@
 """Hugging Face folders: the tokenizer files as transformers 5 reads them.
 
 tokenizer.json (else tokenizer.model) holds the ids; tokenizer_config.json, special_tokens_map.json,
-added_tokens.json, generation_config.json and chat_template.jinja say the rest. The one thing a
-reader would get wrong: where there is a tokenizer.json, its own post-processor decides whether BOS
-is added, and `add_bos_token` in tokenizer_config.json is not consulted (transformers 5; version 4
-did for some classes).
+added_tokens.json, generation_config.json and chat_template.jinja say the rest. Where there is a
+tokenizer.json, its own post-processor decides whether BOS is added, and `add_bos_token` in
+tokenizer_config.json is not consulted (transformers 5; version 4 did for some classes).
 """
 
 import json

@@ -1,8 +1,7 @@
 """The tokenizer that a GGUF file's metadata describes.
 
-The one thing a reader would get wrong: a GGUF has no pre-tokenizer and, for SentencePiece
-vocabularies, no merges. Both are implied: the first by the name in `tokenizer.ggml.pre`, the second
-by the order of the pieces.
+A GGUF has no pre-tokenizer and, for SentencePiece vocabularies, no merges. Both are implied: the
+first by the name in `tokenizer.ggml.pre`, the second by the order of the pieces.
 """
 
 import warnings

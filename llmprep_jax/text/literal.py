@@ -2,9 +2,8 @@
 
 The `tokenizers` library can read all spellings of a text as tokens or none (its
 `encode_special_tokens`). Here those that are chosen are swapped for aliases, added tokens that only
-a copy of the tokenizer knows, and the copy reads no special token. The one thing a reader would get
-wrong: an alias must be beyond guessing, else a text could spell it; so it is drawn anew in each
-process.
+a copy of the tokenizer knows, and the copy reads no special token. An alias must be beyond
+guessing, else a text could spell it; so it is drawn anew in each process.
 """
 
 import itertools

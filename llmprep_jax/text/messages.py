@@ -1,9 +1,8 @@
 """Messages: what a conversation must look like before a chat template sees it.
 
 A message is {"role": ..., "content": ...} with content a string or a list of {"type": "text",
-"text": ...} parts. The one thing a reader would get wrong: messages are copied into plain JSON
-values, because a template is a program from the internet and must not get hold of an object with
-methods.
+"text": ...} parts. Messages are copied into plain JSON values, because a template is a program from
+the internet and must not get hold of an object with methods.
 """
 
 import difflib

@@ -1,9 +1,9 @@
 """`Processor`: texts or conversations to the arrays that `model(**inputs)` takes, and ids back to
 text.
 
-The one thing a reader would get wrong: rows are padded on the left, so that the last column is the
-last real token of every row and generation goes on from there; `mask` is True on real tokens, and
-the model must see it.
+Rows are padded on the left, unless `padding_side` is "right", so that the last column is the last
+real token of every row and generation goes on from there; `mask` is True on real tokens, and the
+model must see it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -2,10 +2,9 @@
 tokenizers object.
 
 The file is one protocol-buffer message of which a dozen fields matter, so it is read here, with
-bounds checked, rather than through generated classes that tie us to a version of protobuf. The one
-thing a reader would get wrong: a SentencePiece BPE holds no merges. They are implied by the
-vocabulary: two adjacent pieces merge when their concatenation is a piece, and pieces of lower id
-merge first.
+bounds checked, rather than through generated classes that tie us to a version of protobuf. A
+SentencePiece BPE holds no merges. They are implied by the vocabulary: two adjacent pieces merge
+when their concatenation is a piece, and pieces of lower id merge first.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Incremental detokenisation: text as tokens arrive, such that the pieces join to the decoding of
 the whole.
 
-The one thing a reader would get wrong: decoding tokens one by one is not decoding their sequence. A
-character may span tokens, SentencePiece drops the first space of whatever it is given, and a run of
-byte-fallback tokens is one unit (a later bad byte turns the whole run into replacement characters).
+Decoding tokens one by one is not decoding their sequence. A character may span tokens,
+SentencePiece drops the first space of whatever it is given, and a run of byte-fallback tokens is
+one unit (a later bad byte turns the whole run into replacement characters).
 """
 
 import re

@@ -1,9 +1,9 @@
 """Thoughts and answers: "<think>\\n...\\n</think>\\n\\n..." of a reasoning model, in its two parts.
 
 DeepSeek-R1 (arXiv 2501.12948) and its distills think aloud between two tags; the parts are named as
-in DeepSeek's API, `reasoning_content` and `content`. The one thing a reader would get wrong: the
-opening tag may be missing from what the model says, because newer chat templates of R1 end the
-prompt with it; the text then begins within the thoughts, and only the prompt tells.
+in DeepSeek's API, `reasoning_content` and `content`. The opening tag may be missing from what the
+model says, because newer chat templates of R1 end the prompt with it; the text then begins within
+the thoughts, and only the prompt tells.
 """
 
 from collections.abc import Iterator

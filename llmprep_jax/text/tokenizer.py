@@ -1,9 +1,9 @@
 """`Tokenizer`: text to ids and back.
 
 Hugging Face folders, SentencePiece models and GGUF files all become one object of the `tokenizers`
-library. The one thing a reader would get wrong: special tokens around a text (BOS) are put there by
-us and not by the library's post-processor, because that one also trims spaces from the character
-offsets, and answers-only masks need exact offsets.
+library. Special tokens around a text (BOS) are put there by us and not by the library's
+post-processor, because that one also trims spaces from the character offsets, and answers-only
+masks need exact offsets.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """What each tokenizer format (tokenizer.json, tokenizer.model, GGUF) is read into before it becomes
 a `Tokenizer`.
 
-The one thing a reader would get wrong: a special token must be an *added* token of the core, not
-only an entry of its vocabulary, else its text is cut into pieces like any other text.
+A special token must be an *added* token of the core, not only an entry of its vocabulary, else its
+text is cut into pieces like any other text.
 """
 
 import dataclasses
