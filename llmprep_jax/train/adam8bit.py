@@ -4,10 +4,9 @@ Dettmers, Lewis, Shleifer and Zettlemoyer 2022, "8-bit Optimizers via Block-wise
 section 2: a block of values is divided by its largest magnitude (absmax, float32), and of each
 quotient the index of the nearest of 256 values is kept, signed ones for the first moment and
 unsigned ones for the second. Both maps are piecewise linear: encoding is a minimum of straight
-lines and decoding a maximum, without a table. The one thing a reader would get wrong: blocks do not
-run along the flattened array, as in the paper, but along one dimension, and `block` is their
-largest length, not their length: codes keep the parameter's shape, and so its sharding, and 576
-values are three blocks of 192 on any mesh.
+lines and decoding a maximum, without a table. Blocks do not run along the flattened array, as in
+the paper, but along one dimension, and `block` is their largest length, not their length: codes
+keep the parameter's shape, and so its sharding, and 576 values are three blocks of 192 on any mesh.
 """
 
 import functools

@@ -3,9 +3,9 @@
 One folder a step with five items: `params` (what is trained, nothing else: the frozen base stays
 where it was loaded from, and `meta` says where), `optim` (moments, step, key), `ema`, `data` (the
 place in the data, one for all processes) and `meta` (JSON from which the model can be rebuilt).
-Orbax writes a step aside and renames it, so a kill leaves the last whole one. The one thing a
-reader would get wrong: saving does not copy; the arrays are read while the next step runs, which
-therefore cannot reuse their memory and allocates it anew, once a checkpoint.
+Orbax writes a step aside and renames it, so a kill leaves the last whole one. Saving does not copy;
+the arrays are read while the next step runs, which therefore cannot reuse their memory and
+allocates it anew, once a checkpoint.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
 A run is bit-equal however often it is stopped: parameters, moments, step, key and the data
 iterator's state are saved together, and everything else is a function of these and of the config.
-SIGTERM and Ctrl-C save and return. The one thing a reader would get wrong: `steps` is where the run
-ends, not how many steps are added; a run that has reached it returns at once.
+SIGTERM, Ctrl-C and the end of the data save and return. `steps` is where the run ends, not how many
+steps are added; a run that has reached it returns at once.
 """
 
 import contextlib

@@ -2,9 +2,9 @@
 
 Sums and counts add up over microbatches, hosts and mesh axes where means do not: the caller divides
 once, so every token weighs the same however the batch is cut. With `chunk`, logits exist only for
-`chunk` positions of each row at a time, forward and backward (a checkpointed scan). The one thing a
-reader would get wrong: the target's logit is a masked sum over the vocabulary and no gather, since
-that is what stays local where the mesh shards the vocabulary.
+`chunk` positions of each row at a time, forward and backward (a checkpointed scan). The target's
+logit is a masked sum over the vocabulary and no gather, since that is what stays local where the
+mesh shards the vocabulary.
 """
 
 import functools

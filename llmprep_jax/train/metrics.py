@@ -3,9 +3,9 @@
 FLOPs are analytic and count what the model needs, not what rematerialisation repeats: for each
 token 2 for each weight forward, 2 backward to activations and 2 backward to a weight that is
 trained, so 6N for full training and 4N + 6n for n adapter weights on N frozen ones; and causal
-attention once, 2 * heads * head_dim * context forward and twice that backward, for a mean context
-of T / 2. The one thing a reader would get wrong: publications that count the masked half of
-attention too report a higher MFU for the same speed.
+attention once, 4 * heads * head_dim * context a layer forward and twice that backward, for a mean
+context of T / 2. Publications that count the masked half of attention too report a higher MFU for
+the same speed.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 waits.
 
 `note` keeps what a step returned without looking at it; `flush` looks, while the step after it
-runs. The one thing a reader would get wrong: a non-finite loss is therefore found a step or more
-late; that is no harm, since such a step changes nothing and every save flushes first.
+runs. A non-finite loss is therefore found a step or more late; that is no harm, since such a step
+changes nothing and every save flushes first.
 """
 
 import collections

@@ -1,9 +1,9 @@
 """Optimizer state that waits in host memory between updates.
 
 An array's type tells where it lies (`float32<host>[..]`), so nothing but the optimizer's `init` is
-told to offload: the step fetches what lies on the host and brings it back. The one thing a reader
-would get wrong: the state is on the device while the parameters are updated, in whole; what is
-saved is its memory during the forward and backward passes.
+told to offload: the step fetches what lies on the host and brings it back. The state is on the
+device while the parameters are updated, in whole; what is saved is its memory during the forward
+and backward passes.
 """
 
 from typing import Any

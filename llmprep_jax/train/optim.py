@@ -2,9 +2,9 @@
 
 Decay is decoupled and scaled by the learning rate, as in torch and optax: p -= lr_t * (m / (sqrt(v)
 + eps) + weight_decay * p) (Loshchilov and Hutter 2019 scale it by the schedule's multiplier alone).
-"adamw8bit" is the same with moments that are rounded between steps (`adam8bit.py`). The one thing a
-reader would get wrong: `moment_dtype` is that of the first moment; the second stays float32,
-because a bf16 average with decay 0.95 no longer sees changes below 1/256 of itself.
+"adamw8bit" is the same with moments that are rounded between steps (`adam8bit.py`). `moment_dtype`
+is that of the first moment; the second stays float32, because a bf16 average with decay 0.95 no
+longer sees changes below 1/256 of itself.
 """
 
 import dataclasses
@@ -35,10 +35,9 @@ class OptimConfig:
       final_ratio: of the peak, what the rate falls to.
       decay_fraction: of the run, over which "wsd" falls.
       warmup_steps: steps of linear rise; the first has lr / warmup_steps.
-      weight_decay: of matrices; norms and biases have none, and of adapters what their method says
-        (`peft.Method.decayed`).
       betas, eps: Adam's.
-      weight_decay: decoupled, times the learning rate.
+      weight_decay: decoupled, times the learning rate; norms and biases have none, and adapters
+        where their method says so (`peft.Method.decayed`).
       decay_embeddings: whether weight decay holds for embedding tables too.
       clip_norm: largest global norm of the gradient; None: no clipping.
       lora_plus: ratio of the learning rate of the factors that are zero at first, LoRA's B and of

@@ -1,8 +1,9 @@
 """What a run is: `RunConfig`, the one thing that configs/*.py return, and the folder it owns.
 
 The folder holds run.json (the resolved config), metrics.jsonl, tensorboard/, tokenizer/ and
-checkpoints/. The one thing a reader would get wrong: a folder belongs to one config; the same
-command goes on with it, and a command that would make other numbers of it is refused.
+checkpoints/. A folder belongs to one run, and the same command goes on with it. Settings in `FREE`
+may change, and each change is said; a command that changes another (the model, its data) is
+refused.
 """
 
 import dataclasses

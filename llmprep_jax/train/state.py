@@ -1,9 +1,9 @@
 """What a training step changes: parameters, moments, averages, step and key; one donated pytree.
 
 Parameters are plain nested dicts of arrays (`nnx.to_pure_dict`), so paths in checkpoints and decay
-masks are the names of the weights table. What is not trained stays outside and is never copied. The
-one thing a reader would get wrong: a state takes its arrays over; the model that it was split from
-must not be used after the first step, `merge` gives the trained one.
+masks are the names of the weights table. What is not trained stays outside and is never copied. A
+state takes its arrays over: the model that it was split from must not be used after the first step,
+and `merge` gives the trained one.
 """
 
 import dataclasses

@@ -2,9 +2,9 @@
 
 Pre-training, full fine-tuning and adapters differ in what `state.params` holds and in nothing here.
 Losses and gradients are summed over microbatches and divided once by the number of tokens, so
-accumulation is exact. The one thing a reader would get wrong: a step whose loss or gradient is not
-finite changes nothing (it returns the old state and `finite` False), so the host may look at the
-metrics later than the next step starts.
+accumulation is exact. A step whose loss or gradient is not finite changes nothing but, with
+`counts_nonfinite`, the count of steps (and `finite` is False), so the host may look at the metrics
+later than the next step starts.
 """
 
 import functools
