@@ -1,8 +1,8 @@
 """A checkpoint on disk, whatever its files: a config and tensors by their Hugging Face names.
 
 `Checkpoint` is what the loader reads from; this file has the one over a Hugging Face folder,
-`gguf.py` the one over a GGUF file. The one thing a reader would get wrong: an index file's word is
-checked against the shards before anything is read, and pickled weights are never opened.
+`gguf.py` the one over a GGUF file. An index file's word is checked against the shards before
+anything is read, and pickled weights are never opened.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Arrays from devices to the host, a slice at a time, also where they lie over several processes.
 
 A stack of layers is too large for a host (the gates of DeepSeek-V3's experts are 436 GB), one
-layer's matrix is not. The one thing a reader would get wrong: where an array lies over processes,
-all of them must ask for the same slices in the same order, since each gives its part to the others.
+layer's matrix is not. Where an array lies over processes, all of them must ask for the same slices
+in the same order, since each gives its part to the others.
 """
 
 import functools

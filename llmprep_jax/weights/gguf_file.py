@@ -1,8 +1,8 @@
 """The GGUF container (ggml-org/ggml, docs/gguf.md): its key-value pairs and its table of tensors.
 
-Every length and offset is checked against the file before it is used, so a damaged file is one
-line of error and never a crash or a giant allocation; Gemma's 262144 pieces take 0.2 s. The one
-thing a reader would get wrong: a tensor's dimensions are listed innermost first.
+Every length and offset is checked against the file before it is used, so a damaged file is one line
+of error and never a crash or a giant allocation; Gemma's 262144 pieces take 0.2 s. A tensor's
+dimensions are listed innermost first.
 """
 
 import dataclasses

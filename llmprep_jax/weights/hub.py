@@ -1,7 +1,8 @@
-"""From what a user types to files on this machine: a folder, a GGUF file, or a hub id.
+"""From what a user types to files on this machine: a folder here or in a store, a GGUF file, or a
+hub id.
 
-The one thing a reader would get wrong: nothing is fetched for a name that exists locally, and of a
-hub repository only the JSON, safetensors and tokenizer files of its top folder are.
+Nothing is fetched for a name that exists locally, and of a hub repository only the JSON,
+safetensors, tokenizer and template files of its top folder are.
 """
 
 import difflib

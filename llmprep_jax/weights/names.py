@@ -2,8 +2,8 @@
 
 `torch.compile`, FSDP and DataParallel put names of theirs into a path, a base model's folder lacks
 `model.`, and a larger model holds it under a prefix of its own; all of this is seen from where the
-embedding is. The one thing a reader would get wrong: names are renamed and not searched for, so a
-tensor that the model has no place for is still found out.
+embedding is. Names are renamed and not searched for, so a tensor that the model has no place for is
+still found out.
 """
 
 import re

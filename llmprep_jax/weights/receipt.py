@@ -1,9 +1,10 @@
 """Saving a folder that is known to be right before it is put in place.
 
 Everything is written into a folder aside, re-opened and compared with what is in memory; only if
-that holds does it take the place of what stood there, with a receipt beside the weights. The one
-thing a reader would get wrong: weights that stood there stay whole until the new ones are, whatever
-fails, and files of another kind (a README, a tokenizer that is not written anew) move over.
+that holds does it take the place of what stood there, with a receipt beside the weights. Weights
+that stood there stay whole until the new ones are, whatever fails, and files of another kind (a
+README, a tokenizer that is not written anew) move over. A store renames no folders, so there it is
+done file by file.
 """
 
 import ctypes

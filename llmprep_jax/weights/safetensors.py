@@ -2,8 +2,8 @@
 
 A file is 8 bytes of header length, a JSON header naming each tensor's dtype, shape and byte range,
 and the bytes. The reader trusts nothing in the header before it has checked it against the file's
-size, so a damaged file is one line of error and never a crash or a giant allocation. The one thing
-a reader would get wrong: tensors are views of the mapped file, read from disk as they are touched.
+size, so a damaged file is one line of error and never a crash or a giant allocation. Tensors are
+views of the mapped file, read from disk as they are touched.
 """
 
 import contextlib

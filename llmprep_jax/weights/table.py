@@ -3,8 +3,7 @@
 A table maps each of our parameter paths to (Hugging Face name, einops pattern theirs -> ours);
 `{l}` and further placeholders run over the parameter's leading, stacked dimensions, from 0 on or as
 listed: `{l:3,4,5}`. Sizes come from the abstract parameter, and swapping the pattern's sides
-exports. The one thing a reader would get wrong: the loader reports everything that does not fit in
-one error, before it reads a tensor.
+exports. The loader reports everything that does not fit in one error, before it fills a parameter.
 """
 
 import concurrent.futures
