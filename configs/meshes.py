@@ -1,11 +1,10 @@
 """Meshes by name: how many devices lie along each axis (data, fsdp, tensor, expert).
 
 `mesh=NAME` in a command takes one of these; `mesh.fsdp=4 mesh.tensor=2` gives sizes in place of a
-name. -1 is whatever number of devices is left. `fsdp` shards
-weights and batch, `tensor` heads, MLPs and vocabulary, `expert` batch and experts (and what else
-`fsdp` shards), `data` repeats weights: over slices that a slow network joins. The one thing a
-reader would get wrong: the batch is parted over data times fsdp times expert, so a microbatch
-needs at least as many rows.
+name. -1 is whatever number of devices is left. `fsdp` shards weights and batch, `tensor` heads,
+MLPs and vocabulary, `expert` batch and experts (and what else `fsdp` shards), `data` repeats
+weights: over slices that a slow network joins. The batch is parted over data times fsdp times
+expert, so the rows of a microbatch must be a multiple of that product.
 """
 
 import difflib

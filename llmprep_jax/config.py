@@ -3,9 +3,8 @@ resolved.
 
 A config file defines `get_config()`, which returns one frozen dataclass; nested dataclasses are its
 sections. `override` replaces fields by dotted path and converts the text to the field's declared
-type. The one thing a reader would get wrong: all changes of one dataclass are made in one
-`dataclasses.replace`, so `num_heads=6 num_kv_heads=3` passes a check that neither change alone
-would pass.
+type. All changes of one dataclass are made in one `dataclasses.replace`, so `num_heads=6
+num_kv_heads=3` passes a check that neither change alone would pass.
 """
 
 import dataclasses

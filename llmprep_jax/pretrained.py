@@ -1,10 +1,10 @@
 """Load a model or a processor by path, and save one so that the rest of the world loads it.
 
 A path is a Hugging Face folder, a GGUF file, a run folder of ours, or a hub id. Saving re-opens
-what it wrote and compares logits with the live model before the folder is put in place. The one
-thing a reader would get wrong: `dtype` is that of the weights in memory and of the activations;
-None keeps the weights as stored, and a packed one ("nf4") is of linear layers alone, whose
-activations are in bfloat16 unless `compute` says otherwise.
+what it wrote and compares logits with the live model before the folder is put in place. `dtype` is
+that of the weights in memory and of the activations; None keeps the weights as stored, and a packed
+one ("nf4") is of linear layers alone, whose activations are in bfloat16 unless `compute` says
+otherwise.
 """
 
 import collections

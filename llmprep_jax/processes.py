@@ -2,12 +2,12 @@
 
 `start` comes before anything that uses a device. On a cluster whose environment says who is who
 (SLURM, GKE, Kubernetes jobs, TPU pods, Open MPI) it takes no settings; on plain machines each
-process is given `coordinator`, `count` and `index`; and where neither is there, nothing happens.
-An error in one process ends all of them: the one that was first prints it, the others end within
+process is given `coordinator`, `count` and `index`; and where neither is there, nothing happens. An
+error in one process ends all of them: the one that was first prints it, the others end within
 seconds with exit code 1. A process that is killed is missed after `timeout` seconds at the latest.
-The one thing a reader would get wrong: whatever all processes do together (`share`, a jitted
-function on the mesh, a save) must be reached by all of them; what one does alone must not fail
-without the others learning of it, which is what `by_one` is for.
+Whatever all processes do together (`share`, a jitted function on the mesh, a save) must be reached
+by all of them; what one does alone must not fail without the others learning of it, which is what
+`by_one` is for.
 """
 
 import atexit

@@ -4,9 +4,8 @@ Parameters and contractions name their dimensions by logical axes ("embed", "hea
 these into a `PartitionSpec` for the mesh in force, or into None where there is none, so one code
 runs in a unit test and on a pod. A mesh axis is used once in a spec: the first dimension that asks
 for it gets it. The model dimension has two names: weights are laid out by "embed", activations by
-"act_embed", which no axis splits by default. The one thing a reader would get wrong: a dimension
-that the mesh axis does not divide (9 heads on 2 devices) is replicated, not an error, when `shape`
-is given.
+"act_embed", which no axis splits by default. With `shape`, a dimension that a mesh axis does not
+divide (9 heads on 2 devices) is replicated over it instead of refused.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """The legend of dimension letters and the array aliases that public signatures use.
 
 Local arrays carry their dimensions as a suffix (`q_BTNH`), and einsum strings use the same
-capitals, so this table is the only place that says what a letter means. The one thing a reader
-would get wrong: T counts query tokens and S key tokens; they differ as soon as there is a cache.
+capitals, so this table says what a letter means; a file with further ones lists them at its top. T
+counts query tokens and S key tokens; they differ as soon as there is a cache.
 
     B  batch (rows)              N  query heads
     T  query tokens              K  key/value heads

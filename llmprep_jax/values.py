@@ -1,9 +1,8 @@
 """Values by declared type: reading a setting's text, checking a value, naming a type in words.
 
 What a field of a config may hold is its annotation: numbers, texts, truth values, paths, None,
-Literal, tuples, mappings and unions of these. The one thing a reader would get wrong: a union is
-tried from its narrowest member to its widest, so `none` for `str | None` is None (write `'none'`
-for the text).
+Literal, tuples, mappings and unions of these. A union is tried from its narrowest member to its
+widest, so `none` for `str | None` is None (write `'none'` for the text).
 """
 
 import ast

@@ -2,9 +2,8 @@
 
 The text is the Internet Wiretap edition (1993) of the book of 1911, in the public domain, as the
 Debian package dict-devil carries it: `python make_devils_dictionary.py FOLDER/devil.dict.dz`, with
-the package's devil.index beside that file. Prose is kept and verse is not. The one thing a reader
-would get wrong: this is satire of its time; entries that insult peoples are left out by the list
-below, and nothing else is softened.
+the package's devil.index beside that file. Prose is kept and verse is not. This is satire of its
+time: entries that insult peoples are left out by the list below, and nothing else is softened.
 """
 
 import gzip

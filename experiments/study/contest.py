@@ -2,8 +2,7 @@
 
 Each contender lives in a process of its own (its threads, its peak memory), is built and run once,
 and then all take turns, one call each a round, while the others sleep. Medians are compared. The
-one thing a reader would get wrong: the first call holds tracing and compilation and is reported by
-itself.
+first call, which holds tracing and compilation, is reported by itself.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """Two texts that are on every machine, as tokens: Python's manual and a dictionary of 1911.
 
-The one thing a reader would get wrong: the last tenth of each is held out, and evaluated on the
-same windows whatever the seed.
+The last tenth of each is held out, and evaluated on the same windows whatever the seed.
 """
 
 import json

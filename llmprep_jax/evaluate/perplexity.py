@@ -1,9 +1,9 @@
 """Held-out loss and perplexity of a language model, weighted by token.
 
 nll is the mean of -log p(token | those before it) over all tokens that count, in nats, and
-perplexity its exponential; in conversations those of the answers count, as in training. The one
-thing a reader would get wrong: it is a mean over the tokens of the whole set, not of batch means,
-and only models with one tokenizer compare by it.
+perplexity its exponential; in conversations those of the answers count, as in training. It is a
+mean over the tokens of the whole set, not of batch means, and only models with one tokenizer
+compare by it.
 """
 
 import functools

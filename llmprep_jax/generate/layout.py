@@ -3,9 +3,9 @@
 A scan slices each layer's weights out of the stack before it multiplies them, so layers become a
 list; and for a single row each linear layer becomes the one form of a matrix-vector product that
 XLA's CPU compiler gives to all cores at memory speed. Packed weights (`quant`) are unpacked once
-where memory has room for that: a CPU takes longer to unpack a weight than to read it dense. The one
-thing a reader would get wrong: the form for a single row has the weight's outputs first, in bf16
-too; with its inputs first, bf16 runs at a tenth.
+where memory has room for that: a CPU takes longer to unpack a weight than to read it dense. The
+form for a single row has the weight's outputs first, in bf16 too; with its inputs first, bf16 runs
+at a tenth.
 """
 
 import math

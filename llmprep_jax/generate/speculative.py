@@ -4,9 +4,9 @@ Of M modules each drafts one token; the model reads the last token and the draft
 keeps the drafts up to the first that it rejects (Leviathan et al. 2023, algorithm 1; Chen et al.
 2023): a draft d of probability q(d) with probability min(1, p(d) / q(d)), and in place of a
 rejected one it draws from max(p - q, 0), normalised, so the text has the model's own distribution
-p. Greedy, both are one-hot and the text is that of plain decoding. The one thing a reader would get
-wrong: rows keep different numbers of tokens but write the same cache slots, so what a row rejects
-stays in its slots, marked empty, and only the slots that every row rejected are written again.
+p. Greedy, both are one-hot and the text is that of plain decoding. Rows keep different numbers of
+tokens but write the same cache slots, so what a row rejects stays in its slots, marked empty, and
+only the slots that every row rejected are written again.
 
 Letters of this file: M modules, and drafts of a step; W tokens that the modules read in a step.
 """

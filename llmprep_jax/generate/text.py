@@ -1,8 +1,8 @@
 """Generation from text to text: a processor before and after the engine, stop strings, streaming,
 thoughts apart from answers.
 
-The one thing a reader would get wrong: a stop string may span tokens, so text is held back while
-its end could still become one; and it may hold special tokens, which no text shows.
+A stop string may span tokens, so text is held back while its end could still become one; and it may
+hold special tokens, which no text shows.
 """
 
 import difflib
