@@ -1,8 +1,8 @@
 """What every test runs under: eight CPU devices, exact matrix products, and checked array shapes.
 
 JAX looks for devices once and the import hook sees only modules that are not imported yet, so all
-of this comes before the package. The one thing a reader would get wrong: `JAX_PLATFORMS=cuda
-pytest` runs on a GPU; tests that need several devices then use what there is.
+of this comes before the package. `JAX_PLATFORMS=cuda pytest` runs on a GPU; tests that need several
+devices then use what there is.
 """
 
 import importlib.metadata

@@ -1,7 +1,7 @@
 """The house's rules that a program can see: who imports whom, what is not used, how long files are.
 
-Imports point down only. The one thing a reader would get wrong: this reads the source, so an import
-inside a function counts as one at the top does.
+Imports point down only. This reads the source, so an import inside a function counts as one at the
+top does.
 """
 
 import ast

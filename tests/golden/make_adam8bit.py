@@ -2,9 +2,8 @@
 
 Run it with bitsandbytes 0.50.2 and torch installed: `python -m tests.golden.make_adam8bit`. For
 `signed` and `unsigned` it holds `map` [256], `x` [blocks, 256], `codes` of the same shape and
-`absmax` [blocks]. The one thing a reader would get wrong: the values are handed over in float64,
-for which bitsandbytes takes the nearest code; its float32 kernel for CPUs gives 59 % of these
-unsigned values another one, up to 7 away.
+`absmax` [blocks]. The values are handed over in float64, for which bitsandbytes takes the nearest
+code; its float32 kernel for CPUs gives 59 % of these unsigned values another one, up to 7 away.
 """
 
 from pathlib import Path

@@ -2,9 +2,8 @@
 
 Run it with the parity extra installed: `python -m tests.golden.make_models [NAME ...]`. Each
 `<name>.npz` holds the checkpoint's tensors under their Hugging Face names (`weight/...`), tokens, a
-mask, logits, loss and some gradients (`grad/...`); `<name>.json` is the config.json. The one thing
-a reader would get wrong: the loss is that of the rows without the mask; the logits are with it, and
-those of masked tokens mean nothing.
+mask, logits, loss and some gradients (`grad/...`); `<name>.json` is the config.json. The loss is
+that of the rows without the mask; the logits are with it, and those of masked tokens mean nothing.
 """
 
 import sys

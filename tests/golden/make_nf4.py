@@ -2,8 +2,8 @@
 
 Run it with the parity extra installed: `python -m tests.golden.make_nf4`. Names are
 `<weight>/<kind>/<tensor>`; weights have a short last block, an odd number of elements, a block of
-zeros and values halfway between codes. The one thing a reader would get wrong: `nested/absmax` and
-`offset` belong to double quantisation, `absmax` to that without.
+zeros and values halfway between codes. `nested/absmax` and `nested/offset` belong to double
+quantisation, `absmax` to that without.
 """
 
 from pathlib import Path

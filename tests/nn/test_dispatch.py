@@ -1,8 +1,8 @@
 """Wherever experts lie and however tokens get there, the sum is that of a loop over experts.
 
 Forward and gradients are held against every expert on every token, for each transport that runs on
-CPUs; the one that does not is lowered for the backend that it is for. The one thing a reader would
-get wrong: gradients are compared with float32 sums in another order, so to 1e-5 of the largest.
+CPUs; the one that does not is lowered for the backend that it is for. Gradients are compared to
+1e-5 of the largest, since float32 sums are in another order.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """LoRA on experts against PEFT's target_parameters: Mixtral's, and whole models of DeepSeek.
 
-The one thing a reader would get wrong: PEFT 0.21 takes DeepSeek's gate_proj, up_proj and down_proj
-in target_modules for those of experts, so dense and shared MLPs are targeted by their weights.
+PEFT 0.21 takes DeepSeek's gate_proj, up_proj and down_proj in target_modules for those of experts,
+so dense and shared MLPs are targeted by their weights.
 """
 
 import jax

@@ -1,9 +1,9 @@
 """Tiny Hugging Face folders of packed weights, made by numpy from each format's published layout.
 
 `make(method)` gives config.json's fields, the tensors, and the matrices that they stand for, had by
-direct dequantisation here. The one thing a reader would get wrong: the numbers are random codes and
-scales, so nothing of our quantisers is in them, but for bitsandbytes' bytes, which
-tests/parity/test_quant.py holds against bitsandbytes itself.
+direct dequantisation here. The numbers are random codes and scales, so nothing of our quantisers is
+in them, but for bitsandbytes' bytes, which tests/parity/test_quant.py holds against bitsandbytes
+itself.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """A process of its own that loads a folder and prints, as JSON, the bytes of it and of the loading.
 
 `peak` is the most anonymous memory beyond what was there before: JAX's buffers and whatever the
-loader makes, but not the mapped files. The one thing a reader would get wrong: the folder is loaded
-twice and the second time counts, since the first compiles.
+loader makes, but not the mapped files. The folder is loaded twice and the second time counts, since
+the first compiles.
 """
 
 import ctypes

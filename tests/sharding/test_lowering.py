@@ -1,7 +1,7 @@
 """A pod's training step without a pod: DeepSeek-V3 at its size, traced and lowered on shapes alone.
 
-The one thing a reader would get wrong: nothing is compiled here; lowering shows that shapes and
-shardings fit together and that a step's program does not grow with depth, not that it fits memory.
+Nothing is compiled here: lowering shows that shapes and shardings fit together, how large arrays
+are, and that a step's program does not grow with depth, not that it fits memory.
 """
 
 import dataclasses

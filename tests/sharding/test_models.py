@@ -1,8 +1,8 @@
 """A mesh changes where numbers are, not what they are: every family on every kind of mesh.
 
 Tolerances: sums are taken in another order, so logits agree to 2e-5 and gradients to 1e-5 of the
-largest one of their array. The one thing a reader would get wrong: 9 heads and 3 key heads on a
-tensor axis of 2 or 4 are replicated, while the MLP and the vocabulary beside them are split.
+largest one of their array. 9 heads and 3 key heads on a tensor axis of 2 or 4 are replicated, while
+the MLP and the vocabulary beside them are split.
 """
 
 import dataclasses
