@@ -95,9 +95,9 @@ class DoRA(LoRA):
         x_dims, ins, *_ = dims(base)
         # A^T W by the layer itself, whose weight may be packed: the rows of A^T as tokens
         rows = jnp.moveaxis(a, -1, 0).reshape(*[1] * (len(x_dims) - len(ins) - 1), *_turned(a))
-        along = jax.lax.stop_gradient(base(rows)).astype(jnp.float32)
+        along = base(rows).astype(jnp.float32)
         along = along if base.b is None else along - base.b[...].astype(jnp.float32)
-        along = _whole(along.reshape(b.shape))
+        along = jax.lax.stop_gradient(_whole(along.reshape(b.shape)))  # of a trained bias too
         b, gram = _whole(b), jnp.tensordot(_whole(a), _whole(a), [list(range(len(ins)))] * 2)
         inner = jnp.sum(b * along, axis=0)
         own = jnp.sum(b * jnp.tensordot(gram, b, 1), axis=0)
