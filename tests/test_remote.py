@@ -132,7 +132,7 @@ def test_a_copy_is_renewed_when_the_file_is_another(store):
         open_source("gs://bucket/none", SourceOptions())
 
 
-@pytest.mark.parametrize("load", [lp.load_model, lp.load_processor, open_source], ids=str)
+@pytest.mark.parametrize("load", [lp.load_model, lp.load_processor, open_source])
 def test_a_store_whose_package_is_missing_is_told_of_in_one_line(load, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match=r"^s3://bucket/x needs the package s3fs; pip install s3fs$"):

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import re
 import weakref
 
 import jax
@@ -152,7 +153,7 @@ OUTSIDE = "outside the model's vocabulary of 96 (ids 0 to 95)"
         ([[1]], {"num_samples": 2}, "num_samples is 2 at temperature 0"),
         ([[1], [2]], {"prompt_cache": lp.PromptCache()}, "a prompt_cache is of one prompt"),
     ],
-    ids=str,
+    ids=lambda x: re.sub(" object at 0x[0-9a-f]+", "", str(x)),  # alike in all workers
 )
 @pytest.mark.parametrize("call", [lp.generate_tokens, lp.stream_tokens])
 def test_what_cannot_be_read_is_named_on_one_line(call, tokens, settings, problem):

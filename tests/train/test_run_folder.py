@@ -1,5 +1,6 @@
 """A run folder: whose it is, and what may change when the run goes on."""
 
+import datetime
 import json
 import shutil
 
@@ -80,3 +81,16 @@ def test_a_command_that_is_refused_leaves_a_live_run_alone(files, tmp_path, caps
     assert (code, "is in use by another run" in error) == (1, True)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "run.json"]
     assert (tmp_path / "run.json").read_text() == "of the live run"
+
+
+def test_the_date_of_chat_templates_is_that_of_the_runs_first_day(files, tmp_path, monkeypatch):
+    path, today = tmp_path / "new" / "run.json", datetime.date.today().isoformat()
+    cfg, _ = claim(files, tmp_path / "new")
+    assert cfg.data.date == json.loads(path.read_text())["data"]["date"] == today
+    given, _ = claim(files, tmp_path / "given", "data.date=2024-02-29")
+    assert given.data.date == "2024-02-29"
+    # as if the run had begun on another day
+    path.write_text(path.read_text().replace(today, "2024-02-28"))
+    monkeypatch.setattr("llmprep_jax.train.run.all_steps", lambda out: [3])
+    cfg, changes = claim(files, tmp_path / "new")
+    assert (cfg.data.date, changes) == ("2024-02-28", [])
