@@ -36,8 +36,8 @@ class OptimConfig:
       decay_fraction: of the run, over which "wsd" falls.
       warmup_steps: steps of linear rise; the first has lr / warmup_steps.
       betas, eps: Adam's.
-      weight_decay: decoupled, times the learning rate; norms and biases have none, and adapters
-        where their method says so (`peft.Method.decayed`).
+      weight_decay: decoupled, times the learning rate; not of norms and biases, and of adapters
+        what their method says (`peft.Method.decayed`).
       decay_embeddings: whether weight decay holds for embedding tables too.
       clip_norm: largest global norm of the gradient; None: no clipping.
       lora_plus: ratio of the learning rate of the factors that are zero at first, LoRA's B and of
