@@ -211,7 +211,7 @@ def split(model: nnx.Module) -> tuple[nnx.State, nnx.State]:
 @on_own_mesh
 def strip(model: nnx.Module) -> nnx.Module:
     """The base model, without its adapters."""
-    return map_adapted(model, lambda each: each.base, lambda each: each.base, trained=False)
+    return map_adapted(model, lambda part: part.base, lambda part: part.base, trained=False)
 
 
 @on_own_mesh
@@ -228,10 +228,10 @@ def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx
     Raises:
       ValueError: the model holds several adapters and there are no weights, or the other way.
     """
-    found = adapters(model)
-    if weights is not None and not found:
+    layers = adapters(model)
+    if weights is not None and not layers:
         raise ValueError("the model has no adapters that weights could be for")
-    packed = [path for path, each in found.items() if isinstance(each.base, QuantEinsum)]
+    packed = [path for path, layer in layers.items() if isinstance(layer.base, QuantEinsum)]
     if packed:
         warnings.warn(
             f"merging makes {len(packed)} packed layers dense, among them {packed[0]}; keep the"
@@ -242,7 +242,7 @@ def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx
     def merged(adapted: Adapted) -> Einsum:
         return with_weights(adapted.base, *adapted.merged(weights))
 
-    whole = map_adapted(model, merged, lambda each: each.merged(), trained=True)
+    whole = map_adapted(model, merged, lambda layer: layer.merged(), trained=True)
     if isinstance(whole, LanguageModel):
         whole.source = Source()  # whoever adapts it anew does not adapt what was loaded
     return whole

@@ -82,12 +82,12 @@ class BaseSpelling:
         """Modules of the base's file, in this model's spelling."""
         if self._folder is None or not list(Path(self._folder).glob("*.safetensors")):
             return set()
-        found = set()
+        modules = set()
         for name in hub.open_checkpoint(self._folder).names:
             for pattern, replacement in getattr(self._model, "renames", ()):
                 name = re.sub(pattern, replacement, name)
-            found |= {name.rpartition(".")[0], f"{_BODY}{name.rpartition('.')[0]}"}
-        return found | {"lm_head"}
+            modules |= {name.rpartition(".")[0], f"{_BODY}{name.rpartition('.')[0]}"}
+        return modules | {"lm_head"}
 
 
 def _is_in(name: str, modules: set[str]) -> bool:

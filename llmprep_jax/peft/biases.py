@@ -39,7 +39,7 @@ def names_of(
       adapted: the layers with an adapter, by path and place.
       whole: paths of the modules that are trained whole, their biases too.
     """
-    found: dict[str, dict[Place, str]] = {}
+    by_path: dict[str, dict[Place, str]] = {}
     for path, rows in modules_of(model).items():
         if "b" not in rows or path in whole or which == "none":
             continue
@@ -48,8 +48,8 @@ def names_of(
                 name = f"{name.removesuffix('.bias')}.base_layer.bias"
             elif which != "all":
                 continue
-            found.setdefault(path, {})[place] = name
-    return found
+            by_path.setdefault(path, {})[place] = name
+    return by_path
 
 
 def free(model: nnx.Module, paths: Collection[str], dtype: str) -> nnx.Module:
@@ -78,7 +78,7 @@ def settle(layer: Einsum, *, trained: bool) -> Einsum:
 
 def table(model: nnx.Module, prefix: str) -> dict[str, tuple[str, str]]:
     """A weight table of the trained biases, with PEFT's names."""
-    modules, found = modules_of(model), {}
+    modules, entries = modules_of(model), {}
     for (*owner, name), _ in nnx.to_flat_state(nnx.state(model, AdapterParam)):
         path = ".".join(map(str, owner))
         if name != "b" or path.endswith(".trained"):
@@ -86,8 +86,8 @@ def table(model: nnx.Module, prefix: str) -> dict[str, tuple[str, str]]:
         row = modules[path.removesuffix(".base")]["b"]
         adapted = f"{row.name.removesuffix('.bias')}.base_layer.bias"
         theirs = adapted if path.endswith(".base") else row.name
-        found[f"{plain(path)}.b"] = (prefix + theirs, row.pattern)
-    return found
+        entries[f"{plain(path)}.b"] = (prefix + theirs, row.pattern)
+    return entries
 
 
 def shapes(model: nnx.Module, names: Names, prefix: str) -> dict[str, tuple[int, ...]]:

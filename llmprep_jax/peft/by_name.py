@@ -48,16 +48,16 @@ def combine(
     if base is None and not models:
         raise ValueError("there is no model to combine; give base=model for the folders")
     base = strip(next(iter(models.values()))) if base is None else base
-    found: dict[str, dict[str, Adapted]] = {}
+    by_name: dict[str, dict[str, Adapted]] = {}
     for name, model in adapted.items():
         model = models[name] if name in models else load(base, model)
         _check(name, model, base)
-        found[name] = adapters(model)
+        by_name[name] = adapters(model)
 
     def visit(path: tuple, node: Any) -> Any:
         at = ".".join(map(str, path))
-        parts = {name: layers[at] for name, layers in found.items() if at in layers}
-        return Several(node, tuple(found), parts) if parts else node
+        parts = {name: layers[at] for name, layers in by_name.items() if at in layers}
+        return Several(node, tuple(by_name), parts) if parts else node
 
     return nnx.recursive_map(visit, base)
 
@@ -67,7 +67,9 @@ def _check(name: str, model: nnx.Module, base: nnx.Module) -> None:
     if not is_adapted(model):
         raise ValueError(f"the model {name!r} has no adapter; give it one by lp.peft.inject")
     methods(model)  # refuses several
-    own = [getattr(layer, each) for layer in adapters(model).values() for each in layer.names]
+    own = [
+        getattr(layer, attribute) for layer in adapters(model).values() for attribute in layer.names
+    ]
     trained = sum(isinstance(variable, AdapterParam) for variable in own)
     if trained != len(jax.tree.leaves(split(model)[0])):
         raise ValueError(
@@ -133,7 +135,7 @@ def names(model: nnx.Module) -> tuple[str, ...]:
     Raises:
       ValueError: the model is none.
     """
-    found = {layer.order for layer in adapters(model).values() if isinstance(layer, Several)}
-    if not found:
+    orders = {layer.order for layer in adapters(model).values() if isinstance(layer, Several)}
+    if not orders:
         raise ValueError("the model holds no adapters by name; put them on it by lp.peft.combine")
-    return found.pop()
+    return orders.pop()

@@ -49,10 +49,10 @@ def count(model: nnx.Module) -> Count:
 
 def count_targets(model: nnx.Module) -> dict[str, Count]:
     """Counts of each target; layers of a list are one target."""
-    each: dict[str, list[nnx.Module]] = {}
+    by_target: dict[str, list[nnx.Module]] = {}
     for path, adapted in (adapters(model) | tuned(model)).items():
-        each.setdefault(plain(path), []).append(adapted)
-    return {name: count(nnx.List(layers)) for name, layers in sorted(each.items())}
+        by_target.setdefault(plain(path), []).append(adapted)
+    return {name: count(nnx.List(layers)) for name, layers in sorted(by_target.items())}
 
 
 def print_counts(
@@ -73,23 +73,23 @@ def print_counts(
         table.add_column(name, justify="right", no_wrap=True)
     whole = count(model)
     moments = 8 * whole.trainable if optimizer_bytes is None else optimizer_bytes
-    each = moments / max(whole.trainable, 1)
-    for name, found in count_targets(model).items():
-        table.add_row(name, *_cells(found, each))
+    bytes_of_one = moments / max(whole.trainable, 1)
+    for name, part in count_targets(model).items():
+        table.add_row(name, *_cells(part, bytes_of_one))
     table.add_section()
-    table.add_row("the whole model", *_cells(whole, each))
+    table.add_row("the whole model", *_cells(whole, bytes_of_one))
     (console or rich.console.Console()).print(table)
 
 
-def _cells(found: Count, optimizer_bytes: float) -> tuple[str, ...]:
+def _cells(part: Count, optimizer_bytes: float) -> tuple[str, ...]:
     # gradients are summed in float32, whatever the parameters are
     sizes = (
-        found.trainable_bytes + found.frozen_bytes,
-        4 * found.trainable,
-        optimizer_bytes * found.trainable,
+        part.trainable_bytes + part.frozen_bytes,
+        4 * part.trainable,
+        optimizer_bytes * part.trainable,
     )
-    share = f"{found.share:.4%}".removesuffix("%")
-    return f"{found.trainable:,}", f"{found.frozen:,}", share, *(f"{x / 2**20:,.1f}" for x in sizes)
+    share = f"{part.share:.4%}".removesuffix("%")
+    return f"{part.trainable:,}", f"{part.frozen:,}", share, *(f"{x / 2**20:,.1f}" for x in sizes)
 
 
 def _once(state: nnx.State) -> nnx.State:

@@ -22,8 +22,8 @@ from llmprep_jax.peft.targets import bases, plain, rows
 def expert_layers(model: nnx.Module, paths: Iterable[str]) -> list[str]:
     """Those of the paths whose layers hold many experts, in the order of the weight table."""
     of_model, order = bases(model), list(rows(model))
-    found = [path for path in paths if experts(of_model[path])]
-    return sorted(found, key=lambda path: order.index(f"{plain(path)}.w"))
+    of_experts = [path for path in paths if experts(of_model[path])]
+    return sorted(of_experts, key=lambda path: order.index(f"{plain(path)}.w"))
 
 
 def expert_module(name: str, adapted: Sequence[str]) -> str:
@@ -63,15 +63,15 @@ def _layout(path: str, base: Einsum, pattern: str) -> tuple[Layout, str]:
     names = dict(zip(ours.split(), letters(base)[1], strict=False))
     _, ins, outs, _ = dims(base)
     sides = {"experts": experts(base), "ins": ins, "outs": outs}
-    found = {}
+    groups = {}
     for group in re.findall(r"\([^)]*\)|\S+", theirs):
         for side, dims_of_side in sides.items():
             if {names[name] for name in group.strip("()").split()} == set(dims_of_side):
-                found[side] = group
-    if found.keys() != sides.keys() or "(" in found["experts"]:
+                groups[side] = group
+    if groups.keys() != sides.keys() or "(" in groups["experts"]:
         raise ValueError(
             f"{path} is not one fused parameter of experts, outputs and inputs in the weight table"
             f" ({pattern}), and PEFT has a format for no other; save the merged model"
         )
     ordered = [" ".join(n for n, dim in names.items() if dim in side) for side in (ins, outs)]
-    return Layout(found["ins"], found["outs"], *ordered), found["experts"]
+    return Layout(groups["ins"], groups["outs"], *ordered), groups["experts"]

@@ -53,27 +53,27 @@ class Expert(Einsum):
 
 
 def each_expert(
-    of: Callable[..., Any], base: Einsum, *args: Any, dims: Sequence[str], result: str = ""
+    function: Callable[..., Any], base: Einsum, *args: Any, dims: Sequence[str], result: str = ""
 ) -> Any:
-    """`of(base, *args)` of an ordinary layer; of each expert's layer where there are experts.
+    """`function(base, *args)` of an ordinary layer; of each expert's layer where there are experts.
 
     Args:
       dims: the letters of each argument's dimensions; "" has the experts first, as parameters do.
-      result: the same of what `of` gives.
+      result: the same of what `function` gives.
     """
     if not experts(base):
-        return of(base, *args)
+        return function(base, *args)
     letter, (_, w_dims, y_dims) = experts(base)[0], letters(base)
     b_dims = [dim for dim in w_dims if dim in y_dims]
-    rest = [each.replace(letter, "") for each in (*dims, result)]
+    rest = [letters_of_one.replace(letter, "") for letters_of_one in (*dims, result)]
 
     def one(w: Array, b: Array | None, *args: Any) -> Any:
         expert = Expert(base, letter, w, b)
         with without_axes(axis):
-            return each_expert(of, expert, *args, dims=rest[:-1], result=rest[-1])
+            return each_expert(function, expert, *args, dims=rest[:-1], result=rest[-1])
 
     at_w, at_b = w_dims.index(letter), b_dims.index(letter)
-    places = [max(each.find(letter), 0) for each in dims]
+    places = [max(letters_of_one.find(letter), 0) for letters_of_one in dims]
     values = [base.weight(), None if base.b is None else base.b[...], *args]
     places = [at_w, None if base.b is None else at_b, *places]
     axis = None

@@ -50,9 +50,9 @@ def join(model: nnx.Module) -> nnx.Module:
     Raises:
       ValueError: some of them have an adapter and others none, or another one.
     """
-    found, changed = adapters(model), {}
+    layers, changed = adapters(model), {}
     for group in _groups(model):
-        parts = [found[path] for path in group if path in found]
+        parts = [layers[path] for path in group if path in layers]
         if not parts or not all(part.method.adds_product for part in parts):
             continue
         if len(parts) < len(group) or len({part.method for part in parts}) > 1:
@@ -71,13 +71,13 @@ def _side_by_side(parts: list[Adapted]) -> list[Adapted]:
     number, method = len(parts), parts[0].method
     alpha = method.alpha * (math.sqrt(number) if method.rslora else number)
     joined = dataclasses.replace(method, rank=number * method.rank, alpha=alpha)
-    a, found = jnp.concatenate([part.lora_a[...] for part in parts], axis=-1), []
+    a, layers = jnp.concatenate([part.lora_a[...] for part in parts], axis=-1), []
     for i, part in enumerate(parts):
         b, num_outs = part.lora_b[...], len(dims(part.base)[2])
         room = [(0, 0)] * b.ndim
         room[b.ndim - num_outs - 1] = i * method.rank, (number - 1 - i) * method.rank
-        found.append(Adapted(part.base, joined, {"lora_a": a, "lora_b": jnp.pad(b, room)}))
-    return found
+        layers.append(Adapted(part.base, joined, {"lora_a": a, "lora_b": jnp.pad(b, room)}))
+    return layers
 
 
 def join_tensors(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:

@@ -73,8 +73,8 @@ class IA3(Method):
 
     def merge(self, params: Mapping[str, Array], base: Einsum) -> Array:
         scale, (ins, outs) = params["ia3_l"].astype(jnp.float32), shape_of(base)
-        one = (*ins, *[1] * len(outs)) if self.feedforward else (*[1] * len(ins), *outs)
-        return base.weight().astype(jnp.float32) * scale.reshape(one)
+        shape = (*ins, *[1] * len(outs)) if self.feedforward else (*[1] * len(ins), *outs)
+        return base.weight().astype(jnp.float32) * scale.reshape(shape)
 
     def merge_bias(self, params: Mapping[str, Array], base: Einsum) -> Array:
         """The base's bias with the adapter in it."""

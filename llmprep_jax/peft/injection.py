@@ -65,21 +65,21 @@ def inject(
     layers, of_model = linear_layers(model), bases(model)
     whole = choose(model, method.modules_to_save)
     chosen = _chosen(model, method, layers, whole)
-    found = {path: of_model[path] for path in chosen}
+    targeted = {path: of_model[path] for path in chosen}
     for label in ("rank_pattern", "alpha_pattern"):
         check_keys(label, getattr(method, label), chosen)
-    refuse_embedding(method, found)
+    refuse_embedding(method, targeted)
     methods = {path: _resolve(method, path, names) for path, names in chosen.items()}
     idle = _idle(method, chosen)
     for path, own in methods.items():
-        _check(path, own, found[path])
+        _check(path, own, targeted[path])
     rngs = nnx.Rngs(seed)
     # so another target changes no other
     order = sorted(layers, key=lambda path: (is_table(of_model[path]), path))
     keys = {path: rngs.params() for path in order}
-    params = _init(methods, found, keys, progress)
-    params |= {path: _without(params[path], gone) for path, gone in idle.items()}
-    shared = place_shared(method.draw_shared(found.values()))
+    params = _init(methods, targeted, keys, progress)
+    params |= {path: _without(params[path], is_idle) for path, is_idle in idle.items()}
+    shared = place_shared(method.draw_shared(targeted.values()))
     adapted = {path: theirs.keys() for path, theirs in modules(model).items() if path in methods}
     trained = biases.names_of(model, method.bias, adapted, whole)
     if method.bias != "none" and not trained:
@@ -220,13 +220,13 @@ def _init(
     Methods that look at weights do so one layer after another: temporaries are those of one.
     """
     drawn = {path: method for path, method in methods.items() if not method.reads_weight}
-    of = lambda values: {path: values[path] for path in drawn}  # noqa: E731
-    found = _draw(tuple(drawn.items()), of(bases), of(keys)) if drawn else {}
+    pick = lambda values: {path: values[path] for path in drawn}  # noqa: E731
+    params = _draw(tuple(drawn.items()), pick(bases), pick(keys)) if drawn else {}
     for path in methods.keys() - drawn.keys():
         base, key = bases[path], keys[path]
         keys_of_layers = key if stacked(base) is None else jax.random.split(key, stacked(base))
-        found[path] = _in_turn(init_layer, methods[path], base, keys_of_layers, path, progress)
-    return found
+        params[path] = _in_turn(init_layer, methods[path], base, keys_of_layers, path, progress)
+    return params
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -235,14 +235,14 @@ def _draw(
     bases: Mapping[str, Einsum],
     keys: Mapping[str, jax.Array],
 ) -> dict[str, Params]:
-    found = {}
+    params = {}
     for path, method in methods:
         base, key = bases[path], keys[path]
-        one = functools.partial(init_layer, method)
+        init = functools.partial(init_layer, method)
         if stacked(base) is not None:
-            one, key = jax.vmap(one), jax.random.split(key, stacked(base))
-        found[path] = one(base, key)
-    return found
+            init, key = jax.vmap(init), jax.random.split(key, stacked(base))
+        params[path] = init(base, key)
+    return params
 
 
 def _in_turn(
@@ -258,11 +258,11 @@ def _in_turn(
     if stacked(base) is None:
         progress(path)
         return _of_layer(function, method, (base, *more), None)
-    found = []
+    params = []
     for layer in range(stacked(base)):
         progress(f"{path} {layer + 1}/{stacked(base)}")
-        found.append(_of_layer(function, method, (base, *more), layer))
-    return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
+        params.append(_of_layer(function, method, (base, *more), layer))
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

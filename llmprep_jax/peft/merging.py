@@ -32,25 +32,25 @@ def blend(model: nnx.Module, weights: Mapping[str, Number]) -> nnx.Module:
     """
     check_weights(names(model), weights)
     for path, layer in adapters(model).items():
-        for name, one in layer.each().items():
-            if name in weights and not one.method.adds_product:
+        for name, adapted in layer.each().items():
+            if name in weights and not adapted.method.adds_product:
                 raise ValueError(
-                    f"adapter {name!r} is {type(one.method).__name__} around {path}, and only LoRAs"
-                    " add up to a LoRA; lp.peft.merge(model, weights) takes every method"
+                    f"adapter {name!r} is {type(adapted.method).__name__} around {path}, and only"
+                    " LoRAs add up to a LoRA; lp.peft.merge(model, weights) takes every method"
                 )
     return map_adapted(model, lambda layer: _blended(layer, weights))
 
 
 def _blended(layer: Several, weights: Mapping[str, Number]) -> nnx.Module:
-    parts = {name: one.widened() for name, one in layer.each().items() if name in weights}
+    parts = {name: adapted.widened() for name, adapted in layer.each().items() if name in weights}
     if not parts:
         return layer.base
-    a = [one.lora_a[...].astype(jnp.float32) for one in parts.values()]
+    a = [adapted.lora_a[...].astype(jnp.float32) for adapted in parts.values()]
     b = [
-        one.lora_b[...].astype(jnp.float32) * (one.method.scale * weights[name])
-        for name, one in parts.items()
+        adapted.lora_b[...].astype(jnp.float32) * (adapted.method.scale * weights[name])
+        for name, adapted in parts.items()
     ]
-    rank = sum(one.method.rank for one in parts.values())
+    rank = sum(adapted.method.rank for adapted in parts.values())
     method = dataclasses.replace(
         next(iter(parts.values())).method, rank=rank, alpha=rank, rslora=False, dtype="float32"
     )
@@ -74,7 +74,7 @@ def unmerge(merged: nnx.Module, adapted: nnx.Module) -> nnx.Module:
     if is_adapted(merged):
         raise ValueError("the model to unmerge has adapters; give what lp.peft.merge gave")
     layers = bases(merged)
-    bare = {path: _bare(path, layers, each) for path, each in adapters(adapted).items()}
+    bare = {path: _bare(path, layers, layer) for path, layer in adapters(adapted).items()}
 
     def visit(path: tuple, node: object) -> object:
         return bare.get(".".join(map(str, path)), node)
@@ -99,14 +99,14 @@ def _bare(path: str, layers: Mapping[str, Einsum], adapted: Adapted) -> Einsum:
         _merge_into(adapted, dense, [like(x) for x in ours])
         for like in (jnp.zeros_like, jnp.ones_like)
     ]
-    found = [(x - d) / (sd - d) for x, d, sd in zip(ours, zero, one, strict=True)]
-    for x, again in zip(ours, _merge_into(adapted, dense, found), strict=True):
+    bare = [(x - d) / (sd - d) for x, d, sd in zip(ours, zero, one, strict=True)]
+    for x, again in zip(ours, _merge_into(adapted, dense, bare), strict=True):
         if not bool(jnp.abs(x - again).max() <= _ROUNDING * jnp.abs(x).max()):
             raise ValueError(
                 f"{type(adapted.method).__name__} around {path} cannot be taken out of merged"
                 " weights; the model before the merge still has its base: lp.peft.strip"
             )
-    return with_weights(dense, *found, *[None] * (2 - len(found)))
+    return with_weights(dense, *bare, *[None] * (2 - len(bare)))
 
 
 def _merge_into(adapted: Adapted, dense: Einsum, weights: Sequence[Array]) -> list[Array]:

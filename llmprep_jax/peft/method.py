@@ -93,9 +93,9 @@ class Method(abc.ABC):
 
     def resolve(self, names: Sequence[str]) -> "Method":
         """The settings for one layer, which goes by `names`; without targets and patterns."""
-        gone = {"layers_to_transform": None, "layers_pattern": ()}
-        gone |= dict.fromkeys(("targets", "exclude_modules", "modules_to_save"), ())
-        return dataclasses.replace(self, **gone)
+        unset = {"layers_to_transform": None, "layers_pattern": ()}
+        unset |= dict.fromkeys(("targets", "exclude_modules", "modules_to_save"), ())
+        return dataclasses.replace(self, **unset)
 
     def shared_shapes(self, bases: Iterable[Einsum]) -> dict[str, tuple[int, ...]]:
         """Of the arrays that these layers share, by our names."""

@@ -103,8 +103,8 @@ class OFT(Method):
         """(number of blocks, inputs of one)."""
         ins, wanted = math.prod(shape_of(base)[0]), self.num_blocks or self.block_size
         divisors = [n for n in range(1, ins + 1) if ins % n == 0]
-        one = min(divisors, key=lambda n: (abs(n - wanted), n))  # PEFT takes the lower of two
-        return (one, ins // one) if self.num_blocks else (ins // one, one)
+        nearest = min(divisors, key=lambda n: (abs(n - wanted), n))  # PEFT takes the lower of two
+        return (nearest, ins // nearest) if self.num_blocks else (ins // nearest, nearest)
 
     def _rotation(self, params: Params, base: Einsum) -> Array:
         """R, [blocks, size, size], float32."""

@@ -182,8 +182,8 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     methods, params = {}, {}
     ids = config.method.trainable_token_indices
     whole = tuned.rows_of(model, _trains(model, config, file), file, _PREFIX)
-    found, of_biases = _layers(model, config, file, whole)
-    for path, layers in found.items():
+    chosen, of_biases = _layers(model, config, file, whole)
+    for path, layers in chosen.items():
         base = bases(model)[path]
         methods[path] = _one_method(path, layers, base)
         params[path] = _read(base, methods[path], layers, file)
@@ -268,7 +268,7 @@ def _layers(
       ValueError: the file is not what the config and this model lead to expect; all differences are
         listed.
     """
-    found: dict[str, dict[Place, Layer]] = {}
+    chosen: dict[str, dict[Place, Layer]] = {}
     of_model, named = bases(model), modules(model)
     of_experts = expert_layers(model, named)
     held = [name for path in of_experts for name in named[path].values()]
@@ -286,19 +286,19 @@ def _layers(
                 injection.refuse_embedding(config.method, {path: of_model[path]})
             method = config.method.resolve((theirs, f"{theirs}.weight"))
             tensors = {
-                name: (f"{suffix}{shared.get(path, '')}", way)
-                for name, (suffix, way) in _names_of(path, method, of_model, pattern).items()
+                name: (f"{suffix}{shared.get(path, '')}", order)
+                for name, (suffix, order) in _names_of(path, method, of_model, pattern).items()
             }
             keys = expert_module(module, parameters) if path in of_experts else module
             layer = Layer(module, method, _rows(keys, method, of_model[path], tensors))
             # without target_modules, or beside the layers, what the file holds is what is adapted
-            told = config.targets is not None or path in of_experts
-            told = told and not is_extra(model, path)
-            if told or any(name in file for name in layer.names):
-                found.setdefault(path, {})[place] = layer
-    wanted = [layer for layers in found.values() for layer in layers.values()]
+            is_stated = config.targets is not None or path in of_experts
+            is_stated = is_stated and not is_extra(model, path)
+            if is_stated or any(name in file for name in layer.names):
+                chosen.setdefault(path, {})[place] = layer
+    wanted = [layer for layers in chosen.values() for layer in layers.values()]
     expected = {row.name: row.their_shape() for layer in wanted for row in layer.rows.values()}
-    of_biases = biases.names_of(model, config.method.bias, found, whole)
+    of_biases = biases.names_of(model, config.method.bias, chosen, whole)
     expected |= tuned.shapes(whole) | tied.shapes(model, file, _PREFIX)
     expected |= biases.shapes(model, of_biases, _PREFIX)
     expected |= tokens.shapes(model, config.method.trainable_token_indices, _PREFIX)
@@ -312,7 +312,7 @@ def _layers(
             f"{file.path} does not fit this base model: {reason}; load it on the base that"
             f" {CONFIG} names"
         )
-    return found, of_biases
+    return chosen, of_biases
 
 
 def _weights(named: Mapping[str, Mapping[Place, str]], of_experts: Sequence[str]) -> list[str]:
@@ -338,8 +338,8 @@ def _shapes(method: Method, base: Einsum) -> dict[str, tuple[int, ...]]:
         base = base if stacked(base) is None else jax.tree.map(lambda x: x[0], base)
         return injection.init_layer(method, base, jax.random.key(0))
 
-    found = jax.eval_shape(init, base)
-    return {name: tuple(x.shape) for name, x in found.items() if name not in method.frozen}
+    params = jax.eval_shape(init, base)
+    return {name: tuple(x.shape) for name, x in params.items() if name not in method.frozen}
 
 
 def _differences(
@@ -357,7 +357,7 @@ def _differences(
         if {a, b} <= set(shape) and shape[a][:1] != shape[b][-1:]
     }
     shared = {name for layer in wanted for name in layer.method.shared.values()}
-    told = {name for names in unlike.values() for name in names}
+    unequal = {name for names in unlike.values() for name in names}
     kinds = {
         "missing": [name for name in expected if name not in shape],
         "unexpected": [name for name in shape if name not in expected and name not in shared],
@@ -365,7 +365,7 @@ def _differences(
         "of another shape": [
             f"{name} is {_dims(shape[name])}, expected {_dims(dims)}"
             for name, dims in expected.items()
-            if name in shape and name not in told and shape[name] != dims
+            if name in shape and name not in unequal and shape[name] != dims
         ],
         "not of a float dtype": [
             name for name in shape if not jnp.issubdtype(file.dtype(name), jnp.floating)
@@ -387,13 +387,13 @@ def _one_method(path: str, layers: Mapping[Place, Layer], base: Einsum) -> Metho
     """What a stack's layers have in common: the largest rank, with that layer's alpha."""
     methods = {layer.method for layer in layers.values()}
     whole = len(layers) == (stacked(base) or 1)
-    one = max(methods, key=lambda method: getattr(method, "rank", 0))
-    if (one.takes_part or not one.pads) and (len(methods) > 1 or not whole):
+    largest = max(methods, key=lambda method: getattr(method, "rank", 0))
+    if (largest.takes_part or not largest.pads) and (len(methods) > 1 or not whole):
         raise ValueError(
             f"the folder adapts layers of the stack {path} unlike each other by"
-            f" {type(one).__name__}; unstack(model.layers) first, or adapt all alike"
+            f" {type(largest).__name__}; unstack(model.layers) first, or adapt all alike"
         )
-    return one
+    return largest
 
 
 def _read_shared(
@@ -405,7 +405,7 @@ def _read_shared(
         return {}
     if config.draws and not any(name in file for name in theirs.values()):
         return injection.place_shared(method.draw_shared(layers))
-    found = {}
+    arrays = {}
     for name, shape in method.shared_shapes(layers).items():
         dims = file.shape(theirs[name]) if theirs[name] in file else None
         if dims != shape:
@@ -414,8 +414,8 @@ def _read_shared(
                 f"{file.path} does not fit this base model: {theirs[name]} {reason}, expected"
                 f" {_dims(shape)}; load it on the base that {CONFIG} names, or save it again"
             )
-        found[name] = np.array(file.read(theirs[name]), np.float32)
-    return injection.place_shared(found)
+        arrays[name] = np.array(file.read(theirs[name]), np.float32)
+    return injection.place_shared(arrays)
 
 
 def _read(

@@ -150,14 +150,14 @@ def allocate_ranks(
 
 def triplets(tree: Any) -> Triplets:
     """The leaves of a tree that are AdaLoRA's, by layer."""
-    found: Triplets = {}
+    by_layer: Triplets = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         layer, name = _split(path)
-        found.setdefault(layer, {})[name] = leaf
+        by_layer.setdefault(layer, {})[name] = leaf
     names = ("lora_a", "lora_b", "lora_e")
     return {
         path: {name: leaves[name] for name in names}
-        for path, leaves in found.items()
+        for path, leaves in by_layer.items()
         if "lora_e" in leaves
     }
 
@@ -268,11 +268,11 @@ def orthogonality(layers: Sequence[Any]) -> Array:
 
     def norms(params: Mapping[str, Array], base: Einsum) -> Array:
         _, ins, outs, _ = dims(base)
-        found = []
+        lengths = []
         for name, eqn in (("lora_a", f"{ins}r,{ins}s->rs"), ("lora_b", f"r{outs},s{outs}->rs")):
             x = params[name].astype(jnp.float32)
             gram = jnp.einsum(eqn, x, x, precision="highest", out_sharding=spec(None, None))
-            found.append(jnp.linalg.norm(gram - jnp.eye(len(gram))))
-        return jnp.stack(found)
+            lengths.append(jnp.linalg.norm(gram - jnp.eye(len(gram))))
+        return jnp.stack(lengths)
 
     return jnp.mean(jnp.concatenate([layer.map(norms).reshape(-1) for layer in layers]))

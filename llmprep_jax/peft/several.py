@@ -83,19 +83,19 @@ class Several(Adapted):
 
     def each(self) -> dict[str, Adapted]:
         """The layer with each adapter alone."""
-        found = {}
+        by_name = {}
         for name, method in self.methods:
-            found[name] = one = Adapted(self.base, method, {})
-            one.names = tuple(self.parts[name])
+            by_name[name] = adapted = Adapted(self.base, method, {})
+            adapted.names = tuple(self.parts[name])
             for key, variable in self.parts[name].items():
-                setattr(one, key, variable.replace(variable.get_value()))
-        return found
+                setattr(adapted, key, variable.replace(variable.get_value()))
+        return by_name
 
     def owned(self) -> dict[str, Adapted]:
-        return {f"parts.{name}": one for name, one in self.each().items()}
+        return {f"parts.{name}": adapted for name, adapted in self.each().items()}
 
     def settled(self) -> "Several":
-        parts = {name: one.settled() for name, one in self.each().items()}
+        parts = {name: adapted.settled() for name, adapted in self.each().items()}
         return Several(self.base, self.order, parts, None if self.rows is None else self.rows[...])
 
     def by_row(self, rows: Array) -> "Several":
@@ -114,24 +114,24 @@ class Several(Adapted):
         base, bias = self.base.weight().astype(jnp.float32), self.base.b
         bias = None if bias is None else bias[...].astype(jnp.float32)
         weight_sum, bias_sum = base, bias
-        for name, one in self.each().items():
+        for name, adapted in self.each().items():
             if name in weights:
-                weight, b = one.merged()
+                weight, b = adapted.merged()
                 weight_sum = weight_sum + weights[name] * (weight - base)
                 bias_sum = None if bias is None else bias_sum + weights[name] * (b - bias)
         return weight_sum, bias_sum
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        rows, each = self._rows(x), self.each()
-        loras = {name: one for name, one in each.items() if _is_plain(one.method)}
+        rows, by_name = self._rows(x), self.each()
+        loras = {name: adapted for name, adapted in by_name.items() if _is_plain(adapted.method)}
         y = self.base(x)
         if loras:
             y = y + self._added(loras, rows, self._dropped(loras, rows, x))
-        for name in (name for name in each if name not in loras):
+        for name in (name for name in by_name if name not in loras):
             own = rows == self.order.index(name) + 1
             own = jax.reshard(own, spec("batch", shape=own.shape)) if has_mesh() else own
-            each[name].key = self.key
-            y = jnp.where(own.reshape(-1, *[1] * (y.ndim - 1)), each[name](x), y)
+            by_name[name].key = self.key
+            y = jnp.where(own.reshape(-1, *[1] * (y.ndim - 1)), by_name[name](x), y)
         return y
 
     def _dropped(self, loras: Mapping[str, Adapted], rows: Array, x: Array) -> Array:
@@ -139,8 +139,8 @@ class Several(Adapted):
         if self.key is None:
             return x
         rates = np.zeros(len(self.order) + 1, np.float32)
-        for name, one in loras.items():
-            rates[self.order.index(name) + 1] = one.method.dropout
+        for name, adapted in loras.items():
+            rates[self.order.index(name) + 1] = adapted.method.dropout
         rate = jnp.asarray(rates)[rows].reshape(-1, *[1] * (x.ndim - 1))
         return drop(x, rate, self.key[...])
 
@@ -159,14 +159,14 @@ class Several(Adapted):
         """What each row's LoRA adds to the layer's result."""
         x_dims, ins, outs, y_dims = dims(self.base)
         row, kept = x_dims[0], "".join(dim for dim in y_dims if dim not in outs)
-        rank = max(one.method.rank for one in loras.values())
+        rank = max(adapted.method.rank for adapted in loras.values())
         place = np.zeros(len(self.order) + 1, np.int32)  # the base's rows, and other methods'
         place[[self.order.index(name) + 1 for name in loras]] = np.arange(len(loras)) + 1
         at_B = jnp.asarray(place)[rows]
-        a = [_padded(one.lora_a[...], len(ins), rank) for one in loras.values()]
+        a = [_padded(adapted.lora_a[...], len(ins), rank) for adapted in loras.values()]
         b = [
-            _padded(one.lora_b[...].astype(jnp.float32) * one.method.scale, 0, rank)
-            for one in loras.values()
+            _padded(adapted.lora_b[...].astype(jnp.float32) * adapted.method.scale, 0, rank)
+            for adapted in loras.values()
         ]
         axes, dtype = self.base.out_axes, self.base.dtype
         eqns = f"{x_dims},{row}{ins}r->{kept}r", f"{kept}r,{row}r{outs}->{y_dims}"
@@ -181,8 +181,8 @@ def _is_plain(method: Method) -> bool:
 
 def _variables(part: Adapted) -> dict[str, nnx.Variable]:
     """An adapter's variables, of the classes that they have."""
-    found = {name: getattr(part, name) for name in part.names}
-    return {name: variable.replace(variable.get_value()) for name, variable in found.items()}
+    variables = {name: getattr(part, name) for name in part.names}
+    return {name: variable.replace(variable.get_value()) for name, variable in variables.items()}
 
 
 def _padded(factor: Array, axis: int, rank: int) -> Array:
@@ -192,11 +192,11 @@ def _padded(factor: Array, axis: int, rank: int) -> Array:
     return jnp.pad(factor, [(0, more if i == axis else 0) for i in range(factor.ndim)])
 
 
-def _take(each: Sequence[Array], at_B: Array) -> Array:
+def _take(factors: Sequence[Array], at_B: Array) -> Array:
     """For each row one of these, counted from 1 on; 0 gives zeros."""
-    stacked = jnp.stack([jnp.zeros_like(each[0]), *each])
-    shape = (*at_B.shape, *each[0].shape)
-    return stacked.at[at_B].get(out_sharding=spec("batch", *[None] * each[0].ndim, shape=shape))
+    stacked = jnp.stack([jnp.zeros_like(factors[0]), *factors])
+    shape = (*at_B.shape, *factors[0].shape)
+    return stacked.at[at_B].get(out_sharding=spec("batch", *[None] * factors[0].ndim, shape=shape))
 
 
 def check_names(known: Sequence[str], asked: Iterable[str | None]) -> None:

@@ -28,9 +28,9 @@ Names = tuple[str, ...]  # what one layer goes by
 
 def bases(model: nnx.Module) -> dict[str, Einsum]:
     """A model's linear layers by path; an adapted one by the path that its adapter took."""
-    found = find_layers(model, lambda node: isinstance(node, Einsum))
+    layers = find_layers(model, lambda node: isinstance(node, Einsum))
     # the copy of a layer that is trained whole is no layer beside it
-    return {path: base for path, base in found.items() if not path.endswith(".trained")}
+    return {path: base for path, base in layers.items() if not path.endswith(".trained")}
 
 
 def stacked(base: Einsum) -> int | None:
@@ -50,13 +50,13 @@ def rows(model: nnx.Module) -> dict[str, tuple[str, str]]:
 
 def modules(model: nnx.Module) -> dict[str, dict[Place, str]]:
     """Hugging Face's module names of the linear layers that the model's weight table has."""
-    table, found = rows(model), {}
+    table, by_path = rows(model), {}
     for path, base in bases(model).items():
         if f"{plain(path)}.w" in table:
             place = tuple(int(part) for part in path.split(".") if part.isdigit())
             row = Entry(path, base.shape, *table[f"{plain(path)}.w"], place)
-            found[path] = {at: name.removesuffix(".weight") for at, name in row.names().items()}
-    return found
+            by_path[path] = {at: name.removesuffix(".weight") for at, name in row.names().items()}
+    return by_path
 
 
 def linear_layers(model: nnx.Module) -> dict[str, list[Names]]:
@@ -85,18 +85,18 @@ def words(model: nnx.Module) -> dict[str, tuple[str, ...]]:
     PEFT adapts what is an nn.Linear in transformers: routed experts are none, and modules beside
     the layers (multi-token prediction) are not there.
     """
-    extras, found = getattr(model, "extras", ()), {}
+    extras, by_path = getattr(model, "extras", ()), {}
     for path, base in bases(model).items():
         own = [name for name in extras if path.startswith(f"{name}.")]
-        found[path] = (*own, *(["experts"] if isinstance(base, ExpertWeights) else []))
-    return found
+        by_path[path] = (*own, *(["experts"] if isinstance(base, ExpertWeights) else []))
+    return by_path
 
 
 def _meant(targets: Targets, needed: Sequence[str]) -> Targets:
     """The targets that have every one of these words."""
     if isinstance(targets, str):
         return targets if all(word in targets for word in needed) else ()
-    return tuple(each for each in targets if all(word in each for word in needed))
+    return tuple(target for target in targets if all(word in target for word in needed))
 
 
 def is_name(targets: Targets) -> bool:
@@ -140,19 +140,19 @@ def select(
         meant = _meant(targets, needed.get(path, ()))
         return {matches(meant, names) for names in layers[path]}
 
-    for target in [targets] if isinstance(targets, str) else [(each,) for each in targets]:
+    for target in [targets] if isinstance(targets, str) else [(item,) for item in targets]:
         if not any(True in takes(target, path) for path in layers):
             name = target if isinstance(target, str) else target[0]
             refuse_unmatched(label, name, layers, kind)
     chosen = []
     for path in sorted(layers):
-        found = takes(targets, path)
-        if len(found) > 1:
+        is_taken = takes(targets, path)
+        if len(is_taken) > 1:
             raise ValueError(
                 f"{label}s {targets!r} take some layers of the stack {path} and leave others; take"
                 " all of them, or unstack(model.layers) first"
             )
-        chosen += [path] if found == {True} else []
+        chosen += [path] if is_taken == {True} else []
     return chosen
 
 
@@ -163,8 +163,8 @@ def is_among(numbers: Collection[int], within: Sequence[str], name: str) -> bool
       within: regexes of what the layers are numbered in; (): anything.
     """
     starts = [rf"(?:.*?\.)??(?:{container})" for container in within] or [r".*?\.[^.]*"]
-    found = (re.match(rf"{start}\.(?P<layer>\d+)\.", name) for start in starts)
-    number = next((match["layer"] for match in found if match), None)
+    matched = (re.match(rf"{start}\.(?P<layer>\d+)\.", name) for start in starts)
+    number = next((match["layer"] for match in matched if match), None)
     return number is not None and int(number) in numbers
 
 
@@ -227,7 +227,7 @@ def check_regex(label: str, text: Any) -> None:
 def check_keys(label: str, pattern: Pattern, layers: Mapping[str, Sequence[Names]]) -> None:
     """Refuses a pattern's key that matches none of `layers`."""
     for key, _ in pattern:
-        if not any(first(((key, 1),), names) for each in layers.values() for names in each):
+        if not any(first(((key, 1),), names) for of_path in layers.values() for names in of_path):
             refuse_unmatched(f"{label} key", key, layers)
 
 
@@ -235,7 +235,7 @@ def refuse_unmatched(
     label: str, text: str, layers: Mapping[str, Sequence[Names]], kind: str = "linear layer"
 ) -> None:
     """Raises the error of a name or regex without a layer."""
-    known = {name.rsplit(".", 1)[-1] for each in layers.values() for name in each[0]}
+    known = {name.rsplit(".", 1)[-1] for of_path in layers.values() for name in of_path[0]}
     # a regex is near a name by its last word: ".*\.wq" is nearer to "q" than to "o_proj"
     word = (re.findall(r"\w+", text) or [text])[-1]
     near = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.3) or sorted(known)

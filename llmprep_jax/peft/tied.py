@@ -94,14 +94,14 @@ def head_tensors(
 def shapes(model: nnx.Module, file: SafetensorsFile, prefix: str) -> dict[str, tuple[int, ...]]:
     """Shapes of what the file has of a tied head, and of tables that PEFT saves as they were."""
     names = [*_base_tables(model, file, prefix), *_saved_tables(model, file, prefix)]
-    found = {name: tuple(model.embed.w.shape) for name in names}
+    by_name = {name: tuple(model.embed.w.shape) for name in names}
     if is_tied(model):
         for head, table in _pairs(model, prefix).items():
             if head in file:  # alone, it is refused by `check`
                 shape = tuple(file.shape(table if table in file else head))
                 turned = table in file and not table.endswith("weight")
-                found[head] = shape[::-1] if turned else shape
-    return found
+                by_name[head] = shape[::-1] if turned else shape
+    return by_name
 
 
 def _base_tables(model: nnx.Module, file: SafetensorsFile, prefix: str) -> list[str]:

@@ -43,9 +43,9 @@ class Rule:
 def owners(model: nnx.Module) -> dict[str, Adapted]:
     """The adapters by the path that the names of their parameters follow."""
     return {
-        f"{path}.{inner}" if inner else path: one
+        f"{path}.{inner}" if inner else path: owner
         for path, adapted in adapters(model).items()
-        for inner, one in adapted.owned().items()
+        for inner, owner in adapted.owned().items()
     }
 
 
@@ -54,13 +54,15 @@ def rules(model: nnx.Module) -> dict[str, Rule]:
 
     Copies of what the base has, trained whole, do not decay: they rest at the base's values.
     """
-    found, of_model = owners(model), {}
+    adapted_layers, of_model = owners(model), {}
     for (*owner, name), _ in nnx.to_flat_state(nnx.state(model, AdapterParam)):
         path = ".".join(map(str, owner))
-        one = found.get(path)
+        adapted = adapted_layers.get(path)
         rule = Rule()
-        if one is not None:
-            rule = Rule(name in one.method.decayed, name in one.method.hastened(one.base))
+        if adapted is not None:
+            rule = Rule(
+                name in adapted.method.decayed, name in adapted.method.hastened(adapted.base)
+            )
         of_model[f"{path}.{name}"] = rule
     return of_model
 
@@ -89,10 +91,10 @@ def extra_loss(model: nnx.Module) -> Array | None:
 
 
 def _by_method(model: nnx.Module) -> dict[type, list[Adapted]]:
-    found: dict[type, list[Adapted]] = {}
-    for one in owners(model).values():
-        found.setdefault(type(one.method), []).append(one)
-    return found
+    layers: dict[type, list[Adapted]] = {}
+    for adapted in owners(model).values():
+        layers.setdefault(type(adapted.method), []).append(adapted)
+    return layers
 
 
 @on_own_mesh
@@ -108,7 +110,7 @@ def train_mode(model: nnx.Module, key: jax.Array | None = None) -> nnx.Module:
     Raises:
       ValueError: adapters by row attend unlike each other.
     """
-    methods = {one.method for one in owners(model).values()}
+    methods = {adapted.method for adapted in owners(model).values()}
     groups = {method.groups for method in methods}
     drops = key is not None and any(method.dropout for method in methods)
     if len(groups) > 1:
@@ -133,7 +135,7 @@ def _drops(node: Any) -> bool:
     """Whether a node is an adapter with dropout; as in PEFT, none around an embedding has it."""
     if not isinstance(node, Adapted) or isinstance(node.base, Embed):
         return False
-    return any(one.method.dropout for one in node.owned().values())
+    return any(adapted.method.dropout for adapted in node.owned().values())
 
 
 def _keys(path: str, num_layers: int | None, key: jax.Array) -> jax.Array:

@@ -75,15 +75,15 @@ def modules_of(model: nnx.Module) -> dict[str, dict[str, Entry]]:
 
     A row's path is the variable's name.
     """
-    table, found = getattr(model, "weights", {}), {}
+    table, by_path = getattr(model, "weights", {}), {}
     for (*owner, name), variable in nnx.to_flat_state(nnx.state(model)):
         path = ".".join(map(str, owner)).removesuffix(".base")
         row = table.get(f"{plain(path)}.{name}")
         if row is None or path.endswith(".trained"):
             continue
         place = tuple(part for part in owner if isinstance(part, int))
-        found.setdefault(path, {})[name] = Entry(name, tuple(variable.shape), *row, place)
-    return found
+        by_path.setdefault(path, {})[name] = Entry(name, tuple(variable.shape), *row, place)
+    return by_path
 
 
 def theirs(rows: Mapping[str, Entry]) -> dict[Place, str]:
@@ -107,11 +107,11 @@ def choose(model: nnx.Module, names: Targets) -> list[str]:
         for path, rows in modules.items()
     }
     refuse_head(model, names)
-    found = select(names, known, label="module to save", kind="module with weights")
-    for path in found:
+    paths = select(names, known, label="module to save", kind="module with weights")
+    for path in paths:
         if "w" not in modules[path] and "scale" not in modules[path]:
             raise ValueError(f"{path} is packed, and cannot be trained whole; target it instead")
-    return found
+    return paths
 
 
 def tune(model: nnx.Module, paths: list[str], dtype: str) -> nnx.Module:
@@ -146,7 +146,7 @@ def saved_names(model: nnx.Module) -> list[str]:
 
     def shortest(name: str) -> str:
         leaf = name.rsplit(".", 1)[-1]
-        return leaf if all(each in chosen for each in every if each.endswith(leaf)) else name
+        return leaf if all(other in chosen for other in every if other.endswith(leaf)) else name
 
     return sorted({shortest(name) for name in chosen})
 
@@ -174,13 +174,13 @@ def rows_of(
     """
     chosen = {}
     for path, rows in modules_of(model).items():
-        found = {trains(name) for name in theirs(rows).values()}
-        if len(found) > 1:
+        are_trained = {trains(name) for name in theirs(rows).values()}
+        if len(are_trained) > 1:
             raise ValueError(
                 f"{file.path}: modules_to_save takes some layers of the stack {path} and leaves"
                 " others; unstack(model.layers) first"
             )
-        if found == {True}:
+        if are_trained == {True}:
             named = {key: dataclasses.replace(r, name=prefix + r.name) for key, r in rows.items()}
             chosen[path] = named
     return chosen
@@ -188,8 +188,8 @@ def rows_of(
 
 def shapes(rows: Mapping[str, Mapping[str, Entry]]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that these rows expect."""
-    each = [row for of_path in rows.values() for row in of_path.values()]
-    return {name: row.their_shape() for row in each for name in row.names().values()}
+    entries = [row for of_path in rows.values() for row in of_path.values()]
+    return {name: row.their_shape() for row in entries for name in row.names().values()}
 
 
 def read(
