@@ -130,6 +130,6 @@ def _take(tensors: Mapping[str, Array], key: str, dtype: type, size: int) -> np.
 
 
 def _check_map(tensors: Mapping[str, Array], key: str, expected: np.ndarray) -> None:
-    found = _take(tensors, key, np.float32, expected.size)
-    if not np.abs(found - expected).max() <= _TOLERANCE:
+    stored = _take(tensors, key, np.float32, expected.size)
+    if not np.abs(stored - expected).max() <= _TOLERANCE:
         raise ValueError(f"{key} is not the code book of bitsandbytes; only that is read")

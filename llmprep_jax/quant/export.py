@@ -33,7 +33,7 @@ def check_can_save(model: nnx.Module) -> None:
       ValueError: in one line, with the remedy.
     """
     packed = [layer.packed for layer in packed_layers(model).values()]
-    kinds = sorted({each.kind for each in packed})
+    kinds = sorted({weight.kind for weight in packed})
     if len(kinds) > 1 or len({getattr(x, "block", 0) for x in packed if x.kind == "fp8"}) > 1:
         raise ValueError(
             f"the layers are packed in several ways ({', '.join(kinds)}), which no folder holds;"
@@ -54,8 +54,8 @@ def tensors(model: nnx.Module, names: Table) -> Iterator[tuple[str, np.ndarray]]
     for path, layer in layers.items():
         stack = layer.packed
         for place, name in _row(path, layer, names).names().items():
-            one = jax.tree.map(lambda x: to_host(x, place), stack)  # noqa: B023
-            yield from _TENSORS[stack.kind](one, name, dtype).items()
+            matrix = jax.tree.map(lambda x: to_host(x, place), stack)  # noqa: B023
+            yield from _TENSORS[stack.kind](matrix, name, dtype).items()
 
 
 def _row(path: str, layer: Einsum, names: Table) -> Entry:
@@ -140,10 +140,10 @@ def _dense_modules(model: nnx.Module, names: Table) -> list[str]:
     """Names of linear layers that are not packed."""
     dense = find_layers(model, lambda node: isinstance(node, Einsum) and hasattr(node, "w"))
     layers = {path: x for path, x in dense.items() if not isinstance(x, (Embed, Head))}
-    found: dict[str, None] = {}
+    modules: dict[str, None] = {}
     for path, layer in layers.items():
         for name in _row(path, layer, names).names().values():
             # a layer's experts are one module in transformers
-            of = name.rsplit(".", 3)[0] if isinstance(layer, ExpertWeights) else name
-            found[of.removesuffix(".weight")] = None
-    return list(found)
+            module = name.rsplit(".", 3)[0] if isinstance(layer, ExpertWeights) else name
+            modules[module.removesuffix(".weight")] = None
+    return list(modules)

@@ -72,16 +72,16 @@ class PackedCheckpoint(Checkpoint):
         names = "|".join(
             re.escape(part) + (r"\w+" if part.endswith("__") else "") for part in self._layout.parts
         )
-        found: dict[str, dict[str, str]] = collections.defaultdict(dict)
+        by_layer: dict[str, dict[str, str]] = collections.defaultdict(dict)
         for name in self._stored.names:
             if match := re.fullmatch(rf"(.+)\.({names})", name):
-                found[match[1]][match[2]] = name
+                by_layer[match[1]][match[2]] = name
 
         def is_packed(parts: dict[str, str]) -> bool:
             dtypes = {part: str(self._stored.dtype(name)) for part, name in parts.items()}
             return self._layout.is_packed(dtypes)
 
-        return {f"{layer}.weight": parts for layer, parts in found.items() if is_packed(parts)}
+        return {f"{layer}.weight": parts for layer, parts in by_layer.items() if is_packed(parts)}
 
     def _float_dtype(self, dense: list[str]) -> np.dtype:
         """That of config.json, else of most tensors that are not packed."""
@@ -147,7 +147,7 @@ class PackedCheckpoint(Checkpoint):
             "unexpected": [parts[part] for part in sorted(set(parts) - set(expected))],
             MISSHAPEN: list(filter(None, odd)),
         }
-        return {kind: found for kind, found in lines.items() if found}
+        return {kind: entries for kind, entries in lines.items() if entries}
 
     def _misfit(
         self, stored: str, dtypes: tuple[str, ...], size: tuple[int, ...] | int
@@ -205,7 +205,7 @@ def _pack(
         place = expert_spec(row.stacked), lambda shape: (None,) * len(shape)
     place = None if mesh.empty else (mesh, *place)
     if isinstance(checkpoint, PackedCheckpoint):
-        stored = {name: found for name in names if (found := checkpoint.kind(name))}
+        stored = {name: packed_as for name in names if (packed_as := checkpoint.kind(name))}
     if stored and kind in (None, *stored.values()):
         if len(stored) < len(names):
             dense = next(name for name in names if name not in stored)
@@ -305,16 +305,16 @@ def _read_alike(
 
 
 def _joined(
-    each: Iterable[dict[str, np.ndarray]], stacked: tuple[int, ...]
+    matrices: Iterable[dict[str, np.ndarray]], stacked: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
     """Arrays that come one after the other as one of each name, with leading dimensions."""
-    found: dict[str, np.ndarray] = {}
-    for i, arrays in enumerate(each):
+    joined: dict[str, np.ndarray] = {}
+    for i, arrays in enumerate(matrices):
         for key, value in arrays.items():
-            if key not in found:
-                found[key] = np.empty((math.prod(stacked), *value.shape), value.dtype)
-            found[key][i] = value
-    return {key: value.reshape((*stacked, *value.shape[1:])) for key, value in found.items()}
+            if key not in joined:
+                joined[key] = np.empty((math.prod(stacked), *value.shape), value.dtype)
+            joined[key][i] = value
+    return {key: value.reshape((*stacked, *value.shape[1:])) for key, value in joined.items()}
 
 
 def _signature(packed: Packed) -> tuple:

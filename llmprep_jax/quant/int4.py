@@ -79,8 +79,8 @@ class Int4(Packed):
             grouped = in_groups(codes, self.group // 2)
             return ((grouped - zero[..., None]) * scale[..., None]).reshape(count, -1)[:, :width]
         groups = jnp.arange(self.shape[1]) // self.group if self.group_of is None else self.group_of
-        each = jnp.pad(groups, (0, self.shape[1] % 2), mode="edge")[offset::2]
-        return (codes - zero[:, each]) * scale[:, each]
+        group_of_column = jnp.pad(groups, (0, self.shape[1] % 2), mode="edge")[offset::2]
+        return (codes - zero[:, group_of_column]) * scale[:, group_of_column]
 
 
 def quantize(

@@ -82,14 +82,14 @@ class BitsAndBytes4(Layout):
         return len(dtypes) > 1 or dtypes.get("weight") == "uint8"
 
     def kind(self, names: tuple[str, ...]) -> str:
-        found = [name.removeprefix(_STATE) for name in names if name.startswith(_STATE)]
-        return found[0] if found and found[0] in CODES else "nf4"
+        kinds = [name.removeprefix(_STATE) for name in names if name.startswith(_STATE)]
+        return kinds[0] if kinds and kinds[0] in CODES else "nf4"
 
     def expected(self, parts: Parts, shape: tuple[int, int]) -> Expected:
         name = next((name for name in parts if name.startswith(_STATE)), None)
         if name is None:  # and with it all sizes
-            found = {part: ((), -1) for part in (*self.parts[:3], *parts)}
-            return found | {f"{_STATE}nf4": (("uint8",), -1)}
+            due = {part: ((), -1) for part in (*self.parts[:3], *parts)}
+            return due | {f"{_STATE}nf4": (("uint8",), -1)}
         state = bitsandbytes_format.read_state(parts[name], name)
         if tuple(state["shape"]) != shape:
             raise ValueError(f"{name} describes a matrix {state['shape']}, expected {list(shape)}")

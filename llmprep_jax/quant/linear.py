@@ -281,15 +281,15 @@ def _matches(targets: str, path: str) -> bool:
 
 def find_layers(model: nnx.Module, wanted: Callable[[Any], bool]) -> dict[str, Any]:
     """Parts of a model by path; a layer under an adapter by the path that the adapter took."""
-    found: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
 
     def visit(path: tuple, node: Any) -> Any:
         if wanted(node):
-            found[_name(path)] = node
+            layers[_name(path)] = node
         return node
 
     nnx.recursive_map(visit, model)
-    return found
+    return layers
 
 
 def _replace(model: nnx.Module, parts: dict[str, Any]) -> nnx.Module:

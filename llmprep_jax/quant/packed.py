@@ -63,8 +63,8 @@ class Packed:
     def arrays(self) -> dict[str, Array]:
         """The array fields by name, without those that this weight does not use."""
         fields = [f.name for f in dataclasses.fields(self) if not f.metadata.get("static")]
-        found = {name: getattr(self, name) for name in fields}
-        return {name: value for name, value in found.items() if value is not None}
+        arrays = {name: getattr(self, name) for name in fields}
+        return {name: value for name, value in arrays.items() if value is not None}
 
     def settings(self) -> tuple[tuple[str, Any], ...]:
         """The static fields, as pairs."""
