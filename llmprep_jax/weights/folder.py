@@ -35,10 +35,10 @@ class Checkpoint(Protocol):
 
     def misfits(self, name: str, shape: tuple[int, ...]) -> dict[str, list[str]]:
         """What keeps a tensor from being read as one of `shape`: lines by what is the matter."""
-        found = tuple(self.shape(name))
-        if found == tuple(shape):
+        stored = tuple(self.shape(name))
+        if stored == tuple(shape):
             return {}
-        return {MISSHAPEN: [f"{name} is {dims(found)}, expected {dims(shape)}"]}
+        return {MISSHAPEN: [f"{name} is {dims(stored)}, expected {dims(shape)}"]}
 
     def is_spare(self, name: str) -> bool:
         """Whether a tensor that the model has no place for says nothing."""

@@ -29,9 +29,9 @@ def to_host(x: jax.Array | np.ndarray, place: tuple[int, ...] = ()) -> np.ndarra
         return np.asarray(np.asarray(own)[place] if on_cpu or not place else _take(own, place))
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return np.asarray(jax.device_get(x)[place])
-    found = np.asarray(_gather(x, np.array(place, np.int32), sharding))
+    gathered = np.asarray(_gather(x, np.array(place, np.int32), sharding))
     shape = x.shape[len(place) :]
-    return found.view(x.dtype).reshape(shape)
+    return gathered.view(x.dtype).reshape(shape)
 
 
 @jax.jit
@@ -49,19 +49,19 @@ def _gather(x: jax.Array, place: jax.Array, sharding: jax.sharding.NamedSharding
     over = sum(axes[:depth], ())
 
     def take(block: jax.Array, place: jax.Array) -> jax.Array:
-        here, width = True, block.dtype.itemsize
+        is_here, width = True, block.dtype.itemsize
         block = jax.lax.bitcast_convert_type(block, jnp.dtype(f"uint{8 * width}"))
         for dim in range(depth):
             size, number = block.shape[0], place[dim]
             if axes[dim]:
                 number -= jax.lax.axis_index(axes[dim]) * size
-                here &= (number >= 0) & (number < size)
+                is_here &= (number >= 0) & (number < size)
             at = jnp.clip(number, 0, size - 1)
             block = jax.lax.dynamic_index_in_dim(block, at, keepdims=False)
         if over:
             if width > 1:  # not every transport adds 16 bits
                 block = jax.lax.bitcast_convert_type(block, jnp.uint8)
-            block = jax.lax.psum(jnp.where(here, block, jnp.uint8(0)), over)
+            block = jax.lax.psum(jnp.where(is_here, block, jnp.uint8(0)), over)
         for dim, names in enumerate(axes[depth:]):
             if names:
                 block = jax.lax.all_gather(block, names, axis=dim, tiled=True)

@@ -230,9 +230,9 @@ class GgufCheckpoint(Checkpoint):
     def _token_ids(self) -> dict[str, int | None]:
         names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
         stored = {theirs: f"tokenizer.ggml.{ours}_token_id" for ours, theirs in names.items()}
-        found = {name: self._fields[key] for name, key in stored.items() if key in self._fields}
+        ids = {name: self._fields[key] for name, key in stored.items() if key in self._fields}
         # where the file has none there is none, whatever a family has by default
-        return {"bos_token_id": None, "eos_token_id": None, **found}
+        return {"bos_token_id": None, "eos_token_id": None, **ids}
 
 
 def _import_gguf(path: Path):

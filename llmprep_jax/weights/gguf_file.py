@@ -150,16 +150,16 @@ class _Reader:
         """Strings one after another; a loop without calls, for there are a million of them."""
         data, at, size = self.data, self.at, len(self.data)
         unpack = struct.Struct("<Q").unpack_from
-        found = []
+        strings = []
         for _ in _counted(count):
             (length,) = unpack(data, at)
             end = at + 8 + length
             if end > size:
                 raise ValueError("a string runs past the end of the file")
-            found.append(data[at + 8 : end].decode())
+            strings.append(data[at + 8 : end].decode())
             at = end
         self.at = at
-        return found
+        return strings
 
     def typed(self, kind: int) -> Any:
         if kind == _STRING:

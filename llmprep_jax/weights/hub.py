@@ -92,8 +92,8 @@ def _is_wanted(path: epath.Path) -> Callable[[str], bool]:
     its tokenizer and its last checkpoint too."""
     checkpoints = path / "checkpoints"
     with reached(path):
-        there = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
-    steps = [int(p.name) for p in there if p.name.isdigit()]
+        entries = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
+    steps = [int(p.name) for p in entries if p.name.isdigit()]
     folders = ("tokenizer/", f"checkpoints/{max(steps)}/") if steps else ()
     patterns = (*_WANTED, "*.gguf")
 

@@ -37,17 +37,17 @@ def canonical_names(
     spelled = {stored: _spell(stored, renames) for stored in checkpoint.names}
     if embed is not None:
         spelled = _under_the_tables_prefix(spelled, embed, head)
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for stored, name in spelled.items():
         if any(re.search(pattern, x) for pattern in (*ignore, *BUFFERS) for x in (stored, name)):
             continue
-        if name in found:
+        if name in by_name:
             raise ValueError(
-                f"{checkpoint.path} holds {name} twice, as {found[name]} and as {stored};"
+                f"{checkpoint.path} holds {name} twice, as {by_name[name]} and as {stored};"
                 " delete one or download it again"
             )
-        found[name] = stored
-    return found
+        by_name[name] = stored
+    return by_name
 
 
 def _spell(name: str, renames: Sequence[tuple[str, str]]) -> str:

@@ -120,15 +120,15 @@ def _save_remote(
 
     File by file, since a store renames no folders: who reads at that moment may see both.
     """
-    here = Path(processes.by_one(tempfile.mkdtemp))
-    aside = folder.parent / f".{folder.name}.{here.name}"
+    scratch = Path(processes.by_one(tempfile.mkdtemp))
+    aside = folder.parent / f".{folder.name}.{scratch.name}"
 
     def verify_there(written: Path) -> float:
         processes.by_one(lambda: remote.upload(written, aside))
         return verify(str(aside))
 
     try:
-        saved = save(here / "saved", verify_there)
+        saved = save(scratch / "saved", verify_there)
         processes.by_one(lambda: _put_there(saved, folder))
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -136,7 +136,7 @@ def _save_remote(
         remote.forget(aside)
         if processes.is_writer():
             remote.delete(aside)
-            shutil.rmtree(here, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -222,10 +222,10 @@ def _swap(aside: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(aside, folder)
         return
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     names = os.fsencode(aside), os.fsencode(folder)
-    if rename is not None and rename(here, names[0], here, names[1], exchange) == 0:
+    if rename is not None and rename(at_cwd, names[0], at_cwd, names[1], exchange) == 0:
         return
     old = beside(folder)
     os.replace(folder, old)
@@ -265,7 +265,7 @@ def _receipt(tolerance: float, difference: float, dtypes: list[str]) -> dict[str
 def probe_difference(model: nnx.Module, other: nnx.Module) -> float:
     """The largest difference of two models' logits on a fixed probe, relative to the largest."""
     rows = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (2, 24), dtype=np.int32)
-    ours, theirs = [to_host(_probe(each, jnp.asarray(rows))) for each in (model, other)]
+    ours, theirs = [to_host(_probe(probed, jnp.asarray(rows))) for probed in (model, other)]
     return float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-30))
 
 

@@ -142,12 +142,12 @@ def _size(path: Path) -> int:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in entries:
             raise ValueError(f"the name {quoted(name)} occurs twice")
-        found[name] = value
-    return found
+        entries[name] = value
+    return entries
 
 
 def _are_counts(values: Any) -> bool:

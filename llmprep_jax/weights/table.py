@@ -165,8 +165,8 @@ def load(
     """
     rows = entries(abstract, table)
     embed, head = (table[path][0] if path in table else None for path in (_EMBED, _HEAD))
-    found = canonical_names(checkpoint, renames, ignore, embed, head)
-    _check(rows, table, found, checkpoint)
+    stored = canonical_names(checkpoint, renames, ignore, embed, head)
+    _check(rows, table, stored, checkpoint)
     graph, state = nnx.split(abstract)
     flat = []
     # the copies transpose, which is slow and lets other threads run
@@ -175,29 +175,29 @@ def load(
             row = rows[".".join(map(str, path))]
             if progress is not None:
                 progress(row.path)
-            names = {place: found[name] for place, name in row.names().items()}
+            names = {place: stored[name] for place, name in row.names().items()}
             packer = None if pack is None else pack(row.path)
             value = None if packer is None else packer(row, list(names.values()))
             if value is None:
                 sharding = on_devices(variable.get_value().sharding)
-                of = next((to for kind, to in dtypes if isinstance(variable, kind)), dtype)
-                value = _read(row, names, checkpoint, of, sharding, pool)
+                param_dtype = next((x for kind, x in dtypes if isinstance(variable, kind)), dtype)
+                value = _read(row, names, checkpoint, param_dtype, sharding, pool)
             flat.append((path, variable.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def _check(
-    rows: Mapping[str, Entry], table: Table, found: Mapping[str, str], checkpoint: Checkpoint
+    rows: Mapping[str, Entry], table: Table, stored: Mapping[str, str], checkpoint: Checkpoint
 ) -> None:
     wanted = {name: row for row in rows.values() for name in row.names().values()}
-    unexpected = set(found) - set(wanted) - _spare_head(rows, table, found, checkpoint)
+    unexpected = set(stored) - set(wanted) - _spare_head(rows, table, stored, checkpoint)
     faults = {
-        MISSING: sorted(set(wanted) - set(found)),
-        "unexpected": sorted(x for x in map(found.get, unexpected) if not checkpoint.is_spare(x)),
+        MISSING: sorted(set(wanted) - set(stored)),
+        "unexpected": sorted(x for x in map(stored.get, unexpected) if not checkpoint.is_spare(x)),
         MISSHAPEN: [],
     }
     for name, row in sorted(wanted.items()):
-        misfits = checkpoint.misfits(found[name], row.their_shape()) if name in found else {}
+        misfits = checkpoint.misfits(stored[name], row.their_shape()) if name in stored else {}
         for kind, lines in misfits.items():
             faults[kind] = faults.get(kind, []) + lines
     problems = [f"{len(x)} {kind}: {_listed(x)}" for kind, x in faults.items() if x]
@@ -215,15 +215,15 @@ def _check(
 
 
 def _spare_head(
-    rows: Mapping[str, Entry], table: Table, found: Mapping[str, str], checkpoint: Checkpoint
+    rows: Mapping[str, Entry], table: Table, stored: Mapping[str, str], checkpoint: Checkpoint
 ) -> set[str]:
     """The name of a stored head that a tied model repeats, once it is seen to be its embedding."""
     if _HEAD in rows or _HEAD not in table or _EMBED not in rows:
         return set()
     head, embed = table[_HEAD][0], table[_EMBED][0]
-    if head not in found or embed not in found:
+    if head not in stored or embed not in stored:
         return set()
-    if not _equal(checkpoint.read(found[head]), checkpoint.read(found[embed])):
+    if not _equal(checkpoint.read(stored[head]), checkpoint.read(stored[embed])):
         raise ValueError(
             f"{checkpoint.path}: {head} is not the embedding, but the model ties the two;"
             " load it with tie_embeddings=False"
@@ -313,10 +313,10 @@ def head_is_separate(
     renames: Sequence[tuple[str, str]] = (),
 ) -> bool:
     """True when the file holds an output head that is not the embedding; it wins over "tied"."""
-    found = canonical_names(checkpoint, renames, embed=embed_name, head=head_name)
-    if head_name not in found or embed_name not in found:
+    stored = canonical_names(checkpoint, renames, embed=embed_name, head=head_name)
+    if head_name not in stored or embed_name not in stored:
         return False
-    return not _equal(checkpoint.read(found[head_name]), checkpoint.read(found[embed_name]))
+    return not _equal(checkpoint.read(stored[head_name]), checkpoint.read(stored[embed_name]))
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
