@@ -82,8 +82,8 @@ class KVCache:
 
         def buffers(width: int) -> Array | tuple[Array, ...]:
             if per_layer:
-                one = (batch_size * num_kv_heads, num_slots, width)
-                return tuple(jnp.zeros(one, dtype) for _ in range(num_layers))
+                shape_of_one = (batch_size * num_kv_heads, num_slots, width)
+                return tuple(jnp.zeros(shape_of_one, dtype) for _ in range(num_layers))
             shape = (num_layers, batch_size, num_kv_heads, num_slots, width)
             return jnp.zeros(shape, dtype, out_sharding=spec(*axes, shape=shape))
 
@@ -284,13 +284,13 @@ class KVCache:
         columns_BS = slots
         if num_new == 1:
             columns_BS = jnp.where(jnp.arange(self.num_slots) == slots[:, None], 0, -1)
-        one = old if layer is None else jax.lax.dynamic_index_in_dim(old, layer, keepdims=False)
+        buffer = old if layer is None else jax.lax.dynamic_index_in_dim(old, layer, keepdims=False)
         moved = jax.vmap(lambda x_KT, at_S: x_KT[:, at_S])(new, columns_BS)
-        is_moved = (columns_BS >= 0).reshape(num_rows, 1, -1, *[1] * (one.ndim - 3))
-        one = jnp.where(is_moved, moved, one)
+        is_moved = (columns_BS >= 0).reshape(num_rows, 1, -1, *[1] * (buffer.ndim - 3))
+        buffer = jnp.where(is_moved, moved, buffer)
         if layer is None:
-            return one.reshape(shape)
-        return jax.lax.dynamic_update_index_in_dim(old, one, layer, 0)
+            return buffer.reshape(shape)
+        return jax.lax.dynamic_update_index_in_dim(old, buffer, layer, 0)
 
 
 def _matrices(x_BKSH: Float[Array, "B K S H"]) -> Float[Array, "M S H"]:

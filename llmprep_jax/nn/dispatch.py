@@ -148,10 +148,12 @@ def _find_transport(name: str | None) -> Transport:
 
 def _count(num_experts: int, across: frozenset[str]) -> int:
     """Experts of one device."""
-    ways = _ways(across)
-    if num_experts % ways:
-        raise ValueError(f"{num_experts} experts do not divide over {ways} devices of a mesh")
-    return num_experts // ways
+    num_devices = _ways(across)
+    if num_experts % num_devices:
+        raise ValueError(
+            f"{num_experts} experts do not divide over {num_devices} devices of a mesh"
+        )
+    return num_experts // num_devices
 
 
 def _ways(names: frozenset[str]) -> int:

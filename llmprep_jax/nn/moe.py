@@ -229,13 +229,13 @@ def with_bounded_buffers(model: nnx.Module) -> nnx.Module:
 
     Experts drop what does not fit, so evaluation and generation take the model itself.
     """
-    found = []
+    layers = []
 
     def visit(_: tuple, node: Any) -> Any:
         if isinstance(node, MoE):
             node.is_bounded = True
-            found.append(node)
+            layers.append(node)
         return node
 
     bounded = nnx.recursive_map(visit, model)
-    return bounded if found else model
+    return bounded if layers else model

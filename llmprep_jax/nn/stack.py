@@ -30,15 +30,15 @@ def stack(make: Callable[..., nnx.Module], num_layers: int, *, rngs: nnx.Rngs) -
 
 def unstack(layers: nnx.Module) -> nnx.List:
     """The same layers as a list of modules; copies the weights once."""
-    each, build = part(layers)
-    slices = [jax.tree.map(lambda x, i=i: x[i], each) for i in range(depth(layers))]
+    stacked, build = part(layers)
+    slices = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth(layers))]
     return nnx.List([build(one) for one in slices])
 
 
 def part(layers: nnx.Module) -> tuple[list[Any], Callable[[list[Any]], nnx.Module]]:
     """(what has a layer axis, a function that makes a module of such values of one layer)."""
     leaves, structure = jax.tree.flatten(layers, is_leaf=_is_shared)
-    each = [None if _is_shared(leaf) else leaf for leaf in leaves]
+    stacked = [None if _is_shared(leaf) else leaf for leaf in leaves]
 
     def build(values: list[Any]) -> nnx.Module:
         whole = [
@@ -46,7 +46,7 @@ def part(layers: nnx.Module) -> tuple[list[Any], Callable[[list[Any]], nnx.Modul
         ]
         return jax.tree.unflatten(structure, whole)
 
-    return each, build
+    return stacked, build
 
 
 def take(layers: nnx.Module | nnx.List, start: int, stop: int) -> nnx.Module | nnx.List:
@@ -55,8 +55,8 @@ def take(layers: nnx.Module | nnx.List, start: int, stop: int) -> nnx.Module | n
         return nnx.List(list(layers)[start:stop])
     if (start, stop) == (0, depth(layers)):
         return layers
-    each, build = part(layers)
-    return build(jax.tree.map(lambda x: x[start:stop], each))
+    stacked, build = part(layers)
+    return build(jax.tree.map(lambda x: x[start:stop], stacked))
 
 
 def depth(layers: nnx.Module) -> int:
@@ -93,7 +93,7 @@ def scan(
             carry = run(layer, carry)
         return carry
 
-    each, build = part(layers)
+    stacked, build = part(layers)
 
     def body(carry, layer_and_values):
         layer, *layer_values = layer_and_values
@@ -101,7 +101,7 @@ def scan(
 
     arrays = tuple(jnp.asarray(value) for value in values)
     unroll = compute.unroll or depth(layers)
-    return jax.lax.scan(body, carry, (each, *arrays), unroll=unroll)[0]
+    return jax.lax.scan(body, carry, (stacked, *arrays), unroll=unroll)[0]
 
 
 def _remat(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

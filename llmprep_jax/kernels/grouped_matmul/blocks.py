@@ -67,9 +67,9 @@ def accumulate(
             is_row = jnp.arange(BLOCK_ROWS)[:, None] < left
             x_block, y_block = [
                 jnp.where(
-                    is_row, _floats(jax.lax.dynamic_slice_in_dim(z, start, BLOCK_ROWS), to), 0
+                    is_row, _floats(jax.lax.dynamic_slice_in_dim(z, start, BLOCK_ROWS), dtype), 0
                 )
-                for z, to in ((x, x_MD.dtype), (y, y_MF.dtype))
+                for z, dtype in ((x, x_MD.dtype), (y, y_MF.dtype))
             ]
             return w_DF + _dot(x_block, y_block, (((0,), (0,)), ((), ())))
 

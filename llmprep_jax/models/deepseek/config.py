@@ -95,8 +95,8 @@ class Config:
     def runs(self) -> list[tuple[bool, range]]:
         """The layers in order, as runs of one kind: (whether they have experts, their numbers)."""
         groups = itertools.groupby(range(self.num_layers), key=lambda layer: self.is_moe[layer])
-        found = [(is_moe, list(layers)) for is_moe, layers in groups]
-        return [(is_moe, range(layers[0], layers[-1] + 1)) for is_moe, layers in found]
+        runs = [(is_moe, list(layers)) for is_moe, layers in groups]
+        return [(is_moe, range(layers[0], layers[-1] + 1)) for is_moe, layers in runs]
 
     @property
     def head_dim(self) -> float:

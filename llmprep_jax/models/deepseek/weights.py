@@ -29,7 +29,9 @@ _MLP = {
 
 
 def _below(path: str, name: str, rows: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    return {f"{path}.{ours}": (f"{name}.{theirs}", way) for ours, (theirs, way) in rows.items()}
+    return {
+        f"{path}.{ours}": (f"{name}.{theirs}", pattern) for ours, (theirs, pattern) in rows.items()
+    }
 
 
 _DENSE = {**_ATTENTION, **_below("mlp", "mlp", _MLP)}
