@@ -93,11 +93,13 @@ def scale_by_adam8bit(
             step = (m / c1) / (jnp.sqrt(v / c2) + eps)
             return view.join(step), view.write(m, True), view.write(v, False)
 
-        def of(g, mu, nu):
+        def update_one(g, mu, nu):
             return _in_chunks(part, _num_chunks(mu), (g.astype(jnp.float32), mu, nu))
 
         leaves, tree = jax.tree.flatten(grads)
-        new = [of(*x) for x in zip(leaves, *map(tree.flatten_up_to, state[1:]), strict=True)]
+        new = [
+            update_one(*x) for x in zip(leaves, *map(tree.flatten_up_to, state[1:]), strict=True)
+        ]
         step, mu, nu = (tree.unflatten(x) for x in zip(*new, strict=True))
         return step, Adam8bitState(count, mu, nu)
 

@@ -244,9 +244,9 @@ def _silence_closed_loops() -> None:
     """After an error, reads and writes still under way call back into Orbax's closed event loop."""
     shown = sys.unraisablehook
 
-    def show(what: Any) -> None:
-        if str(what.exc_value) != "Event loop is closed":
-            shown(what)
+    def show(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
 
     sys.unraisablehook = show
 
@@ -394,8 +394,8 @@ def _checkpoint_path(out: AnyPath, step: int | None) -> AnyPath:
     steps = all_steps(out)
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"checkpoint {step}"
-        there = f"; there are {', '.join(map(str, steps))}" if steps else ""
-        raise ValueError(f"{out} holds no {wanted}{there}")
+        hint = f"; there are {', '.join(map(str, steps))}" if steps else ""
+        raise ValueError(f"{out} holds no {wanted}{hint}")
     return absolute(out / FOLDER / str(steps[-1] if step is None else step))
 
 

@@ -235,8 +235,8 @@ class _Run:
         numbers = {}
         with self.monitor.phase("evaluating"):
             for prefix, ema in averages.items():
-                found = self.evaluate(self.trainer.model(state, ema=ema))
-                numbers |= {prefix + name: value for name, value in found.items()}
+                measured = self.evaluate(self.trainer.model(state, ema=ema))
+                numbers |= {prefix + name: value for name, value in measured.items()}
         self.monitor.record(step, numbers)
         loss = numbers.get("eval_loss")
         if not self.trainer.cfg.checkpoint.keep_best or loss is None:

@@ -103,8 +103,8 @@ def peak_flops(stated: float | None = None) -> float | None:
     kind = jax.devices()[0].device_kind
     names = [name for name in PEAK_FLOPS if kind.startswith(name)]
     # "TPU v5 lite" begins with "TPU v5", another chip
-    one = PEAK_FLOPS[max(names, key=len)] if stated is None and names else stated
-    return None if one is None else one * jax.device_count()
+    of_device = PEAK_FLOPS[max(names, key=len)] if stated is None and names else stated
+    return None if of_device is None else of_device * jax.device_count()
 
 
 def memory() -> dict[str, float]:
@@ -234,8 +234,8 @@ class TensorBoard:
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(step + 1, session_log=start)
 
-    def _add(self, step: int, **what: Any) -> None:
-        event = event_pb2.Event(wall_time=time.time(), step=step, **what)
+    def _add(self, step: int, **fields: Any) -> None:
+        event = event_pb2.Event(wall_time=time.time(), step=step, **fields)
         self._writer.write(event.SerializeToString())
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -52,12 +52,12 @@ def retype(tree: Any) -> Any:
     its sharding says, and a step compiled for that ends the process; a copy has the right type.
     """
 
-    def of(x):
+    def retyped(x):
         if x.sharding.memory_kind != HOST or _on_host(x):
             return x
         return jax.device_put(x, x.sharding, may_alias=False)
 
-    return jax.tree.map(of, tree)
+    return jax.tree.map(retyped, tree)
 
 
 def _on_host(x) -> bool:
