@@ -64,8 +64,8 @@ def look_up(config: Any) -> Any:
         if isinstance(value, types.FunctionType):
             new[name] = value()
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            found = look_up(value)
-            new |= {} if found is value else {name: found}
+            section = look_up(value)
+            new |= {} if section is value else {name: section}
     return dataclasses.replace(config, **new) if new else config
 
 
@@ -89,8 +89,8 @@ def _run_config_file(path: pathlib.Path) -> Any:
     except UsageError:
         raise
     except Exception as error:
-        where = f"{path}:{_line_in(error, path)}"
-        raise UsageError(f"{where}: {type(error).__name__}: {_one_line(error)}") from error
+        place = f"{path}:{_line_in(error, path)}"
+        raise UsageError(f"{place}: {type(error).__name__}: {_one_line(error)}") from error
 
 
 def _line_in(error: BaseException, path: pathlib.Path) -> int:
@@ -310,8 +310,8 @@ def _construct(make: Callable[[], Any], path: tuple[str, ...], new: Mapping[str,
     except UsageError:
         raise
     except (ValueError, TypeError) as error:
-        where = ".".join((*path, *new) if len(new) == 1 else path)
-        raise UsageError(f"{where}: {_one_line(error)}".removeprefix(": ")) from error
+        place = ".".join((*path, *new) if len(new) == 1 else path)
+        raise UsageError(f"{place}: {_one_line(error)}".removeprefix(": ")) from error
 
 
 def _dotted_keys(value: Any, kind: Any) -> Iterator[str]:

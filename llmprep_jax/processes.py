@@ -126,10 +126,10 @@ def start(settings: Processes) -> None:
         if name == "TPU pod" and distributed.global_state.client is None:
             return  # a host without a metadata server is alone
         reason = " ".join(str(error).split())[:200]
-        where = f"{settings.index} of {settings.count} at {settings.coordinator}" if given else name
+        place = f"{settings.index} of {settings.count} at {settings.coordinator}" if given else name
         raise ValueError(
             f"the processes did not come together within {settings.start_timeout} s"
-            f" ({where}: {reason}); start all of them with one coordinator that each can reach"
+            f" ({place}: {reason}); start all of them with one coordinator that each can reach"
         ) from None
     if are_several():
         _Watch.begin(settings.timeout)

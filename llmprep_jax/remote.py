@@ -74,9 +74,9 @@ def fetch(
         kept = {_local(file): file for file in files}
         for target, file in kept.items():
             _copy(file, target)
-        here = _local(root)
-        for old in [p for p in here.rglob("*") if p.is_file() and p not in kept]:
-            name = old.relative_to(here).as_posix()
+        copied_root = _local(root)
+        for old in [p for p in copied_root.rglob("*") if p.is_file() and p not in kept]:
+            name = old.relative_to(copied_root).as_posix()
             if root is source and wanted(name):  # gone from there since the last copy
                 old.unlink(missing_ok=True)
     return _local(source)
@@ -118,8 +118,8 @@ def upload(folder: pathlib.Path, target: epath.Path) -> None:
 
 def upload_file(file: pathlib.Path, target: epath.Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("rb") as source, target.open("wb") as there:
-        shutil.copyfileobj(source, there, 1 << 22)
+    with file.open("rb") as source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy, 1 << 22)
 
 
 @contextlib.contextmanager
@@ -147,8 +147,8 @@ def reached(path: AnyPath) -> Iterator[None]:
 def _list(source: epath.Path, wanted: Callable[[str], bool]) -> tuple[epath.Path, list[epath.Path]]:
     """The folder that a path is or lies in, and the files that it means."""
     if re.search(r"[*?\[]", source.name):
-        found = source.parent.glob(source.name)
-        return source.parent, [file for file in found if not file.is_dir()]
+        matches = source.parent.glob(source.name)
+        return source.parent, [file for file in matches if not file.is_dir()]
     if not source.is_dir():
         return source.parent, [source] if source.exists() else []
     names = ((file, file.relative_to(source).as_posix()) for file in _below(source))
@@ -174,18 +174,18 @@ def _local(path: epath.Path) -> pathlib.Path:
 
 
 def _copy(source: epath.Path, target: pathlib.Path) -> None:
-    there = source.stat()
-    if target.is_file() and there.mtime:
-        here = target.stat()
-        if (here.st_size, int(here.st_mtime)) == (there.length, there.mtime):
+    theirs = source.stat()
+    if target.is_file() and theirs.mtime:
+        ours = target.stat()
+        if (ours.st_size, int(ours.st_mtime)) == (theirs.length, theirs.mtime):
             return
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with source.open("rb") as data, aside.open("wb") as file:
             shutil.copyfileobj(data, file, 1 << 22)
-        if there.mtime:
-            os.utime(aside, (there.mtime, there.mtime))
+        if theirs.mtime:
+            os.utime(aside, (theirs.mtime, theirs.mtime))
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)

@@ -159,8 +159,8 @@ def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evalu
     )
 
     def evaluate(model: nnx.Module) -> dict[str, float]:
-        found = perplexity(model, held_out, max_batches=cfg.eval_batches, chunk=cfg.loss_chunk)
-        return {"eval_loss": found.nll, "eval_perplexity": found.perplexity}
+        result = perplexity(model, held_out, max_batches=cfg.eval_batches, chunk=cfg.loss_chunk)
+        return {"eval_loss": result.nll, "eval_perplexity": result.perplexity}
 
     return batches, evaluate
 

@@ -203,6 +203,6 @@ def _find_prepared(path: pathlib.Path) -> pathlib.Path | None:
     """The one folder at or below `path` that TFDS has prepared."""
     if not path.is_dir():
         return None
-    found = [path / "features.json"] if (path / "features.json").is_file() else []
-    found = found or sorted(path.glob("*/*/features.json")) or sorted(path.glob("*/features.json"))
-    return found[0].parent if len(found) == 1 else None
+    files = [path / "features.json"] if (path / "features.json").is_file() else []
+    files = files or sorted(path.glob("*/*/features.json")) or sorted(path.glob("*/features.json"))
+    return files[0].parent if len(files) == 1 else None

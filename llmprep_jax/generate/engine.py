@@ -310,8 +310,8 @@ def _decode(model, state, until, stop_ids, ended_B, sampling) -> State:
 
     def step(state):
         # tied to the step, or XLA's CPU compiler turns bf16 weights into float32 ahead of the loop
-        here, step = jax.lax.optimization_barrier((model, state.step))
-        return _step(here, stop_ids, sampling, dataclasses.replace(state, step=step))
+        model_here, step = jax.lax.optimization_barrier((model, state.step))
+        return _step(model_here, stop_ids, sampling, dataclasses.replace(state, step=step))
 
     state = dataclasses.replace(state, done_B=state.done_B | ended_B)
     return jax.lax.while_loop(going, step, state)

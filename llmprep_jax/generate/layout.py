@@ -112,16 +112,16 @@ def _weight(node: Einsum) -> Array:
 
 
 def _stacks(model: nnx.Module) -> dict[str, nnx.Module]:
-    found = {name: getattr(model, name) for name in model.stacks}
-    return {name: layers for name, layers in found.items() if layers is not None}
+    stacks = {name: getattr(model, name) for name in model.stacks}
+    return {name: layers for name, layers in stacks.items() if layers is not None}
 
 
-def _unstacked(model: nnx.Module, of: Callable[[tuple, Any], Any]) -> dict[str, nnx.List]:
-    """Each stack, and the modules that draft, as a list whose nodes are what `of` makes of them."""
+def _unstacked(model: nnx.Module, change: Callable[[tuple, Any], Any]) -> dict[str, nnx.List]:
+    """Each stack, and the modules that draft, as a list of nodes that `change` made."""
     lists = {name: unstack(layers) for name, layers in _stacks(model).items()}
     if len(getattr(model, "mtp", ())):
         lists["mtp"] = nnx.merge(*nnx.split(model.mtp))  # another list; theirs is left as it is
-    return {name: nnx.recursive_map(of, layers) for name, layers in lists.items()}
+    return {name: nnx.recursive_map(change, layers) for name, layers in lists.items()}
 
 
 def _with(model: nnx.Module, **parts: nnx.Module) -> nnx.Module:

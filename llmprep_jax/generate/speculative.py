@@ -178,8 +178,8 @@ def decode(model, state, until, stop_ids, ended_B, sampling) -> State:
 
     def step(state):
         # tied to the step, as in plain decoding
-        here, num_B = jax.lax.optimization_barrier((model, state.num_B))
-        return _step(here, stop_ids, sampling, dataclasses.replace(state, num_B=num_B))
+        model_here, num_B = jax.lax.optimization_barrier((model, state.num_B))
+        return _step(model_here, stop_ids, sampling, dataclasses.replace(state, num_B=num_B))
 
     return jax.lax.while_loop(going, step, state)
 

@@ -126,8 +126,8 @@ class _Turn:
         end = self._end_after(self.message | {"tool_calls": [_bare_call(first, self.probe)]}, ends)
         if end is None or not self.content:
             return end
-        said = self._saying(self.probe) | {"tool_calls": [_bare_call(first, "f")]}
-        return max(end, self._end_after(said, ends) or end)
+        bare = self._saying(self.probe) | {"tool_calls": [_bare_call(first, "f")]}
+        return max(end, self._end_after(bare, ends) or end)
 
     def _end_after(self, message: dict[str, Any], ends: Ends) -> int | None:
         """Where the turn ends in the text, when in its place `message` ends with its closing."""

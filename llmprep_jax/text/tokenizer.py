@@ -211,12 +211,12 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int:
         """The id of a token by its spelling in the vocabulary. Raises ValueError without one."""
-        found = self._core.token_to_id(token)
-        if found is None:
+        token_id = self._core.token_to_id(token)
+        if token_id is None:
             raise ValueError(
                 f"{self.source}: no token {token!r} in the vocabulary; check its spelling"
             )
-        return found
+        return token_id
 
     def token_of(self, token_id: int) -> str | None:
         """The vocabulary's spelling of an id, or None beyond the vocabulary."""
