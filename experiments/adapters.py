@@ -142,8 +142,8 @@ def merge_error(model: nnx.Module, tokens: np.ndarray) -> float:
     """How far the merged model's logits are from the adapted one's, as a share of the largest."""
     if not peft.is_adapted(model):
         return 0.0
-    expected, found = (m(tokens[None]).logits for m in (model, peft.merge(model)))
-    return float(jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected)))
+    expected, merged = (m(tokens[None]).logits for m in (model, peft.merge(model)))
+    return float(jnp.max(jnp.abs(merged - expected)) / jnp.max(jnp.abs(expected)))
 
 
 if __name__ == "__main__":

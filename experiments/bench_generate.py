@@ -118,17 +118,17 @@ def main(arguments: list[str]) -> cli.Outputs:
     settings = override(Settings(), only_overrides(arguments))
     model = settings.model or find_smollm2()
     rows, prompt, new = SIZES[settings.work]
-    what = dict(tokens=prompts(model, rows, prompt), new=new)
+    inputs = dict(tokens=prompts(model, rows, prompt), new=new)
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         unpacked, contenders = write_folder(model, folder / "float32"), {}
         for make, dtype in itertools.product((ours, transformers), ("float32", "bfloat16")):
-            own = dict(what, folder=unpacked, dtype=dtype)
+            own = dict(inputs, folder=unpacked, dtype=dtype)
             contenders[f"{make.__name__}, {dtype}"] = (make, own)
         if rows == 1 and importlib.util.find_spec("llama_cpp"):
             for dtype in ("F32", "BF16"):
                 path = write_gguf(model, folder / f"{dtype}.gguf", dtype)
-                contenders[f"llama.cpp, {dtype}"] = (llama_cpp, dict(what, path=path))
+                contenders[f"llama.cpp, {dtype}"] = (llama_cpp, dict(inputs, path=path))
         scores = contest.compete(contenders, rounds=settings.rounds)
     tokens = rows * (prompt if settings.work == "prefill" else new)
     return contest.report(

@@ -122,17 +122,20 @@ def their_decode(dtype: str, experts: str) -> Callable[[], Any]:
 
 def contenders_of(work: str) -> dict[str, tuple[Callable, dict[str, str]]]:
     if work == "step":
-        found = {
+        contenders = {
             f"ours, {x} operands": (our_step, dict(operands=x)) for x in ("float32", "bfloat16")
         }
-        ways = [(their_step, dtype) for dtype in ("float32", "autocast")]
+        runs = [(their_step, dtype) for dtype in ("float32", "autocast")]
     else:
-        found = {f"ours, {x}": (our_decode, dict(dtype=x)) for x in ("float32", "bfloat16")}
-        ways = [(their_decode, dtype) for dtype in ("float32", "bfloat16")]
-    for make, dtype in ways:
+        contenders = {f"ours, {x}": (our_decode, dict(dtype=x)) for x in ("float32", "bfloat16")}
+        runs = [(their_decode, dtype) for dtype in ("float32", "bfloat16")]
+    for make, dtype in runs:
         for experts in ("eager", "grouped_mm"):
-            found[f"transformers, {dtype}, {experts}"] = (make, dict(dtype=dtype, experts=experts))
-    return found
+            contenders[f"transformers, {dtype}, {experts}"] = (
+                make,
+                dict(dtype=dtype, experts=experts),
+            )
+    return contenders
 
 
 def main(arguments: list[str]) -> cli.Outputs:

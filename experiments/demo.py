@@ -99,7 +99,7 @@ def draw_loss(out: pathlib.Path, before: dict, after: dict) -> pathlib.Path:
     axes.plot(steps, losses, color="#9db4d6", linewidth=1, label="training, each step")
     axes.plot(steps, mean, color="#1f4e9c", linewidth=2, label="training, mean of 10 steps")
     ends = [0, steps[-1]]
-    names = [f"{each['eval_perplexity']:.1f}" for each in (before, after)]
+    names = [f"{numbers['eval_perplexity']:.1f}" for numbers in (before, after)]
     label = f"held out: perplexity {names[0]} to {names[1]}"
     axes.plot(ends, [before["eval_loss"], after["eval_loss"]], "o--", color="#c44e2c", label=label)
     axes.set(xlabel="step", ylabel="loss (nats a token)")

@@ -84,13 +84,13 @@ def main(arguments: list[str]) -> Outputs:
     print_config(cfg, console)
     processes.refuse_apart(cfg.mesh)
     with use_mesh(get_mesh(cfg.mesh)):
-        found = measure(cfg)
+        measured = measure(cfg)
     console.print(
-        f"{found.nll:.4f} nats a token, perplexity {found.perplexity:,.3f} over "
-        f"{found.tokens:,} tokens"
+        f"{measured.nll:.4f} nats a token, perplexity {measured.perplexity:,.3f} over "
+        f"{measured.tokens:,} tokens"
     )
     settings = {name: value for name, value in to_dict(cfg).items() if name != "processes"}
-    result = {**found._asdict(), "settings": settings}
+    result = {**measured._asdict(), "settings": settings}
     path = processes.by_one(lambda: write(cfg, result))
     return {"result": as_path(path)}
 

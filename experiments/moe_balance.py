@@ -61,9 +61,9 @@ def main(arguments: list[str]) -> cli.Outputs:
     text = read_texts(None)["A"]
     tests = held_out(text, 64, cfg.length)
     balanced = dataclasses.replace(TINY, balance=Balance(expert=cfg.alpha))
-    ways = {"nothing": (TINY, 0.0), "a loss": (balanced, 0.0), "biases": (TINY, cfg.rate)}
+    variants = {"nothing": (TINY, 0.0), "a loss": (balanced, 0.0), "biases": (TINY, cfg.rate)}
     results = {}
-    for name, (model_cfg, rate) in ways.items():
+    for name, (model_cfg, rate) in variants.items():
         result = results[name] = Result()
         for seed, (model, series) in enumerate(train(model_cfg, cfg, text, rate)):
             loss, max_vio = map(float, evaluate(model, tests))
@@ -84,8 +84,8 @@ def evaluate(model: nnx.Module, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 def report(cfg: Settings, results: dict[str, Result]) -> cli.Outputs:
     names = {"numbers": "balance.json", "table": "balance.md", "figure": "balance.png"}
-    outputs = {what: cfg.out / name for what, name in names.items()}
-    write_numbers(outputs["numbers"], cfg, {name: vars(each) for name, each in results.items()})
+    outputs = {kind: cfg.out / name for kind, name in names.items()}
+    write_numbers(outputs["numbers"], cfg, {name: vars(result) for name, result in results.items()})
     outputs["table"].write_text(table(COLUMNS, [[name, *r.cells()] for name, r in results.items()]))
     curves = {f"{name}: loss {spread(r.loss)}": r.by_step for name, r in results.items()}
     draw_curves(outputs["figure"], curves, "MaxVio of the batch, mean over layers")

@@ -75,14 +75,14 @@ def main(arguments: list[str]) -> cli.Outputs:
         for seed, (model, series) in enumerate(train(model_cfg, cfg, text, cfg.rate)):
             result.loss.append(float(evaluate(model, tests)))
             result.by_step.append(series["loss"])
-            said = f"{num_mtp} modules, seed {seed}: loss {result.loss[-1]:.3f}"
+            line = f"{num_mtp} modules, seed {seed}: loss {result.loss[-1]:.3f}"
             if num_mtp:
                 prompts = tests["tokens"][:PROMPTS, :PROMPT]
                 tokens_per_pass, speed_up = draft(in_float32(model), prompts)
                 result.tokens_per_pass.append(tokens_per_pass)
                 result.speed_up.append(speed_up)
-                said += f", {tokens_per_pass:.2f} tokens a pass, {speed_up:.2f} x as fast"
-            rich.print(said)
+                line += f", {tokens_per_pass:.2f} tokens a pass, {speed_up:.2f} x as fast"
+            rich.print(line)
     return report(cfg, results)
 
 
@@ -106,25 +106,27 @@ def draft(model: nnx.Module, prompts: np.ndarray) -> tuple[float, float]:
     Raises:
       RuntimeError: the texts differ.
     """
-    found, seconds = [], {None: 0.0, "mtp": 0.0}
+    acceptances, seconds = [], {None: 0.0, "mtp": 0.0}
     for number, prompt in enumerate([prompts[:1], *prompts[:, None]]):
         texts = []
-        for way in seconds:
+        for kind in seconds:
             began = time.perf_counter()
-            options = dict(max_new_tokens=NEW, draft=way, report=found.append)
+            options = dict(max_new_tokens=NEW, draft=kind, report=acceptances.append)
             texts.append(np.asarray(lp.generate_tokens(model, prompt, **options)))
-            seconds[way] += (time.perf_counter() - began) * (number > 0)  # the first one compiles
+            if number:  # the first one compiles
+                seconds[kind] += time.perf_counter() - began
         if not np.array_equal(*texts):
             raise RuntimeError(f"drafting changed the text after prompt {number}")
-    return float(np.mean([each.tokens_per_step for each in found])), seconds[None] / seconds["mtp"]
+    tokens_per_pass = float(np.mean([taken.tokens_per_step for taken in acceptances]))
+    return tokens_per_pass, seconds[None] / seconds["mtp"]
 
 
 def report(cfg: Settings, results: dict[str, Result]) -> cli.Outputs:
     outputs = {
-        what: cfg.out / f"mtp.{end}"
-        for what, end in dict(numbers="json", table="md", figure="png").items()
+        kind: cfg.out / f"mtp.{end}"
+        for kind, end in dict(numbers="json", table="md", figure="png").items()
     }
-    write_numbers(outputs["numbers"], cfg, {name: vars(each) for name, each in results.items()})
+    write_numbers(outputs["numbers"], cfg, {name: vars(result) for name, result in results.items()})
     outputs["table"].write_text(table(COLUMNS, [[name, *r.cells()] for name, r in results.items()]))
     curves = {f"{name}, held out {spread(r.loss)}": r.by_step for name, r in results.items()}
     draw_curves(outputs["figure"], curves, "loss of the next byte (nats)")

@@ -58,8 +58,8 @@ def write_report(
     out: pathlib.Path, rows: Sequence[Row], settings: dict[str, Any], budget: int
 ) -> cli.Outputs:
     """Writes adapters.json, adapters.md and adapters.png."""
-    found = {"settings": settings, "budget": budget, "rows": [vars(row) for row in rows]}
-    (out / "adapters.json").write_text(json.dumps(found, indent=2, default=str) + "\n")
+    numbers = {"settings": settings, "budget": budget, "rows": [vars(row) for row in rows]}
+    (out / "adapters.json").write_text(json.dumps(numbers, indent=2, default=str) + "\n")
     rounds = list(dict.fromkeys(row.round for row in rows))
     parts = [f"Loss on B of the base: {rows[0].before:.3f} nats a token."]
     for title in rounds:
@@ -68,7 +68,7 @@ def write_report(
     (out / "adapters.md").write_text("\n\n".join(parts) + "\n")
     names = {"numbers": "adapters.json", "table": "adapters.md", "figure": "adapters.png"}
     _draw(out / names["figure"], rows, rounds)
-    return {what: out / name for what, name in names.items()}
+    return {kind: out / name for kind, name in names.items()}
 
 
 def _draw(path: pathlib.Path, rows: Sequence[Row], rounds: Sequence[str]) -> None:

@@ -83,10 +83,10 @@ def _answer(
     """The turns with an answer, or without the question where there is none."""
     with interrupts.held() as is_over:
         try:
-            said = say(model, processor, system + turns, is_over, **settings)
+            reply = say(model, processor, system + turns, is_over, **settings)
         except ValueError as error:  # beyond the context, say: the chat so far is not lost for it
             print(f"error: {error}, or begin anew by /reset")
             return turns[:-1]
-        if is_over() and not said:
+        if is_over() and not reply:
             return turns[:-1]
-    return [*turns, {"role": "assistant", "content": said}]
+    return [*turns, {"role": "assistant", "content": reply}]

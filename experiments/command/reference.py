@@ -47,9 +47,9 @@ def describe(settings: str) -> str:
 def settings_of(settings: str) -> list[Setting]:
     """All settings of "module:Class", those of sections by their dotted names."""
     module, name = settings.split(":")
-    found = _resolve(module, name)
-    assert isinstance(found, Class), f"{settings} is no class"
-    return list(_list(found, "", {}))
+    resolved = _resolve(module, name)
+    assert isinstance(resolved, Class), f"{settings} is no class"
+    return list(_list(resolved, "", {}))
 
 
 def _list(cls: Class, prefix: str, shown: dict[str, str]) -> Iterator[Setting]:
@@ -81,8 +81,8 @@ def _list_each(sections: list[Class], path: str, shown: dict[str, str]) -> Itera
         inner = list(_list(section, f"{path}.", shown))
         for setting in inner:
             if setting not in seen:
-                of = f"of {section.node.name}: " if seen else ""  # the first is the usual one
-                yield dataclasses.replace(setting, words=of + setting.words)
+                owner = f"of {section.node.name}: " if seen else ""  # the first is the usual one
+                yield dataclasses.replace(setting, words=owner + setting.words)
         seen |= set(inner)
 
 
@@ -106,13 +106,13 @@ def _sections(module: str, annotation: ast.expr) -> list[Class]:
         return [section for side in sides for section in _sections(module, side)]
     if not isinstance(annotation, ast.Name):
         return []
-    found = _resolve(module, annotation.id)
-    if isinstance(found, tuple):  # the name of a union
-        return _sections(*found)
-    is_section = found is not None and any(
-        "dataclass" in ast.unparse(d) for d in found.node.decorator_list
+    resolved = _resolve(module, annotation.id)
+    if isinstance(resolved, tuple):  # the name of a union
+        return _sections(*resolved)
+    is_section = resolved is not None and any(
+        "dataclass" in ast.unparse(d) for d in resolved.node.decorator_list
     )
-    return [found] if is_section else []
+    return [resolved] if is_section else []
 
 
 def _default(module: str, value: ast.expr | None) -> str:
@@ -125,8 +125,8 @@ def _default(module: str, value: ast.expr | None) -> str:
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "pathlib.Path":
         return str(ast.literal_eval(value.args[0]))
     if isinstance(value, ast.Name):
-        found = _resolve(module, value.id)
-        return _default(*found) if isinstance(found, tuple) else value.id
+        resolved = _resolve(module, value.id)
+        return _default(*resolved) if isinstance(resolved, tuple) else value.id
     return ast.unparse(value)
 
 
@@ -141,8 +141,8 @@ def _kind(module: str, annotation: ast.expr) -> str:
     if isinstance(annotation, ast.BinOp):
         return f"{_kind(module, annotation.left)} | {_kind(module, annotation.right)}"
     if isinstance(annotation, ast.Name):
-        found = _resolve(module, annotation.id)
-        return _kind(*found) if isinstance(found, tuple) else annotation.id
+        resolved = _resolve(module, annotation.id)
+        return _kind(*resolved) if isinstance(resolved, tuple) else annotation.id
     text = ast.unparse(annotation).replace("pathlib.Path", "path").replace("AnyPath", "path")
     text = re.sub(r"Literal\[([^]]*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), text)
     return re.sub(r"tuple\[(.+), \.\.\.\]", r"list of \1", text)

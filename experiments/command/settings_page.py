@@ -36,9 +36,9 @@ def commands() -> Iterator[tuple[str, str]]:
     """Each command and the class of its settings; train first."""
     files = sorted((ROOT / "experiments").glob("[a-z]*.py"), key=lambda f: (f.stem != "train", f))
     for file in files:
-        found = re.search(r'start\(__doc__, "([\w.:]+)"', file.read_text(encoding="utf-8"))
-        if found:
-            yield file.stem, found[1]
+        match = re.search(r'start\(__doc__, "([\w.:]+)"', file.read_text(encoding="utf-8"))
+        if match:
+            yield file.stem, match[1]
 
 
 def _row(setting: Setting) -> str:

@@ -82,10 +82,10 @@ def use_compile_cache() -> None:
 
 
 def _cache_folder() -> pathlib.Path | None:
-    said = os.environ.get(CACHE_SWITCH, "")
-    if said.lower() in ("off", "0", "false", "no"):
+    switch = os.environ.get(CACHE_SWITCH, "")
+    if switch.lower() in ("off", "0", "false", "no"):
         return None
-    if said:
-        return pathlib.Path(said).expanduser()
+    if switch:
+        return pathlib.Path(switch).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(home) / "llmprep_jax" / "compiled"
