@@ -215,13 +215,6 @@ def check_alike(what: str, value: Any) -> None:
         )
 
 
-def wait_for_all() -> None:
-    """Returns when all processes have come here."""
-    if are_several():
-        number = next(_numbers)
-        distributed.global_state.client.wait_at_barrier(f"llmprep/wait/{number}", _LONG_MS)
-
-
 def is_first_to_fail(message: str) -> bool:
     """Tells the other processes of an error here; False where another one's came first."""
     if not are_several():

@@ -258,7 +258,7 @@ class Progress:
 
     def __init__(self, total: int, done: int, console: rich.console.Console | None = None):
         self._console = console or rich.console.Console()
-        self._total, self._done, self._last_line = total, done, -math.inf
+        self._total, self._last_line = total, -math.inf
         columns = rich.progress
         self._bar = columns.Progress(
             columns.TextColumn("{task.description}"),
