@@ -117,7 +117,7 @@ def draft(model: nnx.Module, prompts: np.ndarray) -> tuple[float, float]:
                 seconds[kind] += time.perf_counter() - began
         if not np.array_equal(*texts):
             raise RuntimeError(f"drafting changed the text after prompt {number}")
-    tokens_per_pass = float(np.mean([taken.tokens_per_step for taken in acceptances]))
+    tokens_per_pass = float(np.mean([acceptance.tokens_per_step for acceptance in acceptances]))
     return tokens_per_pass, seconds[None] / seconds["mtp"]
 
 

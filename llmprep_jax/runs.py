@@ -153,9 +153,9 @@ def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evalu
     batches = data.build(cfg.data, **encoders, rows=own_rows(cfg.data.batch_size, cfg.accumulate))
     if cfg.eval_data is None and not cfg.data.holdout:
         return batches, None
-    held, split = cfg.eval_data or cfg.data, "heldout" if cfg.eval_data is None else "all"
+    eval_data, split = cfg.eval_data or cfg.data, "heldout" if cfg.eval_data is None else "all"
     held_out = data.evaluation_batches(
-        held, **held.encoders(tokenizer), rows=own_rows(held.batch_size), split=split
+        eval_data, **eval_data.encoders(tokenizer), rows=own_rows(eval_data.batch_size), split=split
     )
 
     def evaluate(model: nnx.Module) -> dict[str, float]:

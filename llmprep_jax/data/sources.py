@@ -183,9 +183,9 @@ class PreparedRecords:
         record = {key: _plain(value) for key, value in record.items()}
         extra = record.pop("extra", None)  # ours: messages, fields and where a text begins and ends
         if isinstance(extra, str) and {"name", "text"} == record.keys():
-            held = parse_line(extra.encode(), name)
-            text = record["text"] if held.get("messages") is None else None
-            return Document(name, text, **held)
+            fields = parse_line(extra.encode(), name)
+            text = record["text"] if fields.get("messages") is None else None
+            return Document(name, text, **fields)
         if isinstance(record.get("messages"), str):  # ours as it was before 1.1.0
             is_chat = bool(record["messages"])
             record = {"messages" if is_chat else "text": record["messages" if is_chat else "text"]}

@@ -72,14 +72,14 @@ def _read_table(file: pathlib.Path, field: str | None, record_format: RecordForm
         raise ValueError(f"{file}: Parquet needs pyarrow; pip install pyarrow") from None
     try:
         schema = pyarrow.parquet.read_schema(file)
-        held = schema.names
+        columns = schema.names
         named = field.split(",") if field else []
-        if not set(named) <= set(held) or not (named or formats_of(held)):
+        if not set(named) <= set(columns) or not (named or formats_of(columns)):
             raise ValueError(
-                f"it has the columns {', '.join(held)}; name one by data.source.field=NAME"
+                f"it has the columns {', '.join(columns)}; name one by data.source.field=NAME"
             )
-        is_text = formats_of(held) == ["text"] or record_format == "text"
-        wanted = ["text"] if is_text and not named else held
+        is_text = formats_of(columns) == ["text"] or record_format == "text"
+        wanted = ["text"] if is_text and not named else columns
         if len(named) == 1 and not pyarrow.types.is_nested(schema.field(field).type):
             wanted = named
         binary = (pyarrow.types.is_binary, pyarrow.types.is_large_binary)

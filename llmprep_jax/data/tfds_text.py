@@ -46,9 +46,9 @@ class TextDocuments(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         for i in range(len(self._documents)):
             document = self._documents[i]
-            held = dataclasses.asdict(document)
-            name, text = held.pop("name"), held.pop("text") or ""
-            extra = json.dumps(held, ensure_ascii=False, default=str)
+            fields = dataclasses.asdict(document)
+            name, text = fields.pop("name"), fields.pop("text") or ""
+            extra = json.dumps(fields, ensure_ascii=False, default=str)
             yield i, {"name": name, "text": text, "extra": extra}
 
 

@@ -203,14 +203,14 @@ class Row:
         return self._shown(_cut(self._held + self._decoder.flush(), self._stop))
 
     def _take(self, token: int) -> str:
-        held = self._held + self._decoder.push(token)
-        cut = _cut(held, self._stop)
-        if cut != held:
+        text = self._held + self._decoder.push(token)
+        cut = _cut(text, self._stop)
+        if cut != text:
             self.is_done = True
             return self._shown(cut)
-        safe = len(held) - overlap(held, self._stop)
-        self._held = held[safe:]
-        return self._shown(held[:safe])
+        safe = len(text) - overlap(text, self._stop)
+        self._held = text[safe:]
+        return self._shown(text[:safe])
 
     def _shown(self, text: str) -> str:
         for special in self._hidden:

@@ -76,11 +76,11 @@ def place_tokens(
     positions_BT, segments_BT = [_whole_rows(x) for x in (positions_BT, segments_BT)]
     if cache is None:
         return Tokens(positions_BT, segments_BT), None
-    taken = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
-    if taken + tokens_BT.shape[1] > cache.num_slots:
+    num_used = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+    if num_used + tokens_BT.shape[1] > cache.num_slots:
         raise ValueError(
-            f"{tokens_BT.shape[1]} tokens do not fit a cache of {cache.num_slots} slots, {taken} of"
-            " them taken; give init_cache a greater max_len"
+            f"{tokens_BT.shape[1]} tokens do not fit a cache of {cache.num_slots} slots,"
+            f" {num_used} of them taken; give init_cache a greater max_len"
         )
     segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
     return Tokens(positions_BT, segments_BT), cache.begin(positions_BT, segments_BT)

@@ -154,14 +154,14 @@ class KVCache:
         """Takes the announced tokens in, once all layers have written them."""
         positions_BS, segments_BS = self._places()
         segments_BT = self.block.segments_BT
-        taken = segments_BT.shape[1]
+        num_new = segments_BT.shape[1]
         if self.is_ring:
-            taken = jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
+            num_new = jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
         return dataclasses.replace(
             self,
             positions_BS=positions_BS,
             segments_BS=segments_BS,
-            length=self.length + taken,
+            length=self.length + num_new,
             block=None,
         )
 

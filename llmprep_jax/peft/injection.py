@@ -106,12 +106,12 @@ def _chosen(
     of_model, offered = bases(model), layers
     if method.targets == "all-linear":
         offered = {path: names for path, names in layers.items() if not is_table(of_model[path])}
-    taken = select(method.targets, offered, needed=words(model))
+    targeted = select(method.targets, offered, needed=words(model))
     excluded = []
     if method.exclude_modules:
         excluded = select(method.exclude_modules, layers, label="module to exclude")
-    taken = [path for path in taken if path not in {*whole, *excluded}]
-    chosen = {path: layers[path] for path in taken if any(_kept(method, layers[path]))}
+    targeted = [path for path in targeted if path not in {*whole, *excluded}]
+    chosen = {path: layers[path] for path in targeted if any(_kept(method, layers[path]))}
     if not chosen:
         raise ValueError(
             "of the targets none is left by exclude_modules, modules_to_save and"

@@ -115,7 +115,7 @@ class LoRA(LowRank):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "LoRA":
-        dropout, begun = config.get("lora_dropout") or 0.0, str(config.get("init_lora_weights"))
+        dropout, init = config.get("lora_dropout") or 0.0, str(config.get("init_lora_weights"))
         if not isinstance(dropout, (int, float)):
             raise ValueError(f"lora_dropout is {quoted(dropout)}; it must be a number")
         return cls(
@@ -124,7 +124,7 @@ class LoRA(LowRank):
             bias=config.get("bias") or "none",
             dropout=float(dropout),
             trainable_token_indices=rows_from_peft(config),
-            init_weights=begun if principal.is_one(begun) else "default",
+            init_weights=init if principal.is_one(init) else "default",
         )
 
     @classmethod

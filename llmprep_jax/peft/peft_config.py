@@ -142,12 +142,12 @@ def read_config(path: Path, config: Mapping[str, Any]) -> AdapterConfig:
         supported = ", ".join(sorted(Method.readers))
         raise ValueError(f"{path} is of peft_type {quoted(kind)}; supported: {supported}")
     known = {"peft_type", *SELECTION, *readers[0].peft_fields, *WITHOUT_EFFECT}
-    asked = [name for name, value in config.items() if name not in known and value]
-    begun = config.get("init_lora_weights")
-    is_known = begun in _INITS or principal.is_one(str(begun))
-    asked += [] if is_known else ["init_lora_weights"]
-    if asked:
-        lacks = ", ".join(f"{name}={quoted(config[name])}" for name in sorted(asked))
+    unsupported = [name for name, value in config.items() if name not in known and value]
+    init = config.get("init_lora_weights")
+    is_known = init in _INITS or principal.is_one(str(init))
+    unsupported += [] if is_known else ["init_lora_weights"]
+    if unsupported:
+        lacks = ", ".join(f"{name}={quoted(config[name])}" for name in sorted(unsupported))
         raise ValueError(f"{path} sets {lacks}, which is not supported; {_ADVICE}")
     try:
         return _read(config, next(reader for reader in readers if reader.reads(config)))
@@ -206,8 +206,8 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
     }
     parameters = {name for path in of_experts for name in of_model[path].values()} & every
     is_plain = all(method.adds_product for method in adapted.values())
-    taken = leaves(model) if is_plain else frozenset()
-    by_weight = {x for x in every - parameters if x.rsplit(".", 1)[-1] in taken}
+    fused = leaves(model) if is_plain else frozenset()
+    by_weight = {x for x in every - parameters if x.rsplit(".", 1)[-1] in fused}
     targets, of_parameters, weights = [
         sorted(shortest(dict.fromkeys([x for x in by_name if x in kind], True), kind))
         for kind in (every - parameters - by_weight, parameters, by_weight)
@@ -220,7 +220,7 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
         settings["lora_dropout"] = 0.0  # with parameters PEFT refuses it; it is of training alone
     for field in ("rank_pattern", "alpha_pattern") if weights else ():
         settings[field] = {
-            name + (r"(\.weight)?" if name.rsplit(".", 1)[-1] in taken else ""): value
+            name + (r"(\.weight)?" if name.rsplit(".", 1)[-1] in fused else ""): value
             for name, value in settings[field].items()
         }
     return {

@@ -271,8 +271,8 @@ def _layers(
     chosen: dict[str, dict[Place, Layer]] = {}
     of_model, named = bases(model), modules(model)
     of_experts = expert_layers(model, named)
-    held = [name for path in of_experts for name in named[path].values()]
-    parameters = [name for name in held if config.adapts(name, parameter=True)]
+    fused_names = [name for path in of_experts for name in named[path].values()]
+    parameters = [name for name in fused_names if config.adapts(name, parameter=True)]
     table, shared = rows(model), marks(model)
     for path, modules_of_path in named.items():
         pattern = table[f"{plain(path)}.w"][1]

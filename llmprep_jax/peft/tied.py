@@ -83,12 +83,12 @@ def head_tensors(
 ) -> Iterable[tuple[str, np.ndarray]]:
     """A file's tensors, and after them those of a head that goes with its embedding."""
     theirs = {of_table: of_head for of_head, of_table in _pairs(model, prefix).items()}
-    made = []
+    heads = []
     for name, array in tensors:
         yield name, array
         if is_tied(model) and name in theirs:
-            made.append((theirs[name], array if name.endswith("weight") else array.T))
-    yield from made
+            heads.append((theirs[name], array if name.endswith("weight") else array.T))
+    yield from heads
 
 
 def shapes(model: nnx.Module, file: SafetensorsFile, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -240,13 +240,13 @@ def _stack(
     if place is not None:
         lead = jax.sharding.NamedSharding(place[0], place[1])
         indices = lead.addressable_devices_indices_map(stacked).values()
-    parts, had = {}, {}  # devices that hold the same part share it
+    parts, reference = {}, {}  # devices that hold the same part share it
     for index in indices:
         part = numbers[index]
         if part.tobytes() not in parts:
-            read_one = functools.partial(_read_alike, checkpoint, names, read, place, had)
+            read_one = functools.partial(_read_alike, checkpoint, names, read, place, reference)
             parts[part.tobytes()] = _joined(map(read_one, part.reshape(-1).tolist()), part.shape)
-    first = had["first"]
+    first = reference["first"]
 
     def array(key: str) -> jax.Array:
         if place is None:
@@ -286,12 +286,12 @@ def _read_alike(
     names: list[str],
     read: Callable[[str], Packed],
     place: Place | None,
-    had: dict[str, Any],
+    reference: dict[str, Any],
     number: int,
 ) -> dict[str, np.ndarray]:
     """This process's rows of one packed weight, which must be packed as the first that was read."""
     packed = read(names[number])
-    first, name = had.setdefault("first", packed), had.setdefault("name", names[number])
+    first, name = reference.setdefault("first", packed), reference.setdefault("name", names[number])
     if _signature(packed) != _signature(first):
         raise ValueError(
             f"{checkpoint.path}: {names[number]} is not packed as {name} is"

@@ -42,11 +42,11 @@ class LiteralEncoder:
         }
 
     def encode(
-        self, text: str, taken: Sequence[re.Match[str]]
+        self, text: str, specials: Sequence[re.Match[str]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and character offsets; `taken` are the matches that are special tokens, in order."""
+        """Ids and character offsets; `specials` are matches that are special tokens, in order."""
         pieces, origin, at = [], [], 0  # origin: for each character of the swapped text, the text's
-        for match in taken:
+        for match in specials:
             alias = self._aliases[match[0]]
             pieces += [text[at : match.start()], alias]
             origin += [*range(at, match.start()), *itertools.repeat(match.start(), len(alias))]

@@ -94,8 +94,8 @@ class Tokenizer:
         if self.spellings and (literals or not parse_special):
             spelled = list(self.spellings.finditer(text))
         if spelled:
-            taken = [m for m in spelled if parse_special and m.start() not in literals]
-            ids, offsets = self._literal.encode(text, taken)
+            specials = [m for m in spelled if parse_special and m.start() not in literals]
+            ids, offsets = self._literal.encode(text, specials)
         else:
             encoding = self._core.encode(text, add_special_tokens=False)
             ids, offsets = encoding.ids, encoding.offsets

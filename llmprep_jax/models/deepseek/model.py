@@ -185,7 +185,7 @@ class Model(LanguageModel):
             x_BTD, cache, loads = carry
             x_BTD, cache, load = block(x_BTD, place, rope, cache, layer)
             if load is not None:
-                loads = jax.tree.map(lambda all, one: all.at[slot].set(one), loads, load)
+                loads = jax.tree.map(lambda stack, one: stack.at[slot].set(one), loads, load)
             return x_BTD, cache, loads
 
         num_moe = sum(cfg.is_moe)

@@ -96,9 +96,9 @@ def _layer(numbers: Sequence[int]) -> str:
 
 def ignored(cfg: Config) -> tuple[str, ...]:
     """Regexes of tensors that the model does without: copies, and modules that it has not."""
-    held = range(cfg.num_layers, cfg.num_layers + cfg.num_mtp)
-    others = range(held.stop, held.stop + 8)
-    layers = {layer: r"(embed_tokens|shared_head\.head)\.weight$" for layer in held}
+    own_layers = range(cfg.num_layers, cfg.num_layers + cfg.num_mtp)
+    others = range(own_layers.stop, own_layers.stop + 8)
+    layers = {layer: r"(embed_tokens|shared_head\.head)\.weight$" for layer in own_layers}
     layers |= dict.fromkeys(others, "")
     # transformers stores shared experts of no width where there are none
     none = () if cfg.num_shared else (r"\.mlp\.shared_experts\.",)
