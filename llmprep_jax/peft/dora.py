@@ -95,6 +95,8 @@ class DoRA(LoRA):
         x_dims, ins, *_ = dims(base)
         # A^T W by the layer itself, whose weight may be packed: the rows of A^T as tokens
         rows = jnp.moveaxis(a, -1, 0).reshape(*[1] * (len(x_dims) - len(ins) - 1), *_turned(a))
+        # held: XLA's CPU compiler takes the turning into the product, of which it has none in bf16
+        rows = jax.lax.optimization_barrier(rows)
         along = base(rows).astype(jnp.float32)
         along = along if base.b is None else along - base.b[...].astype(jnp.float32)
         along = jax.lax.stop_gradient(_whole(along.reshape(b.shape)))  # of a trained bias too

@@ -125,6 +125,15 @@ def test_every_gradient_in_bf16_is_float32s_within_two_percent(name):
     assert max(allowed.values()) < 0.03
 
 
+def test_a_cpu_has_the_products_that_the_norms_of_dora_take_in_bf16():
+    grads = jax.jit(gradients, static_argnums=(1, 2))(
+        model_of("dora", dtype="bfloat16"), *what("dora"), make_batch(rows=1)
+    )
+    norms = [np.linalg.norm(np.asarray(x, np.float32)) for x in jax.tree.leaves(grads)]
+    assert np.isfinite(norms).all()
+    assert min(norms) > 0
+
+
 SUMS = ("reduce_sum", "scatter-add", "cumsum", "dot_general")
 
 
