@@ -45,7 +45,7 @@ def compilation(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
-    """Linux gives a process 65,530 memory maps; programs take twenty each, and XLA crashes beyond."""
+    """Linux gives a process 65,530 memory maps; programs take some each, and XLA crashes beyond."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
