@@ -60,6 +60,8 @@ def angles_of(config, kind=None):
         size = size or config.hidden_size // config.num_attention_heads
         exponents = np.arange(0, size, 2, dtype=np.float32) / size
         return 1 / np.float32(rope["rope_theta"]) ** exponents, 1.0
+    if getattr(config, "head_dim", 0) is None:  # theirs takes the null for a number, and fails
+        hypothesis.reject()
     frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", None, kind)
     return frequencies.numpy(), factor
 
