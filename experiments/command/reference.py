@@ -194,9 +194,7 @@ def _resolve(module: str, name: str) -> "Class | tuple[str, ast.expr] | None":
             return module, _assigned(node)
         if isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:
-                if (alias.asname or alias.name) != head:
-                    continue
-                if rest:
-                    return _resolve(f"{node.module}.{alias.name}", rest)
-                return _resolve(node.module or "", alias.name)
+                if (alias.asname or alias.name) == head:
+                    inner = (f"{node.module}.{alias.name}", rest)
+                    return _resolve(*inner) if rest else _resolve(node.module or "", alias.name)
     return None

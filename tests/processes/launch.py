@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from tests.text.samples import CORPUS, train_byte_level
+from tests.text.samples import make_inputs
 
 DEVICES = 2  # of each process
 CONFIG = """
@@ -49,14 +49,7 @@ def get_config():
 
 def make_files(folder: pathlib.Path) -> pathlib.Path:
     """A folder with config.py, a tokenizer and text."""
-    (folder / "config.py").write_text(CONFIG)
-    (folder / "tokenizer").mkdir()
-    train_byte_level().save(str(folder / "tokenizer" / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(names))
-    (folder / "text").mkdir()
-    lines = [f"{i}: {line}" for i in range(20) for line in CORPUS]
-    (folder / "text" / "a.txt").write_text("\n\n".join(lines))
+    make_inputs(folder, CONFIG)
     return folder
 
 

@@ -283,3 +283,15 @@ def bracket(tokenizer: Tokenizer, messages: list[dict], **variables) -> str:
         piece = tokenizer.decode([i for _, i in run], skip_special=False)
         text += f"⟦{piece}⟧" if is_answer else piece
     return text
+
+
+def make_inputs(folder: Path, config: str) -> None:
+    """Fills a folder with config.py, a tokenizer and text."""
+    (folder / "config.py").write_text(config)
+    (folder / "tokenizer").mkdir()
+    train_byte_level().save(str(folder / "tokenizer" / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "text").mkdir()
+    lines = [f"{i}: {line}" for i in range(20) for line in CORPUS]
+    (folder / "text" / "a.txt").write_text("\n\n".join(lines))

@@ -1,6 +1,5 @@
 """A config, a tokenizer, text and a model of a moment, and the commands on them."""
 
-import json
 import pathlib
 
 import jax
@@ -12,7 +11,7 @@ from llmprep_jax.cli import run
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.model import Model
 from llmprep_jax.train.metrics import read_jsonl
-from tests.text.samples import CORPUS, train_byte_level
+from tests.text.samples import make_inputs
 
 CONFIG = """
 import pathlib
@@ -42,15 +41,8 @@ def get_config():
 
 
 def make_files(folder: pathlib.Path) -> None:
-    """Fills a folder with config.py, a tokenizer, text, and a Hugging Face model."""
-    (folder / "config.py").write_text(CONFIG)
-    (folder / "tokenizer").mkdir()
-    train_byte_level().save(str(folder / "tokenizer" / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(names))
-    (folder / "text").mkdir()
-    lines = [f"{i}: {line}" for i in range(20) for line in CORPUS]
-    (folder / "text" / "a.txt").write_text("\n\n".join(lines))
+    """As `make_inputs`, with a config of one process and a Hugging Face model."""
+    make_inputs(folder, CONFIG)
     cfg = Config(416, 16, 32, 2, 4, 2, 4, max_seq_len=64, tie_embeddings=True)
     model = jax.jit(lambda: Model(cfg, rngs=nnx.Rngs(7)))()
     processor = lp.load_processor(folder / "tokenizer")
