@@ -8,7 +8,7 @@ DEMO   ?= runs/demo
 # a process a core: tests spend their time in the compiler, which uses one
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo demo-short test test-smoke test-slow behaviour parity parity-gemma3 mutations lint clean
+.PHONY: demo demo-short test test-smoke test-slow test-all behaviour parity parity-gemma3 mutations lint clean
 
 demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, export (about 6 minutes)
 	$(BIN)/python -m experiments.demo out=$(DEMO)
@@ -17,17 +17,20 @@ demo-short: $(VENV)/.demo     ## the same in a minute and a half, for CI
 	$(BIN)/python -m experiments.demo out=$(DEMO)-short steps=12 eval_batches=8 optim.warmup_steps=2
 
 test: $(VENV)/.test           ## the fast suite
-	$(PYTEST) --ignore=tests/parity -m "not slow"
+	$(PYTEST) --ignore=tests/parity -m "not slow and not grid"
 
 # what depends on JAX's version most: transforms, sharding, checkpoints, compiled loops
 SMOKE := tests/test_imports.py tests/test_config.py tests/nn tests/kernels tests/sharding tests/models/test_golden.py \
   tests/data/test_resume.py tests/train/test_step.py tests/train/test_checkpoint.py tests/train/test_loop.py \
   tests/generate/test_engine.py tests/peft/test_lora.py tests/quant/test_linear.py tests/weights/test_table.py
 test-smoke: $(VENV)/.test     ## a part of the fast suite, for a second version of Python
-	$(PYTEST) -m "not slow" $(SMOKE)
+	$(PYTEST) -m "not slow and not grid" $(SMOKE)
 
 test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take minutes
 	$(PYTEST) --ignore=tests/parity -m "slow and not behaviour" --durations=5
+
+test-all: $(VENV)/.test       ## every test that needs no torch, whole grids too: by hand, before a release
+	$(PYTEST) --ignore=tests/parity -m "not behaviour" --durations=20
 
 behaviour: $(VENV)/.test      ## a fact that each adapter method teaches a real model (ten minutes)
 	XLA_FLAGS= $(BIN)/python -m pytest tests/behaviour -m slow --durations=0

@@ -19,13 +19,13 @@ os.environ["LLMPREP_COMPILE_CACHE"] = "off"  # commands that tests start leave t
 import jax
 import pytest
 from hypothesis import settings
-from jaxtyping import install_import_hook
 
+from tests import shape_checks
 from tests.quick_compile import quick_compile
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
-install_import_hook("llmprep_jax", "beartype.beartype")
+shape_checks.install("llmprep_jax")
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

@@ -12,7 +12,7 @@ axis, as an Einsum's weight has.
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -281,15 +281,15 @@ def _matches(targets: str, path: str) -> bool:
 
 def find_layers(model: nnx.Module, wanted: Callable[[Any], bool]) -> dict[str, Any]:
     """Parts of a model by path; a layer under an adapter by the path that the adapter took."""
-    layers: dict[str, Any] = {}
+    return {_name(path): node for path, node in _parts((), model) if wanted(node)}
 
-    def visit(path: tuple, node: Any) -> Any:
-        if wanted(node):
-            layers[_name(path)] = node
-        return node
 
-    nnx.recursive_map(visit, model)
-    return layers
+def _parts(path: tuple, node: Any) -> Iterator[tuple[tuple, Any]]:
+    """The parts of a model, it last (`nnx.recursive_map`'s order, which takes 25 times as long)."""
+    for name, child in nnx.iter_children(node):
+        if not isinstance(child, nnx.Variable):
+            yield from _parts((*path, name), child)
+    yield path, node
 
 
 def _replace(model: nnx.Module, parts: dict[str, Any]) -> nnx.Module:

@@ -61,17 +61,20 @@ def test_without_a_network_the_error_is_one_line_with_the_fix(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["nothing", "/a/b/c", "./no/where", "a/b/c", "folder/smollm.gguf", "models/x.gguf", ""]
+    "name", ["nothing", "/a/b/c", "./no/where", "a/b/c", "folder/smollm.gguf", "models/x.gguf"]
 )
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(tmp_path, downloads, monkeypatch, name):
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
-    if name == "":
-        assert hub.resolve(name) == hub.Path()
-    else:
-        with pytest.raises(FileNotFoundError, match="no file or folder"):
-            hub.resolve(name)
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        hub.resolve(name)
     assert downloads == []
+
+
+def test_an_empty_path_is_refused_and_not_taken_for_the_working_folder():
+    for name in ("", " "):
+        with pytest.raises(ValueError, match="the path of the model is empty"):
+            hub.resolve(name)
 
 
 def test_near_misses_are_named(tmp_path, downloads):
