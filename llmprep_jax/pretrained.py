@@ -160,7 +160,7 @@ def _load_run(
         item = "ema" if ema else "params"
         params = read_params(path, nnx.to_pure_dict(params), step, item=item)
         model = nnx.merge(graph, params, nnx.to_pure_dict(frozen))
-        if meta["adapter"] is None:
+        if meta["adapter"] is None and not ema:  # what `source` names has the weights themselves
             model.source = source
         whole = kind is not None and meta["adapter"] is None
         return quantize_model(model, kind) if whole else model

@@ -14,8 +14,9 @@ import llmprep_jax as lp
 from experiments import evaluate
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.model import Model
-from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.param import TRAINED, AdapterParam, Compute
 from llmprep_jax.pretrained import DTYPES, FLOATS
+from llmprep_jax.train.state import merge
 from llmprep_jax.weights.hub import public_name
 from tests.random_modules import random_module
 from tests.text.samples import train_byte_level
@@ -39,6 +40,55 @@ def model():
 @pytest.fixture(scope="module")
 def folder(model, processor, tmp_path_factory):
     return lp.save_model(model, tmp_path_factory.mktemp("saved") / "model", processor=processor)
+
+
+LORA = lp.peft.LoRA(2, targets=("q_proj",))
+
+
+def trained_as(trainable, adapter=None):
+    """The model after training, as `fit` and the Python loop make it, without the steps."""
+
+    def train(model):
+        model = model if adapter is None else lp.peft.inject(model, adapter)
+        split = lp.train.Trainer(model, trainable).split
+        return merge(split.graphdef, split.params, split.frozen)
+
+    return train
+
+
+CHANGED = {
+    "all weights trained": trained_as(None),
+    "the weights under an adapter trained too": trained_as((*TRAINED, AdapterParam), LORA),
+    "an adapter merged": lambda model: lp.peft.merge(lp.peft.inject(model, LORA)),
+    "an adapter taken out": lambda model: lp.peft.unmerge(model, lp.peft.inject(model, LORA)),
+}
+UNCHANGED = {
+    "an adapter trained": trained_as(None, LORA),
+    "a table trained beside its original": trained_as(
+        None, dataclasses.replace(LORA, modules_to_save=("embed_tokens",))
+    ),
+    "the base of a trained adapter": lambda model: lp.peft.strip(trained_as(None, LORA)(model)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_a_model_whose_weights_have_changed_names_no_base(folder, change):
+    model = lp.load_model(folder)
+    assert change(model).source.path is None
+    assert model.source.path == str(folder)
+
+
+@pytest.mark.parametrize("change", UNCHANGED.values(), ids=UNCHANGED)
+def test_a_model_that_still_has_the_weights_it_was_loaded_with_names_where_they_are(folder, change):
+    assert change(lp.load_model(folder)).source.path == str(folder)
+
+
+def test_an_adapter_on_fully_trained_weights_is_not_saved_as_the_bases(folder, tmp_path):
+    trained = trained_as(None)(lp.load_model(folder))
+    with pytest.warns(UserWarning, match="the adapter names no base model; give one by"):
+        saved = lp.peft.save(lp.peft.inject(trained, LORA), tmp_path / "adapter")
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
 
 
 def test_the_dtypes_are_floats_and_packed_kinds():

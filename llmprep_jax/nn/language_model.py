@@ -23,7 +23,10 @@ class Output(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model's weights came from, as it was given; None: they are random.
+    """Where a model's weights came from, as it was given; None: they are found nowhere.
+
+    Adapters are saved as those of this place, so who changes the weights takes it away
+    (`without_source`).
 
     All are equal, so that models from two places share their compiled programs.
     """
@@ -70,3 +73,12 @@ class LanguageModel(nnx.Module):
             tokens, positions=positions, segment_ids=segment_ids, mask=mask, cache=cache
         )
         return Output(self.unembed(x_BTD), cache)
+
+
+def without_source(model: nnx.Module) -> nnx.Module:
+    """The model as one whose weights are found nowhere; the given one is unchanged."""
+    if not isinstance(model, LanguageModel):
+        return model
+    changed = nnx.merge(*nnx.split(model))
+    changed.source = Source()
+    return changed

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmprep_jax.nn.language_model import LanguageModel, Source
+from llmprep_jax.nn.language_model import without_source
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Buffer, Shared
 from llmprep_jax.nn.settle import Settling
@@ -242,10 +242,8 @@ def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx
     def merged(adapted: Adapted) -> Einsum:
         return with_weights(adapted.base, *adapted.merged(weights))
 
-    whole = map_adapted(model, merged, lambda layer: layer.merged(), trained=True)
-    if isinstance(whole, LanguageModel):
-        whole.source = Source()  # whoever adapts it anew does not adapt what was loaded
-    return whole
+    # whoever adapts it anew does not adapt what was loaded
+    return without_source(map_adapted(model, merged, lambda layer: layer.merged(), trained=True))
 
 
 def widen(model: nnx.Module) -> nnx.Module:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from flax import nnx
 
+from llmprep_jax.nn.language_model import without_source
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.peft.adapter import Adapted, adapters, is_adapted, map_adapted, with_weights
 from llmprep_jax.peft.by_name import names
@@ -79,7 +80,7 @@ def unmerge(merged: nnx.Module, adapted: nnx.Module) -> nnx.Module:
     def visit(path: tuple, node: object) -> object:
         return bare.get(".".join(map(str, path)), node)
 
-    return nnx.recursive_map(visit, merged)
+    return without_source(nnx.recursive_map(visit, merged))
 
 
 def _bare(path: str, layers: Mapping[str, Einsum], adapted: Adapted) -> Einsum:

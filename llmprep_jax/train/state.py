@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from llmprep_jax.nn.language_model import without_source
+from llmprep_jax.nn.param import AdapterParam
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,8 @@ def split_model(model: nnx.Module, trainable: Any) -> Split:
     """Parts a model for training.
 
     Args:
-      model: any module.
+      model: any module. One whose own weights are trained is no longer what it was loaded from;
+        one with adapters still has its base.
       trainable: what is trained, as `nnx.split` takes it: a Variable class or a filter.
 
     Raises:
@@ -57,6 +61,8 @@ def split_model(model: nnx.Module, trainable: Any) -> Split:
     graphdef, params, frozen = nnx.split(model, trainable, ...)
     if not jax.tree.leaves(params):
         raise ValueError(f"nothing to train: the model has no {trainable}")
+    if nnx.to_flat_state(nnx.filter_state(params, nnx.Not(AdapterParam))):
+        graphdef = nnx.split(without_source(model))[0]  # other weights than were loaded
     return Split(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen))
 
 

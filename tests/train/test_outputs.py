@@ -61,6 +61,9 @@ def test_the_average_of_a_run_is_loaded_evaluated_and_exported_by_one_word(
     weights, average = (lp.load_model(averaged_run, ema=ema).embed.w[...] for ema in (False, True))
     begun = lp.load_model(averaged_run / "checkpoints" / "1").embed.w[...]
     assert float(np.abs(weights - average).max()) > 1e-2
+    # an adapter on the average would be put on the weights by who loads the run
+    named = [lp.load_model(averaged_run, ema=ema).source.path for ema in (False, True)]
+    assert named == [str(averaged_run), None]
     assert float(np.abs(weights - begun).max()) > 1e-2
     convert.main([str(averaged_run), str(tmp_path / "average"), "ema=true"])
     convert.main([str(averaged_run), str(tmp_path / "weights")])
