@@ -47,6 +47,7 @@ class AdaLoRA(LowRank, Budget):
 
     scaled: ClassVar[str] = "lora_b"
     pads: ClassVar[bool] = True
+    leaves_layers: ClassVar[bool] = False  # layers without a triplet would count in the budget
     peft_type: ClassVar[str] = "ADALORA"
     # of LoRA's fields AdaLoRA ignores r, alpha_pattern and use_rslora, and PEFT refuses use_dora
     peft_fields: ClassVar[tuple[str, ...]] = (

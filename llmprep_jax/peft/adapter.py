@@ -21,10 +21,7 @@ from llmprep_jax.nn.settle import Settling
 from llmprep_jax.peft import biases
 from llmprep_jax.peft.experts import each_expert, letters
 from llmprep_jax.peft.method import Method, Params
-from llmprep_jax.peft.targets import (
-    Number,
-    stacked,
-)
+from llmprep_jax.peft.targets import Number, Place, modules, stacked
 from llmprep_jax.peft.tokens import TokenRows
 from llmprep_jax.peft.tuned import Tuned
 from llmprep_jax.quant.linear import QuantEinsum, find_layers
@@ -35,19 +32,36 @@ from llmprep_jax.types import Array, Float
 class Adapted(Settling):
     """A linear layer and the adapter around it, whose parameters are attributes.
 
-    `shared` are arrays that all layers of the model see, and that are not trained.
+    Args:
+      shared: arrays that all layers of the model see, and that are not trained.
+      kept: numbers of a stack's only layers that are adapted, None for all; the parameters of the
+        others are zeros, which is the identity and gets no gradient.
     """
 
     is_by_row = False
 
-    def __init__(self, base: Einsum, method: Method, params: Params, shared: Params | None = None):
+    def __init__(
+        self,
+        base: Einsum,
+        method: Method,
+        params: Params,
+        shared: Params | None = None,
+        kept: tuple[int, ...] | None = None,
+    ):
         shared = shared or {}
         self.base, self.method, self.names = base, method, (*sorted(params), *shared)
+        self.kept = kept
         self.key: Buffer | None = None  # `train_mode` gives one to a layer that drops inputs
         for name, value in params.items():
             setattr(self, name, (Buffer if name in method.frozen else AdapterParam)(value))
         for name, value in shared.items():
             setattr(self, name, Shared(value))
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Numbers of the stack's layers that are not adapted."""
+        layers = range(stacked(self.base) or 0)
+        return tuple(n for n in layers if self.kept is not None and n not in self.kept)
 
     def params(self) -> dict[str, Array]:
         return {name: getattr(self, name)[...] for name in self.names}
@@ -145,7 +159,8 @@ class Adapted(Settling):
         method = self.method
         if not method.takes_part:
             return self
-        return Adapted(self.base, method.wide, self.map(lambda own, _: method.widen(own)))
+        params = self.map(lambda own, _: method.widen(own))
+        return Adapted(self.base, method.wide, params, kept=self.kept)
 
 
 @jax.jit
@@ -176,14 +191,20 @@ def wrap(
     methods: Mapping[str, Method],
     params: Mapping[str, Params],
     shared: Params | None = None,
+    kept: Mapping[str, tuple[int, ...]] | None = None,
 ) -> nnx.Module:
-    """A model with adapters of these methods and parameters, by path; `shared` is for all."""
+    """A model with adapters of these methods and parameters, by path; `shared` is for all.
+
+    Args:
+      kept: as of `Adapted`, by the paths of stacks of which it is not all layers.
+    """
+    kept = kept or {}
 
     def visit(path: tuple, node: Any) -> Any:
         name = ".".join(map(str, path))
         if not isinstance(node, Einsum) or name not in methods:
             return node
-        return Adapted(node, methods[name], params[name], shared)
+        return Adapted(node, methods[name], params[name], shared, kept.get(name))
 
     return nnx.recursive_map(visit, model)
 
@@ -191,6 +212,17 @@ def wrap(
 def methods(model: nnx.Module) -> dict[str, Method]:
     """The adapters' methods by the path of the layer that they are around."""
     return {path: adapted.method for path, adapted in adapters(model).items()}
+
+
+def adapted_modules(model: nnx.Module) -> dict[str, dict[Place, str]]:
+    """Hugging Face's module names of the adapted layers, those of stacks left out."""
+    layers, of_model = adapters(model), modules(model)
+    return {
+        path: {at: name for at, name in of_model[path].items() if at[:1] not in gaps}
+        for path, adapted in layers.items()
+        if path in of_model
+        for gaps in [{(number,) for number in adapted.left_out}]
+    }
 
 
 def adapters(model: nnx.Module) -> dict[str, Adapted]:

@@ -16,8 +16,8 @@ import rich.console
 import rich.table
 from flax import nnx
 
-from llmprep_jax.nn.param import Buffer, Shared
-from llmprep_jax.peft.adapter import adapters, split
+from llmprep_jax.nn.param import AdapterParam, Buffer, Shared
+from llmprep_jax.peft.adapter import Adapted, adapters, split
 from llmprep_jax.peft.targets import plain
 from llmprep_jax.peft.tuned import tuned
 from llmprep_jax.quant.linear import packed_layers
@@ -25,12 +25,18 @@ from llmprep_jax.quant.linear import packed_layers
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """Sizes of a model with adapters: parameters and bytes."""
+    """Sizes of a model with adapters: parameters and bytes.
+
+    Attributes:
+      idle: zeros that stand in stacks for layers that `layers_to_transform` leaves out; they are in
+        memory, and in the bytes, with gradients and moments, and are no parameters.
+    """
 
     trainable: int
     frozen: int
     trainable_bytes: int
     frozen_bytes: int
+    idle: int = 0
 
     @property
     def share(self) -> float:
@@ -44,7 +50,19 @@ def count(model: nnx.Module) -> Count:
     frozen = _once(frozen)
     dense = _size(nnx.filter_state(frozen, nnx.Any(Shared, nnx.Not(Buffer))))
     packed = sum(math.prod(layer.shape) for layer in packed_layers(model).values())
-    return Count(_size(trainable), dense + packed, _bytes(trainable), _bytes(frozen))
+    idle = sum(map(_count_idle, adapters(model).values()))
+    sizes = _size(trainable) - idle, dense + packed
+    return Count(*sizes, _bytes(trainable), _bytes(frozen), idle)
+
+
+def _count_idle(layer: Adapted) -> int:
+    """The zeros of a stack's layers that are not adapted."""
+    return sum(
+        math.prod(variable.shape[1:]) * len(adapted.left_out)
+        for adapted in layer.owned().values()
+        for variable in (getattr(adapted, name) for name in adapted.names)
+        if isinstance(variable, AdapterParam)
+    )
 
 
 def count_targets(model: nnx.Module) -> dict[str, Count]:
@@ -72,8 +90,13 @@ def print_counts(
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     whole = count(model)
-    moments = 8 * whole.trainable if optimizer_bytes is None else optimizer_bytes
-    bytes_of_one = moments / max(whole.trainable, 1)
+    values = whole.trainable + whole.idle
+    moments = 8 * values if optimizer_bytes is None else optimizer_bytes
+    bytes_of_one = moments / max(values, 1)
+    if whole.idle:
+        table.caption = (
+            f"in memory, of layers that are left out, {whole.idle:,} zeros that stay zero"
+        )
     for name, part in count_targets(model).items():
         table.add_row(name, *_cells(part, bytes_of_one))
     table.add_section()
@@ -85,8 +108,8 @@ def _cells(part: Count, optimizer_bytes: float) -> tuple[str, ...]:
     # gradients are summed in float32, whatever the parameters are
     sizes = (
         part.trainable_bytes + part.frozen_bytes,
-        4 * part.trainable,
-        optimizer_bytes * part.trainable,
+        4 * (part.trainable + part.idle),
+        optimizer_bytes * (part.trainable + part.idle),
     )
     share = f"{part.share:.4%}".removesuffix("%")
     return f"{part.trainable:,}", f"{part.frozen:,}", share, *(f"{x / 2**20:,.1f}" for x in sizes)

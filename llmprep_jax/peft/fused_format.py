@@ -55,7 +55,7 @@ def join(model: nnx.Module) -> nnx.Module:
         parts = [layers[path] for path in group if path in layers]
         if not parts or not all(part.method.adds_product for part in parts):
             continue
-        if len(parts) < len(group) or len({part.method for part in parts}) > 1:
+        if len(parts) < len(group) or len({(part.method, part.kept) for part in parts}) > 1:
             raise ValueError(
                 f"{' and '.join(group)} are one parameter in transformers, with one LoRA in PEFT;"
                 " adapt them alike, or save the merged model (lp.peft.merge)"
@@ -76,7 +76,8 @@ def _side_by_side(parts: list[Adapted]) -> list[Adapted]:
         b, num_outs = part.lora_b[...], len(dims(part.base)[2])
         room = [(0, 0)] * b.ndim
         room[b.ndim - num_outs - 1] = i * method.rank, (number - 1 - i) * method.rank
-        layers.append(Adapted(part.base, joined, {"lora_a": a, "lora_b": jnp.pad(b, room)}))
+        params = {"lora_a": a, "lora_b": jnp.pad(b, room)}
+        layers.append(Adapted(part.base, joined, params, kept=part.kept))
     return layers
 
 

@@ -86,7 +86,8 @@ def inject(
         raise ValueError(
             f'bias is {method.bias!r}, but no layer that it means has one; leave it "none"'
         )
-    model = tune(wrap(model, methods, params, shared), whole, method.dtype)
+    kept = {path: tuple(np.flatnonzero(~is_idle).tolist()) for path, is_idle in idle.items()}
+    model = tune(wrap(model, methods, params, shared, kept), whole, method.dtype)
     model = biases.free(model, trained, method.dtype)
     return tokens.train(model, method.trainable_token_indices, method.dtype)
 
@@ -136,10 +137,15 @@ def _idle(method: Method, chosen: Mapping[str, Sequence[Names]]) -> dict[str, np
         kept = _kept(method, names)
         if all(kept):
             continue
-        if not method.pads:
+        if not method.leaves_layers:
             raise ValueError(
                 f"layers_to_transform takes some layers of the stack {path} and leaves others,"
                 f" which {type(method).__name__} cannot; unstack(model.layers) first"
+            )
+        if method.bias == "lora_only":
+            raise ValueError(
+                f"layers_to_transform leaves layers of the stack {path}, whose biases"
+                ' bias="lora_only" would train; unstack(model.layers) first'
             )
         idle[path] = ~np.array(kept)
     return idle

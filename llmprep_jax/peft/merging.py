@@ -58,7 +58,10 @@ def _blended(layer: Several, weights: Mapping[str, Number]) -> nnx.Module:
     method.check(layer.base)
     before_outs = -len(dims(layer.base)[2]) - 1
     joined = {"lora_a": jnp.concatenate(a, -1), "lora_b": jnp.concatenate(b, before_outs)}
-    return Adapted(layer.base, method, joined)
+    kept = None
+    if all(adapted.kept is not None for adapted in parts.values()):
+        kept = tuple(sorted({number for adapted in parts.values() for number in adapted.kept}))
+    return Adapted(layer.base, method, joined, kept=kept)
 
 
 @on_own_mesh

@@ -144,6 +144,11 @@ class Method(abc.ABC):
         return base.b[...]
 
     @property
+    def leaves_layers(self) -> bool:
+        """Whether it can be trained on some layers of a stack, zeros in the others."""
+        return self.pads
+
+    @property
     def wide(self) -> "Method":
         """The settings of what `widen` makes."""
         return self

@@ -14,7 +14,7 @@ from typing import Any
 from flax import nnx
 
 from llmprep_jax.peft import principal
-from llmprep_jax.peft.adapter import methods
+from llmprep_jax.peft.adapter import adapted_modules, methods
 from llmprep_jax.peft.expert_format import expert_layers
 from llmprep_jax.peft.fused_format import leaves
 from llmprep_jax.peft.method import Method
@@ -196,7 +196,8 @@ def _read(config: Mapping[str, Any], reader: type[Method]) -> AdapterConfig:
 def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
     """The config of a model's adapters, for PEFT."""
     of_model, adapted = modules(model), methods(model)
-    by_name = {name: method for path, method in adapted.items() for name in of_model[path].values()}
+    of_adapted = adapted_modules(model)
+    by_name = {name: adapted[path] for path in adapted for name in of_adapted[path].values()}
     of_experts = expert_layers(model, of_model)
     every = {
         name

@@ -3,8 +3,8 @@
 PEFT keeps A as (r, in) and B as (out, r), one pair a layer, under `base_model.model.` and the
 base's module path; the base's own weight table therefore gives names and layouts. A stack has one
 rank and one scale, so a layer of a smaller rank is padded with zeros, a layer without a pair
-(layers_to_transform) is all zeros and stays so in training, and what differs in a layer's scale
-goes into its B.
+(layers_to_transform) is all zeros, stays so in training and is not in the file, and what differs
+in a layer's scale goes into its B.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.hub import public_name
 from llmprep_jax.weights.receipt import probe_difference, save_folder
 from llmprep_jax.weights.safetensors import SafetensorsFile
-from llmprep_jax.weights.table import Entry, export
+from llmprep_jax.weights.table import Entry, entry, export
 
 CONFIG, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SHOWN = 8  # names of each kind in an error
@@ -162,8 +162,44 @@ def _shared_tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
 
 def _tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
     """Everything that a model's file holds."""
-    tensors = join_tensors(export(nnx.state(model, AdapterParam), trained_table(model)))
-    yield from tied.head_tensors(model, tensors, _PREFIX)
+    table = trained_table(model)
+    of_idle = _names_of_idle(model, table)
+    tensors = (
+        (of_idle.get(name, name), array)
+        for name, array in export(nnx.state(model, AdapterParam), table)
+    )
+    whole = join_tensors((name, array) for name, array in tensors if name is not None)
+    yield from tied.head_tensors(model, whole, _PREFIX)
+
+
+def _names_of_idle(
+    model: nnx.Module, table: Mapping[str, tuple[str, str]]
+) -> dict[str, str | None]:
+    """What becomes of the names of tensors of a stack's layers that are not adapted.
+
+    They are not in the file (None), but for a bias that is trained with all others: no adapter is
+    around its layer.
+    """
+    names: dict[str, str | None] = {}
+    for path, adapted in adapter.adapters(model).items():
+        parts = [int(part) if part.isdigit() else part for part in path.split(".")]
+        for name in adapted.names if adapted.left_out else ():
+            row = entry((*parts, name), getattr(adapted, name).shape, table)
+            names |= dict.fromkeys(_at(row, adapted.left_out))
+        bias = entry((*parts, "base", "b"), adapted.base.b.shape if adapted.base.b else (), table)
+        if bias is not None:
+            is_trained = adapted.method.bias == "all"
+            names |= {
+                name: name.replace(".base_layer.", ".") if is_trained else None
+                for name in _at(bias, adapted.left_out)
+            }
+    return names
+
+
+def _at(row: Entry | None, numbers: Sequence[int]) -> list[str]:
+    """Names of the tensors of these layers of a stack."""
+    places = {} if row is None else row.names()
+    return [name for place, name in places.items() if place[:1] and place[0] in numbers]
 
 
 @on_own_mesh
@@ -179,7 +215,7 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     folder = fetch(folder)
     config = read_config(folder / CONFIG, _read_json(folder))
     file = _open(model, folder)
-    methods, params = {}, {}
+    methods, params, kept = {}, {}, {}
     ids = config.method.trainable_token_indices
     whole = tuned.rows_of(model, _trains(model, config, file), file, _PREFIX)
     chosen, of_biases = _layers(model, config, file, whole)
@@ -188,9 +224,11 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
         methods[path] = _one_method(path, layers, base)
         params[path] = _read(base, methods[path], layers, file)
         params[path] |= injection.derive(methods[path], base)
+        if len(layers) < (stacked(base) or 1):
+            kept[path] = tuple(sorted(place[0] for place in layers))
     shared = _read_shared(config, [bases(model)[path] for path in methods], file)
     tied.check(model, file, _PREFIX)
-    adapted = tuned.read(adapter.wrap(model, methods, params, shared), whole, file)
+    adapted = tuned.read(adapter.wrap(model, methods, params, shared, kept), whole, file)
     adapted = biases.read(adapted, of_biases, file, _PREFIX)
     return tokens.read(adapted, ids, file, _PREFIX)
 

@@ -43,7 +43,7 @@ class Several(Adapted):
         rows: Array | None = None,
     ):
         self.base, self.order = base, order
-        self.methods = tuple((name, part.method) for name, part in parts.items())
+        self.methods = tuple((name, part.method, part.kept) for name, part in parts.items())
         self.parts = nnx.Dict({name: nnx.Dict(_variables(part)) for name, part in parts.items()})
         self.rows = None if rows is None else Shared(rows)
         self.key = None
@@ -84,8 +84,8 @@ class Several(Adapted):
     def each(self) -> dict[str, Adapted]:
         """The layer with each adapter alone."""
         by_name = {}
-        for name, method in self.methods:
-            by_name[name] = adapted = Adapted(self.base, method, {})
+        for name, method, kept in self.methods:
+            by_name[name] = adapted = Adapted(self.base, method, {}, kept=kept)
             adapted.names = tuple(self.parts[name])
             for key, variable in self.parts[name].items():
                 setattr(adapted, key, variable.replace(variable.get_value()))

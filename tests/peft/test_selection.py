@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.nn.settle import settle
-from llmprep_jax.peft import DoRA, LongLoRA, LoRA, QLoRA
+from llmprep_jax.peft import AdaLoRA, DoRA, LongLoRA, LoRA, QLoRA
 from llmprep_jax.peft.adapter import adapters
+from llmprep_jax.peft.counts import count_targets
 from llmprep_jax.peft.tokens import TokenRows
 from llmprep_jax.quant import quantize_model
 from llmprep_jax.train.losses import next_token_loss
@@ -65,6 +66,74 @@ def test_layers_that_are_left_out_by_number_begin_as_zeros_and_get_no_gradient()
     assert np.any(grads.lora_b[...][1])
 
 
+def second_layer(**settings) -> nnx.Module:
+    """With an adapter around q of the second of two layers."""
+    method = LoRA(4, 8, targets=("q_proj",), layers_to_transform=1, **settings)
+    return scattered_where_adapted(lp.peft.inject(base(), method))
+
+
+def scattered_where_adapted(model: nnx.Module) -> nnx.Module:
+    """As `scattered`, but for the layers whose zeros no step of training moves."""
+    moved = scattered(model)
+    for path, layer in adapters(moved).items():
+        for name in layer.names:
+            variable, before = getattr(layer, name), getattr(adapters(model)[path], name)
+            rows = np.array(variable[...])
+            rows[list(layer.left_out)] = np.asarray(before[...])[list(layer.left_out)]
+            variable[...] = jnp.asarray(rows)
+    return moved
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_layers_that_are_left_out_by_number_are_in_no_file_and_come_back_left_out(tmp_path, bias):
+    model = second_layer(bias=bias)
+    folder = lp.peft.save(model, tmp_path / "a")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    q = f"{PREFIX}.1.self_attn.q_proj"
+    assert {name for name in tensors if "bias" not in name} == {
+        f"{q}.lora_A.weight",
+        f"{q}.lora_B.weight",
+    }
+    biases = {name for name in tensors if name.endswith("q_proj.bias") or "base_layer" in name}
+    names = {f"{PREFIX}.0.self_attn.q_proj.bias", f"{q}.base_layer.bias"}  # as PEFT names them
+    assert biases == (names if bias == "all" else set())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+    loaded = lp.peft.load(base(), folder)
+    assert_near(loaded, model, 1e-7)
+    again = load_file(lp.peft.save(loaded, tmp_path / "b") / "adapter_model.safetensors")
+    assert again.keys() == tensors.keys()
+
+
+def test_adapters_keep_what_is_left_out_through_all_that_is_made_of_them(tmp_path):
+    method = LoRA(4, 8, targets=("q_proj",), layers_to_transform=1, init_weights="pissa")
+    models = {
+        "one": second_layer(),
+        "part": scattered_where_adapted(lp.peft.inject(base(), method)),
+    }
+    several = lp.peft.combine(models)
+    made = {
+        "chosen": lp.peft.select(several, "one"),
+        "blended": lp.peft.blend(several, {"one": 0.5, "part": 0.5}),
+        "settled": settle(models["one"]),
+        "begun in the weight": models["part"],
+    }
+    for name, model in made.items():
+        folder = lp.peft.save(model, tmp_path / name)
+        names = load_file(folder / "adapter_model.safetensors").keys()
+        assert not [x for x in names if ".layers.0." in x], name
+
+
+def test_what_is_left_out_is_in_memory_and_is_counted_as_no_parameter():
+    found = lp.peft.count(second_layer())
+    assert (found.trainable, found.idle) == (4 * (32 + 32), 4 * (32 + 32))
+    assert found.trainable_bytes == 4 * (found.trainable + found.idle)
+    whole = lp.peft.count(base())
+    assert found.frozen == whole.frozen
+    (row,) = count_targets(second_layer()).values()
+    assert row.trainable == found.trainable
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -89,9 +158,22 @@ def test_selections_that_take_nothing_are_refused_in_one_line(settings, message)
     assert "\n" not in str(caught.value)
 
 
-def test_a_method_whose_zeros_change_the_layer_takes_a_stack_whole():
-    with pytest.raises(ValueError, match=r"layers.attn.k and leaves others, which DoRA cannot"):
-        lp.peft.inject(base(), DoRA(4, layers_to_transform=1))
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (DoRA(4, layers_to_transform=1), "layers.attn.k and leaves others, which DoRA cannot"),
+        (AdaLoRA(4, layers_to_transform=1), "layers.attn.k and leaves others, which AdaLoRA"),
+        (
+            LoRA(4, layers_to_transform=1, bias="lora_only"),
+            'leaves layers of the stack layers.attn.k, whose biases bias="lora_only" would train',
+        ),
+    ],
+    ids=["zeros change it", "a budget for all", "biases"],
+)
+def test_what_cannot_leave_layers_out_of_a_stack_takes_it_whole(method, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        lp.peft.inject(base(), method)
+    assert "unstack(model.layers) first" in str(caught.value)
 
 
 def test_rows_of_the_embedding_are_trained_alone_and_merge_into_it(tmp_path):
