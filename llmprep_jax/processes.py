@@ -166,31 +166,36 @@ def by_one(work: Callable[[], Any]) -> Any:
 
     Raises:
       OSError, ValueError: on all processes, what `work` raised.
+      RuntimeError: on the others, where it raised anything else, which is named.
     """
     if not are_several():
         return work()
     client, key = distributed.global_state.client, f"llmprep/by_one/{next(_numbers)}"
-    outcome: dict[str, Any] = {}
     if is_writer():
         error: Exception | None = None
         try:
-            outcome = {"result": work()}
-        except (OSError, ValueError) as failure:
-            outcome, error = {"error": _described(failure)}, failure
-        client.key_value_set(key, json.dumps(outcome))
+            outcome = json.dumps({"result": work()})
+        except Exception as failure:  # whatever it is, the others wait for it
+            outcome, error = json.dumps({"error": _described(failure)}), failure
+        client.key_value_set(key, outcome)
         if error is not None:
             raise error
     outcome = json.loads(client.blocking_key_value_get(key, _LONG_MS))
     if "error" in outcome:
         kind, arguments = outcome["error"]
-        raise {"OSError": OSError, "ValueError": ValueError}[kind](*arguments)
+        raise _KINDS[kind](*arguments)
     return outcome["result"]
 
 
-def _described(error: OSError | ValueError) -> tuple[str, list[Any]]:
+_KINDS = {kind.__name__: kind for kind in (OSError, ValueError, RuntimeError)}
+
+
+def _described(error: Exception) -> tuple[str, list[Any]]:
     """An error as JSON; one of the system keeps its number, from which the remedy follows."""
-    if not isinstance(error, OSError):
+    if isinstance(error, ValueError):
         return "ValueError", [str(error)]
+    if not isinstance(error, OSError):
+        return "RuntimeError", [f"{type(error).__name__}: {error}"]
     if error.errno is None:
         return "OSError", [str(error)]
     return "OSError", [error.errno, error.strerror, error.filename and str(error.filename)]

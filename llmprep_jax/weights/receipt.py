@@ -171,17 +171,21 @@ def _write_by_one(
     if processes.is_writer():
         try:
             write(tensors)
-        except (OSError, ValueError) as failure:
+        except Exception as failure:  # whatever it is, the others gather on
             error = failure
     if processes.are_several():
-        for _ in tensors:  # by those that do not write, and after an error
-            pass
+        try:
+            for _ in tensors:  # by those that do not write, and after an error
+                pass
+        except Exception as failure:
+            error = error or failure
 
     def outcome() -> None:
         if error is not None:
             raise error
 
     processes.by_one(outcome)
+    outcome()  # of a process that failed to gather, alone
 
 
 def _refuse_drift(folder: Path, difference: float, tolerance: float) -> None:

@@ -1,5 +1,9 @@
 """Who is who among processes, before any is started: settings, clusters, and rows by sharding."""
 
+import concurrent.futures
+import threading
+import types
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,7 +14,105 @@ from llmprep_jax import processes
 from llmprep_jax.processes import Processes, cluster
 from llmprep_jax.sharding import batch_shards, make_mesh, use_mesh
 from llmprep_jax.train.step import own_rows
+from llmprep_jax.weights import receipt
 from llmprep_jax.weights.gather import to_host
+
+
+class Store(dict):
+    """The key-value store of processes that are threads of this one."""
+
+    def __init__(self):
+        super().__init__()
+        self.there = threading.Condition()
+
+    def key_value_set(self, key, value):
+        with self.there:
+            self[key] = value
+            self.there.notify_all()
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self.there:
+            assert self.there.wait_for(lambda: key in self, 10), "waited for what does not come"
+            return self[key]
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """Runs a function as two processes; gives what each of them returns or raises."""
+    store, own = Store(), threading.local()
+
+    class State:
+        client, num_processes = store, 2
+        process_id = property(lambda self: own.index)
+
+    class Numbers:
+        def __next__(self):
+            own.number += 1
+            return own.number
+
+    def run(work):
+        def one(index):
+            own.index, own.number = index, 0
+            try:
+                return work(index)
+            except Exception as error:
+                return error
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            return list(pool.map(one, range(2)))
+
+    monkeypatch.setattr(processes, "distributed", types.SimpleNamespace(global_state=State()))
+    monkeypatch.setattr(processes, "_numbers", Numbers())
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "elsewhere"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (ValueError("a name twice"), "a name twice"),
+        (TypeError("no array"), "TypeError: no array"),
+        (MemoryError(), "MemoryError: "),
+    ],
+    ids=["OSError", "ValueError", "TypeError", "MemoryError"],
+)
+def test_whatever_fails_where_one_writes_reaches_all_and_none_waits(together, error, elsewhere):
+    gathering = threading.Barrier(2)
+
+    def tensors():
+        for number in range(3):
+            gathering.wait(10)  # as a gather of arrays does
+            yield str(number), np.zeros(1)
+
+    def write(tensors):
+        next(tensors)
+        raise error
+
+    writer, other = together(lambda index: receipt._write_by_one(write, tensors()))
+    assert (writer, str(other)) == (error, elsewhere)
+    assert type(other) is (
+        type(error) if isinstance(error, (OSError, ValueError)) else RuntimeError
+    )
+
+
+def test_a_failed_gather_leaves_processes_that_go_on_together(together):
+    def work(index):
+        def tensors():
+            yield "a", np.zeros(1)
+            raise ValueError("an array is gone")
+
+        with pytest.raises(ValueError, match="an array is gone"):
+            receipt._write_by_one(list, tensors())
+        return processes.by_one(lambda: index)
+
+    assert together(work) == [0, 0]
+
+
+def test_a_result_that_is_no_json_is_an_error_of_all(together):
+    writer, other = together(lambda index: processes.by_one(lambda: {1, 2}))
+    assert (type(writer), type(other)) == (TypeError, RuntimeError)
+    assert "set is not JSON serializable" in str(other)
+
 
 SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "16", "SLURM_PROCID": "3"}
 
