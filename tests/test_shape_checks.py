@@ -1,3 +1,5 @@
+"""The checks of shapes and types that tests run under see what they are there for."""
+
 import beartype
 import jax.numpy as jnp
 import jaxtyping
