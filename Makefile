@@ -5,10 +5,12 @@ BIN    := $(VENV)/bin
 # what is imported is compiled then; compiling all that is installed takes a minute
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 DEMO   ?= runs/demo
-# a process a core: tests spend their time in the compiler, which uses one
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+# a process a core: tests spend their time in the compiler, which uses one; each has its share of the
+# files in a row, for their fixtures, and whoever is done takes from the end of another's
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo demo-short test test-smoke test-slow test-all behaviour parity parity-gemma3 mutations lint clean
+.PHONY: demo demo-short test test-smoke test-slow test-all behaviour parity parity-all parity-gemma3 \
+  mutations lint clean
 
 demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, export (about 6 minutes)
 	$(BIN)/python -m experiments.demo out=$(DEMO)
@@ -27,7 +29,7 @@ test-smoke: $(VENV)/.test     ## a part of the fast suite, for a second version 
 	$(PYTEST) -m "not slow and not grid" $(SMOKE)
 
 test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take minutes
-	$(PYTEST) --ignore=tests/parity -m "slow and not behaviour" --durations=5
+	$(PYTEST) --ignore=tests/parity -m "slow and not grid and not behaviour" --durations=5
 
 test-all: $(VENV)/.test       ## every test that needs no torch, whole grids too: by hand, before a release
 	$(PYTEST) --ignore=tests/parity -m "not behaviour" --durations=20
@@ -36,7 +38,10 @@ behaviour: $(VENV)/.test      ## a fact that each adapter method teaches a real 
 	XLA_FLAGS= $(BIN)/python -m pytest tests/behaviour -m slow --durations=0
 
 parity: $(VENV)/.parity       ## live comparison with transformers and peft on CPU (Python 3.11)
-	XLA_FLAGS= $(PYTEST) tests/parity --durations=10
+	$(PYTEST) tests/parity -m "not grid" --durations=10
+
+parity-all: $(VENV)/.parity   ## the same with whole grids, compiled as users do: by hand, before a release
+	XLA_FLAGS= $(PYTEST) tests/parity --durations=20
 
 parity-gemma3: $(VENV)/.parity ## Gemma 3 270M with real weights, where its package is installed
 	XLA_FLAGS= $(BIN)/python -m pytest tests/parity/gemma3_270m.py

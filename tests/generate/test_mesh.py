@@ -1,6 +1,7 @@
 """Generation on meshes says what it says on one device, without the caller entering the mesh."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import llmprep_jax as lp
 from llmprep_jax.sharding import has_mesh, make_mesh, use_mesh
 from tests.generate.drafting import drafting_model
+from tests.grids import cases
 from tests.models.tiny import make_model, make_tokens
 
 MESHES = {
@@ -19,11 +21,22 @@ MESHES = {
     "fsdp-tensor": {"fsdp": 4, "tensor": 2},
     "expert-tensor": {"expert": 4, "tensor": 2},
 }
-FAST = {
-    ("llama-tied-9-3-heads", "data"),
-    ("gemma3", "fsdp-tensor"),
-    ("deepseek-v3", "expert-tensor"),
-}
+# each compiles for seconds: every mesh, and every family on two
+PAIRS = cases(
+    itertools.product(("llama-tied-9-3-heads", "qwen2-window", "gemma3", "deepseek-v3"), MESHES),
+    fast=[
+        ("llama-tied-9-3-heads", "data"),
+        ("gemma3", "fsdp-tensor"),
+        ("deepseek-v3", "expert-tensor"),
+    ],
+    slow=[
+        ("llama-tied-9-3-heads", "expert-tensor"),
+        ("qwen2-window", "fsdp"),
+        ("qwen2-window", "tensor"),
+        ("gemma3", "expert"),
+        ("deepseek-v3", "fsdp-tensor"),
+    ],
+)
 # eight rows, two of which are padded
 TOKENS, MASK = make_tokens(8, 11), np.arange(11) >= np.array([[0, 3, 0, 0, 6, 0, 0, 0]]).T
 SAMPLED = dict(temperature=1.0, top_k=20, top_p=0.9, repetition_penalty=1.2)
@@ -42,15 +55,7 @@ def said(name, **settings):
     return np.asarray(lp.generate_tokens(make_model(name), TOKENS, MASK, **settings))
 
 
-cases = [
-    # each compiles for seconds what another family, or another mesh, covers
-    pytest.param(name, axes, marks=[] if (name, axes) in FAST else pytest.mark.slow)
-    for name in ("llama-tied-9-3-heads", "qwen2-window", "gemma3", "deepseek-v3")
-    for axes in MESHES
-]
-
-
-@pytest.mark.parametrize(("name", "axes"), cases)
+@pytest.mark.parametrize(("name", "axes"), PAIRS)
 def test_a_model_on_a_mesh_says_what_it_says_on_one_device(name, axes):
     model = on(MESHES[axes], lambda: make_model(name))
     assert not has_mesh()
@@ -61,8 +66,10 @@ def test_a_model_on_a_mesh_says_what_it_says_on_one_device(name, axes):
     np.testing.assert_array_equal(again, found)
 
 
-@pytest.mark.slow  # compiles for a minute
-@pytest.mark.parametrize("name", ["llama-tied-9-3-heads", "gemma3", "deepseek-v3"])
+# twenty seconds each; drafts below draw from deepseek-v3 on a mesh
+@pytest.mark.parametrize(
+    "name", cases(["llama-tied-9-3-heads", "gemma3", "deepseek-v3"], slow=["gemma3"])
+)
 def test_draws_samples_streams_and_chats_on_a_mesh_are_those_of_one_device(name):
     model = on(MESHES["fsdp-tensor"], lambda: make_model(name))
     settings = dict(max_new_tokens=6, **SAMPLED)
@@ -79,9 +86,15 @@ def test_draws_samples_streams_and_chats_on_a_mesh_are_those_of_one_device(name)
         text = np.concatenate([text, found, TOKENS[1:2, :3]], axis=1)
 
 
-@pytest.mark.slow  # compiles for half a minute
-@pytest.mark.parametrize("axes", ["fsdp-tensor", "expert-tensor"])
-@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+# half a minute each; what holds for drawn tokens holds for the likeliest
+@pytest.mark.parametrize(
+    ("settings", "axes"),
+    cases(
+        itertools.product(({}, SAMPLED), ("fsdp-tensor", "expert-tensor")),
+        slow=[(SAMPLED, "expert-tensor")],
+    ),
+    ids=["greedy-fsdp", "greedy-expert", "sampled-fsdp", "sampled-expert"],
+)
 def test_drafts_on_a_mesh_are_accepted_as_on_one_device(axes, settings):
     settings = dict(max_new_tokens=12, draft="mtp", **settings)
     accounts = []

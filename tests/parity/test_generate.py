@@ -65,6 +65,7 @@ def test_the_distribution_drawn_from_is_transformers(settings):
     assert np.array_equal(found == 0, expected == 0)
 
 
+@pytest.mark.usefixtures("compiled_as_users_do")
 def test_smollm2_answers_ten_questions_as_in_transformers():
     path = pathlib.Path(find_smollm2())
     # weights, tokenizer and chat template are transformers' own reading of the file

@@ -4,13 +4,16 @@ Weights go through files: transformers saves, we load, so names, layouts and con
 """
 
 import json
+import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 
 import llmprep_jax as lp
 from llmprep_jax.train.losses import next_token_loss
@@ -19,70 +22,87 @@ from tests.parity import torch_models
 
 pytestmark = pytest.mark.parity
 forward = jax.jit(lambda model, tokens, **where: model(tokens, **where).logits)
+TOKENS = torch_models.tokens()
+BATCH = {
+    "tokens": TOKENS,
+    "targets": np.roll(TOKENS, -1, 1),
+    "loss_mask": np.pad(np.ones((2, 23), np.float32), ((0, 0), (0, 1))),
+}
 
 
 @pytest.fixture(scope="module", params=torch_models.CASES)
-def pair(request, tmp_path_factory):
+def pair(request, pair_of):
     """transformers' model and ours with its weights."""
-    theirs = torch_models.make(request.param)
-    folder = torch_models.save(theirs, tmp_path_factory.mktemp("hf"))
-    return theirs, lp.load_model(folder)
+    return pair_of(request.param)
 
 
-def test_features_before_the_head_agree(pair):
-    theirs, ours = pair
-    tokens = torch_models.tokens()
-    with torch.no_grad():
-        expected = theirs.model(torch.tensor(tokens)).last_hidden_state.numpy()
-    found = jax.jit(lambda model: model.features(tokens)[0])(ours)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_logits_agree(pair):
-    theirs, ours = pair
-    tokens = torch_models.tokens()
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens)).logits.numpy()
-    assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(forward(ours, tokens), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_of_padded_rows_agree(pair, side):
-    theirs, ours = pair
-    tokens, mask = torch_models.tokens(), np.ones((2, 24), bool)
-    mask[1, :7] = False
-    if side == "right":
-        mask = mask[:, ::-1].copy()
-    positions = np.maximum(mask.cumsum(1) - 1, 0)
-    with torch.no_grad():
-        expected = theirs(
-            torch.tensor(tokens),
-            attention_mask=torch.tensor(mask.astype(np.int64)),
-            position_ids=torch.tensor(positions),
-        ).logits.numpy()
-    found = np.asarray(forward(ours, tokens, mask=mask))
-    np.testing.assert_allclose(found[mask], expected[mask], atol=1e-4)
-
-
-def test_loss_and_every_gradient_agree(pair):
-    theirs, ours = pair
-    tokens = torch_models.tokens()
-    theirs.zero_grad()
-    expected = theirs(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss
-    expected.backward()
-    batch = {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, 1),
-        "loss_mask": np.ones(tokens.shape, np.float32),
-    }
-    batch["loss_mask"][:, -1] = 0
+@jax.jit
+def rungs(model):
+    """Loss, with hidden states and logits, and every gradient: one program for three rungs."""
 
     def mean_loss(model):
-        loss = next_token_loss(model, batch)
-        return loss.total / loss.count
+        hidden = model.features(TOKENS)[0]
+        known = types.SimpleNamespace(features=lambda tokens: (hidden, None), unembed=model.unembed)
+        loss = next_token_loss(known, BATCH)
+        return loss.total / loss.count, (hidden, model.unembed(hidden))
 
-    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(ours)
+    return jax.value_and_grad(mean_loss, has_aux=True)(model)
+
+
+@pytest.fixture(scope="module")
+def found(pair):
+    """What `rungs` gives for our model."""
+    return rungs(pair[1])
+
+
+def test_features_before_the_head_agree(pair, found):
+    theirs, _ = pair
+    with torch.no_grad():
+        expected = theirs.model(torch.tensor(TOKENS)).last_hidden_state.numpy()
+    ((_, (hidden, _)), _) = found
+    np.testing.assert_allclose(hidden, expected, atol=1e-4)
+
+
+def test_logits_agree(pair, found):
+    theirs, _ = pair
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    assert np.abs(expected).max() > 1
+    ((_, (_, logits)), _) = found
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_logits_of_packed_documents_and_of_padded_rows_agree(pair):
+    """Two rows of three documents, two padded left and two right."""
+    theirs, ours = pair
+    lengths = [[7, 12, 5]] * 2 + [[24], [17], [24], [17]]
+    positions, segments = np.zeros((2, 6, 24), np.int32)
+    for row, documents in enumerate(lengths):
+        start = 7 if row == 3 else 0
+        end = start + sum(documents)
+        positions[row, start:end] = np.concatenate([*map(np.arange, documents)])
+        segments[row, start:end] = np.repeat(np.arange(len(documents)) + 1, documents)
+    tokens = np.concatenate([TOKENS] * 3)
+    logits = np.asarray(forward(ours, tokens, positions=positions, segment_ids=segments))
+    for rows, is_packed in ((slice(0, 2), True), (slice(2, 6), False)):
+        places = {"position_ids": torch.tensor(positions[rows]).long()}
+        if is_packed:  # positions that begin anew are packed documents, where there is no cache
+            places["use_cache"] = False
+        else:
+            places["attention_mask"] = torch.tensor(segments[rows]).long()
+        with torch.no_grad():
+            expected = theirs(torch.tensor(tokens[rows]), **places).logits.numpy()
+        real = segments[rows] > 0
+        np.testing.assert_allclose(logits[rows][real], expected[real], atol=1e-4)
+
+
+def test_loss_and_every_gradient_agree(pair, found):
+    theirs, ours = pair
+    tokens = torch.tensor(TOKENS).long()
+    theirs.zero_grad()
+    expected = theirs(tokens, labels=tokens).loss
+    expected.backward()
+    ((loss, _), grads) = found
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
     references = torch_models.gradients(theirs)
     checked = 0
@@ -90,11 +110,11 @@ def test_loss_and_every_gradient_agree(pair):
         grad = grads
         for step in path.split("."):
             grad = getattr(grad, step)
+        grad = np.asarray(grad[...])
         for place, hf_name in row.names().items():
             reference = references[hf_name]
-            found = row.to_theirs(np.asarray(grad[...])[place])
             scale = max(np.abs(reference).max(), 1e-3)
-            assert np.abs(found - reference).max() / scale < 1e-4, hf_name
+            assert np.abs(row.to_theirs(grad[place]) - reference).max() / scale < 1e-4, hf_name
             checked += 1
     assert checked == len(references)
 
@@ -111,8 +131,8 @@ def test_a_folder_that_we_save_loads_in_transformers(pair, tmp_path):
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_greedy_generation_is_token_for_token_the_same(pair, side):
+def test_greedy_generation_is_token_for_token_the_same(pair):
+    """Rows of three lengths, padded left as theirs have to be, and then right."""
     theirs, ours = pair
     tokens, mask = torch_models.tokens(3, 12), np.ones((3, 12), bool)
     mask[1, :5], mask[2, :9] = False, False
@@ -125,12 +145,11 @@ def test_greedy_generation_is_token_for_token_the_same(pair, side):
             eos_token_id=None,
             pad_token_id=0,
         )[:, 12:].numpy()
-    if side == "right":
-        rolls = [(row[keep], keep) for row, keep in zip(tokens, mask, strict=True)]
-        tokens = np.stack([np.pad(row, (0, 12 - len(row))) for row, _ in rolls])
-        mask = np.stack([np.arange(12) < len(row) for row, _ in rolls])
-    found = np.asarray(lp.generate_tokens(ours, tokens, mask, max_new_tokens=64))
-    np.testing.assert_array_equal(found, expected)
+    rows = [row[keep] for row, keep in zip(tokens, mask, strict=True)]
+    tokens = np.concatenate([tokens, [np.pad(row, (0, 12 - len(row))) for row in rows]])
+    mask = np.concatenate([mask, [np.arange(12) < len(row) for row in rows]])
+    tokens = lp.generate_tokens(ours, tokens, mask, max_new_tokens=64)
+    np.testing.assert_array_equal(tokens, np.concatenate([expected] * 2))
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
@@ -178,18 +197,6 @@ def test_bf16_follows_transformers_bf16_as_closely_as_rounding_lets_it(tmp_path,
     assert np.abs(found - exact).mean() < 1.5 * np.abs(expected - exact).mean()
 
 
-def test_packed_documents_agree(pair):
-    theirs, ours = pair
-    tokens = torch_models.tokens()
-    positions = np.array([[*range(7), *range(12), *range(5)]] * 2)
-    segments = np.array([[1] * 7 + [2] * 12 + [3] * 5] * 2)
-    with torch.no_grad():  # positions that begin anew are packed documents, where there is no cache
-        place = torch.tensor(positions)
-        expected = theirs(torch.tensor(tokens), position_ids=place, use_cache=False).logits
-    found = forward(ours, tokens, positions=positions, segment_ids=segments)
-    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
-
-
 def test_a_config_in_the_spelling_of_transformers_4_is_the_same_model(pair, tmp_path):
     theirs, ours = pair
     folder = torch_models.save(theirs, tmp_path)
@@ -203,5 +210,6 @@ def test_a_config_in_the_spelling_of_transformers_4_is_the_same_model(pair, tmp_
     rope["type"] = rope.pop("rope_type")
     config["rope_scaling"] = None if rope["type"] == "default" else rope
     path.write_text(json.dumps(config))
-    again, tokens = lp.load_model(folder), torch_models.tokens()
-    np.testing.assert_array_equal(forward(again, tokens), forward(ours, tokens))
+    again = lp.load_model(folder)
+    assert again.cfg == ours.cfg
+    chex.assert_trees_all_equal(nnx.state(again), nnx.state(ours))

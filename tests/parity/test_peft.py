@@ -25,43 +25,18 @@ from llmprep_jax.peft.peft_format import adapter_table, trained_table
 from llmprep_jax.peft.rank_budget import allocate_ranks, orthogonality
 from llmprep_jax.weights.table import export
 from tests.parity import torch_models
+from tests.parity.peft_cases import ALL, BASES, MORE, SETTINGS, pairs
 
 pytestmark = pytest.mark.parity
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 forward = jax.jit(lambda model, tokens: model(tokens).logits, compiler_options=QUICK)
 TOKENS = torch_models.tokens()
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SETTINGS = {
-    "all-linear": dict(r=4, lora_alpha=8, target_modules="all-linear"),
-    "q_proj": dict(r=8, lora_alpha=8, target_modules=["q_proj"]),
-    "rslora": dict(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], use_rslora=True),
-    "patterns": dict(
-        r=4,
-        lora_alpha=8,
-        target_modules=ALL,
-        rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
-        alpha_pattern={"layers.0.self_attn.v_proj": 1, "down_proj": 3},
-    ),
-    "patterns-by-name": dict(
-        r=4,
-        lora_alpha=8,
-        target_modules=ALL,
-        rank_pattern={"q_proj": 2, "mlp.up_proj": 6},
-        alpha_pattern={"down_proj": 3},
-    ),
-    "regex": dict(r=4, lora_alpha=8, target_modules=r".*\.(0|2)\..*(q|o)_proj"),
-    "some-layers": dict(
-        r=4, lora_alpha=8, target_modules=ALL, layers_to_transform=[1], exclude_modules=["k_proj"]
-    ),
-}
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
-def base(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=BASES)
+def base(request, pair_of):
     """transformers' model and ours with its weights."""
-    theirs = torch_models.make(request.param)
-    folder = torch_models.save(theirs, tmp_path_factory.mktemp("hf"))
-    return theirs, lp.load_model(folder)
+    return pair_of(request.param)
 
 
 def in_peft(theirs, model: nnx.Module, folder, **settings) -> peft.PeftModel:
@@ -102,9 +77,13 @@ def assert_same(found, expected, tolerance: float = 1e-4) -> None:
     assert np.abs(np.asarray(found) - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_folder_that_peft_saves_gives_the_same_logits(base, tmp_path, settings):
-    check_their_folder(*base, tmp_path, settings)
+@pairs(
+    llama=("q_proj", "patterns", "patterns-by-name", "some-layers"),
+    qwen2=("all-linear", "rslora"),
+    gemma3=("all-linear", "patterns", "regex"),
+)
+def test_a_folder_that_peft_saves_gives_the_same_logits(base, tmp_path, name):
+    check_their_folder(*base, tmp_path, SETTINGS[name])
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
@@ -122,13 +101,14 @@ def check_their_folder(theirs, ours, tmp_path, settings):
     assert_same(forward(lp.peft.load(ours, tmp_path), TOKENS), expected)
 
 
-@pytest.mark.parametrize("name", ["all-linear", "rslora", "patterns-by-name"])
+@pairs(llama=("rslora",), qwen2=("all-linear",), gemma3=("patterns-by-name",))
 def test_every_gradient_of_a_and_b_agrees(base, tmp_path, name):
     theirs, ours = base
     check_gradients(adapt(theirs, SETTINGS[name]), ours, tmp_path)
 
 
 def check_gradients(adapted, ours, tmp_path, switch=lambda model: model):
+    """Gives our adapted model and its logits too, which the same program computes."""
     adapted.save_pretrained(tmp_path)
     adapted(torch.tensor(TOKENS)).logits.square().mean().backward()
     expected = {
@@ -145,92 +125,34 @@ def check_gradients(adapted, ours, tmp_path, switch=lambda model: model):
     graph, trained, frozen = nnx.split(model, AdapterParam, ...)
 
     def loss(trained):
-        return jnp.square(switch(nnx.merge(graph, trained, frozen))(TOKENS).logits).mean()
+        logits = switch(nnx.merge(graph, trained, frozen))(TOKENS).logits
+        return jnp.square(logits).mean(), logits
 
-    grads = jax.jit(jax.grad(loss), compiler_options=QUICK)(trained)
+    grads, logits = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(trained)
     found = dict(export(grads, trained_table(model)))
     assert found.keys() == expected.keys()
     for key, gradient in found.items():
         scale = max(np.abs(expected[key]).max(), 1e-5)
         assert np.abs(gradient - expected[key]).max() / scale < 1e-4, key
+    return model, logits
 
 
-WHOLE = dict(modules_to_save=["embed_tokens", "norm", "v_proj"])
-MORE = {
-    "dora": (peft.LoraConfig, dict(r=4, lora_alpha=8, target_modules=ALL, use_dora=True)),
-    "dora-rslora": (
-        peft.LoraConfig,
-        dict(
-            r=4, lora_alpha=3, target_modules=["q_proj", "o_proj"], use_dora=True, use_rslora=True
-        ),
+@pairs(
+    llama=("dora-rslora", "whole", "tables", "loha", "lokr-both", "vera", "oft"),
+    qwen2=(
+        *("dora", "biases", "dora-biases", "loha-patterns", "lokr"),
+        *("adalora", "oft-coft", "hra-gs", "ia3"),
     ),
-    "whole": (
-        peft.LoraConfig,
-        dict(r=4, target_modules=["q_proj"], **WHOLE, ensure_weight_tying=True),
-    ),
-    "tables": (
-        peft.LoraConfig,
-        dict(r=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
-    ),
-    "biases": (peft.LoraConfig, dict(r=4, target_modules=["q_proj", "o_proj"], bias="lora_only")),
-    "dora-biases": (
-        peft.LoraConfig,
-        dict(r=4, target_modules=["k_proj", "up_proj"], use_dora=True, bias="all"),
-    ),
-    "loha": (peft.LoHaConfig, dict(r=4, alpha=8, target_modules=ALL)),
-    "loha-patterns": (
-        peft.LoHaConfig,
-        dict(
-            r=4,
-            alpha=8,
-            target_modules=ALL,
-            rank_pattern={"q_proj": 2},
-            alpha_pattern={"up_proj": 3},
-        ),
-    ),
-    "lokr": (peft.LoKrConfig, dict(r=2, alpha=4, target_modules=ALL)),
-    "lokr-both": (
-        peft.LoKrConfig,
-        dict(r=1, alpha=2, target_modules=ALL, decompose_both=True, decompose_factor=8),
-    ),
-    "vera": (peft.VeraConfig, dict(r=48, target_modules=ALL, projection_prng_key=5)),
-    "vera-drawn": (
-        peft.VeraConfig,
-        dict(r=16, target_modules=["q_proj", "o_proj", "up_proj"], save_projection=False),
-    ),
-    "adalora": (
-        peft.AdaLoraConfig,
-        dict(init_r=4, lora_alpha=6, target_modules=ALL, total_step=10),
-    ),
-    "oft": (peft.OFTConfig, dict(oft_block_size=8, target_modules=ALL)),
-    "oft-exact": (
-        peft.OFTConfig,
-        dict(r=4, oft_block_size=0, target_modules=ALL, use_cayley_neumann=False),
-    ),
-    "oft-coft": (
-        peft.OFTConfig,
-        dict(oft_block_size=7, target_modules=["q_proj"], coft=True, eps=0.3, block_share=True),
-    ),
-    "hra": (peft.HRAConfig, dict(r=4, target_modules=ALL)),
-    "hra-gs": (peft.HRAConfig, dict(r=3, target_modules=["o_proj", "up_proj"], apply_GS=True)),
-    "ia3": (
-        peft.IA3Config,
-        dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    ),
-}
-
-
-@pytest.mark.parametrize(("kind", "settings"), MORE.values(), ids=MORE)
-def test_other_methods_agree_in_logits_gradients_and_folders_both_ways(
-    base, tmp_path, kind, settings
-):
+    gemma3=("dora", "whole", "tables", "vera-drawn", "oft-exact", "hra"),
+)
+def test_other_methods_agree_in_logits_gradients_and_folders_both_ways(base, tmp_path, name):
     theirs, ours = base
+    kind, settings = MORE[name]
     adapted = adapt(theirs, settings, kind)
-    check_gradients(adapted, ours, tmp_path / "theirs")
+    model, logits = check_gradients(adapted, ours, tmp_path / "theirs")
     expected = logits_of(adapted)
     assert np.abs(expected - logits_of(theirs)).max() > 0.02  # the adapter does something
-    model = lp.peft.load(ours, tmp_path / "theirs")
-    assert_same(forward(model, TOKENS), expected)
+    assert_same(logits, expected)
     assert_same(forward(lp.peft.merge(model), TOKENS), expected)
     again = in_peft(theirs, model, tmp_path / "ours")
     assert_same(logits_of(again), expected)
@@ -383,13 +305,14 @@ def test_what_is_dropped_changes_logits_and_gradients_as_in_peft(
     adapted.train()
     expected = logits_of(adapted)
     key = jax.random.key(0)
-    check_gradients(adapted, ours, tmp_path, switch=lambda m: lp.peft.train_mode(m, key))
-    model = lp.peft.load(ours, tmp_path)
-    assert_same(lp.peft.train_mode(model, key)(TOKENS).logits, expected)
+    model, logits = check_gradients(
+        adapted, ours, tmp_path, switch=lambda m: lp.peft.train_mode(m, key)
+    )
+    assert_same(logits, expected)
     assert np.abs(expected - forward(model, TOKENS)).max() > 0.02
 
 
-@pytest.mark.parametrize("name", ["all-linear", "rslora", "patterns"])
+@pairs(llama=("all-linear",), qwen2=("rslora",), gemma3=("patterns",))
 def test_a_folder_that_we_save_gives_the_same_logits_in_peft(base, tmp_path, name):
     theirs, ours = base
     adapt(theirs, SETTINGS[name]).save_pretrained(tmp_path / "theirs")
@@ -401,6 +324,9 @@ def test_a_folder_that_we_save_gives_the_same_logits_in_peft(base, tmp_path, nam
     assert config.base_model_name_or_path == "org/base"
 
 
+@pytest.mark.parametrize(
+    "base", ["llama", pytest.param("qwen2", marks=pytest.mark.grid), "gemma3"], indirect=True
+)
 def test_adapters_on_some_layers_of_a_list_load_in_peft(base, tmp_path):
     theirs, ours = base
     graph, state = nnx.split(ours)
@@ -418,8 +344,22 @@ def test_adapters_on_some_layers_of_a_list_load_in_peft(base, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["gemma3"], indirect=True)
-@pytest.mark.parametrize("kind", ["whole", "ia3", "lora"])
-@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [
+        ("whole", ["lm_head"]),
+        ("ia3", ["embed_tokens"]),
+        ("lora", ["lm_head", "embed_tokens"]),
+        *[
+            pytest.param(*row, marks=pytest.mark.grid)
+            for row in (
+                *[("whole", ["embed_tokens"]), ("whole", ["lm_head", "embed_tokens"])],
+                *[("ia3", ["lm_head"]), ("ia3", ["lm_head", "embed_tokens"])],
+                *[("lora", ["embed_tokens"]), ("lora", ["lm_head"])],
+            )
+        ],
+    ],
+)
 def test_tables_that_peft_unties_load_onto_an_untied_model(base, tmp_path, kind, modules):
     theirs, ours = base
     settings = dict(target_modules=["k_proj"], modules_to_save=modules)
@@ -445,6 +385,9 @@ def test_a_tied_table_trained_beside_ia3_loads_in_peft(base, tmp_path):
     assert_same(logits_of(again), forward(model, TOKENS))
 
 
+@pytest.mark.parametrize(
+    "base", [pytest.param("llama", marks=pytest.mark.grid), "qwen2", "gemma3"], indirect=True
+)
 def test_a_merged_folder_gives_the_same_logits_in_transformers(base, tmp_path):
     theirs, ours = base
     adapted = adapt(theirs, SETTINGS["all-linear"])

@@ -18,7 +18,6 @@ from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft.fused_format import join_tensors
 from llmprep_jax.peft.peft_format import trained_table
 from llmprep_jax.weights.table import export
-from tests.parity import torch_models
 from tests.parity.test_peft import (
     QUICK,
     TOKENS,
@@ -127,10 +126,9 @@ DEEPSEEK = {
 
 
 @pytest.fixture(scope="module", params=["deepseek-v3", "deepseek-v2"])
-def deepseek(request, tmp_path_factory):
+def deepseek(request, pair_of):
     """transformers' model and ours with its weights."""
-    theirs = torch_models.make(request.param)
-    return theirs, lp.load_model(torch_models.save(theirs, tmp_path_factory.mktemp("hf")))
+    return pair_of(request.param)
 
 
 def gradients_of(model: nnx.Module) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import llmprep_jax as lp
 from llmprep_jax.nn.attention import Tokens
 from llmprep_jax.nn.rope import rope_angles, rope_frequencies
 from llmprep_jax.weights.table import entries
@@ -48,10 +47,9 @@ class Trace:
 
 
 @pytest.fixture(scope="module", params=torch_models.CASES)
-def case(request, tmp_path_factory):
-    theirs = torch_models.make(request.param)
-    folder = torch_models.save(theirs, tmp_path_factory.mktemp("hf"))
-    return Trace(theirs, torch_models.tokens()), lp.load_model(folder)
+def case(request, pair_of):
+    theirs, ours = pair_of(request.param)
+    return Trace(theirs, torch_models.tokens()), ours
 
 
 def layer_of(model, number):

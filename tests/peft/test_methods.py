@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 
 import jax
@@ -21,6 +22,7 @@ from llmprep_jax.peft import HRA, IA3, OFT, AdaLoRA, DoRA, LoHa, LoKr, LoRA, VeR
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.peft.lokr import factors
 from llmprep_jax.sharding import make_mesh, use_mesh
+from tests.grids import cases
 from tests.models.tiny import make_tokens
 from tests.random_modules import random_module
 
@@ -48,13 +50,11 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 # where variants would compile for seconds and show no more; `make test` runs two that differ most
 KINDS = ("dora", "vera", "loha", "lokr", "ia3", "adalora", "whole", "tables")
-each_kind = pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(METHODS[name], id=name, marks=() if name in KINDS[:2] else pytest.mark.slow)
-        for name in KINDS
-    ],
-)
+
+
+def on_kinds(*slow: str):
+    """All kinds, of which those named are slow tests and the others but two in `make test-all`."""
+    return pytest.mark.parametrize("name", cases(KINDS, fast=KINDS[:2], slow=slow))
 
 
 def small(remat: str = "none") -> nnx.Module:
@@ -144,9 +144,9 @@ def test_a_folder_holds_the_adapter_and_opens_again(method, tmp_path):
     assert_near(again, model, 1e-7)
 
 
-@each_kind
-def test_layers_in_a_list_say_the_same_and_save_the_same(method, tmp_path):
-    model = scattered(lp.peft.inject(base(), method))
+@on_kinds("lokr", "whole")
+def test_layers_in_a_list_say_the_same_and_save_the_same(name, tmp_path):
+    model = scattered(lp.peft.inject(base(), METHODS[name]))
     graph, state = nnx.split(model)
     listed = nnx.merge(graph, state)
     listed.layers = unstack(model.layers)
@@ -155,10 +155,16 @@ def test_layers_in_a_list_say_the_same_and_save_the_same(method, tmp_path):
     assert_near(logits_of(lp.peft.load(base(), folder)), logits_of(model))
 
 
-@each_kind
-@pytest.mark.parametrize("num_rows", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_adapted_model_generates_what_its_merged_one_does(method, num_rows):
-    model = scattered(lp.peft.inject(base(), method))
+@pytest.mark.parametrize(
+    ("name", "num_rows"),
+    cases(
+        itertools.product(KINDS, (1, 2)),
+        fast=[("dora", 1), ("vera", 1)],
+        slow=[("loha", 1), ("lokr", 2), ("ia3", 1), ("adalora", 2), ("whole", 2), ("tables", 1)],
+    ),
+)
+def test_an_adapted_model_generates_what_its_merged_one_does(name, num_rows):
+    model = scattered(lp.peft.inject(base(), METHODS[name]))
     tokens, settings = make_tokens(num_rows), dict(max_new_tokens=4, return_logprobs=True)
     found = lp.generate_tokens(model, tokens, **settings)
     expected = lp.generate_tokens(lp.peft.merge(model), tokens, **settings)
@@ -166,20 +172,21 @@ def test_an_adapted_model_generates_what_its_merged_one_does(method, num_rows):
     np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
 
 
-@each_kind
-def test_gradients_are_the_same_rematerialised(method):
+@on_kinds("ia3", "tables")
+def test_gradients_are_the_same_rematerialised(name):
     plain, again = [
-        random_module(lambda remat=remat: lp.peft.inject(small(remat), method))
+        random_module(lambda remat=remat: lp.peft.inject(small(remat), METHODS[name]))
         for remat in ("none", "full")
     ]
     assert_near(run(again)[1], run(plain)[1])
 
 
-@each_kind
-def test_a_mesh_changes_nothing(method):
-    logits, grads, merged = run(random_module(lambda: lp.peft.inject(small(), method)))
+@on_kinds(*KINDS[2:])
+def test_a_mesh_changes_nothing(name):
+    make = lambda: lp.peft.inject(small(), METHODS[name])  # noqa: E731
+    logits, grads, merged = run(random_module(make))
     with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
-        model = random_module(lambda: lp.peft.inject(small(), method))
+        model = random_module(make)
         found, found_grads, found_merged = run(model)
     assert_near(found, logits)
     assert_near(found_grads, grads, 2e-5)
@@ -307,14 +314,12 @@ def test_a_folder_of_vera_without_fitting_projections_is_refused(tmp_path, chang
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow  # compiles for eight devices
+# each compiles for eight devices
 @pytest.mark.parametrize(
-    "method",
-    [VeRA(rank=4), AdaLoRA(rank=4, total_steps=4), METHODS["dora"], METHODS["ia3-outputs"]],
-    ids=["vera", "adalora", "dora", "ia3-outputs"],
+    "name", cases(["vera", "adalora", "dora", "ia3-outputs"], slow=["vera", "dora"])
 )
-def test_a_folder_opens_on_a_mesh(method, tmp_path):
-    model = scattered(lp.peft.inject(base(), method))
+def test_a_folder_opens_on_a_mesh(name, tmp_path):
+    model = scattered(lp.peft.inject(base(), METHODS[name]))
     folder = lp.peft.save(model, tmp_path / "adapter")
     with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
         found = logits_of(lp.peft.load(random_module(small), folder))

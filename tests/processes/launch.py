@@ -9,12 +9,14 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 from tests.text.samples import make_inputs
 
 DEVICES = 2  # of each process
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")  # kept from one launch to the next
 CONFIG = """
 import pathlib
 from llmprep_jax.data import DataConfig, SourceOptions
@@ -104,6 +106,8 @@ def free_port(wanted: int = 0) -> int:
 def environment(devices: int = DEVICES, **more: str) -> dict[str, str]:
     flags = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     flags |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # each program runs for a millisecond
+    flags |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name}
+    flags |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02"}
     return os.environ | flags | {"PYTHONUNBUFFERED": "1"} | more
 
 

@@ -12,8 +12,7 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
+import chex
 import pytest
 
 import llmprep_jax as lp
@@ -80,8 +79,8 @@ def test_what_two_processes_save_is_what_one_saves(folder):
     run, one, two = [
         params_of(lp.load_model(folder / name)) for name in ("fsdp-2", "saved-1", "saved-2")
     ]
-    jax.tree.map(np.testing.assert_array_equal, two, run)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), two, one)
+    chex.assert_trees_all_equal(two, run)
+    chex.assert_trees_all_close(two, one, atol=1e-6, rtol=0)
     receipt = json.loads((folder / "saved-2" / "llmprep_receipt.json").read_text())
     assert receipt["measured_difference"] <= 1e-5
     names = {path.name for path in (folder / "lora-2" / "adapter").iterdir()}
@@ -163,12 +162,10 @@ def test_processes_that_were_told_different_things_do_not_start(folder):
     assert "the config of process 1 is not that of process 0 (seed: 1 here, 0 there)" in said
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_the_others_end_when_one_is_killed_and_the_run_goes_on_by_ssh(folder, killed, tmp_path):
-    out = tmp_path / "run"
-    arguments = [str(folder / "config.py"), f"out={out}", "mesh=fsdp"]
+def kill_one(arguments: list[str], out: pathlib.Path, killed: int, logs: pathlib.Path) -> int:
+    """Kills one of two processes, after which the other must end; the last step that is saved."""
     with job(
-        tmp_path / "log",
+        logs,
         2,
         "experiments.train",
         *arguments,
@@ -186,6 +183,24 @@ def test_the_others_end_when_one_is_killed_and_the_run_goes_on_by_ssh(folder, ki
     assert other.err.count("Traceback") == 0
     done = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
     assert done >= 3
+    return done
+
+
+def train_arguments(folder: pathlib.Path, out: pathlib.Path) -> list[str]:
+    return [str(folder / "config.py"), f"out={out}", "mesh=fsdp"]
+
+
+def test_the_others_end_when_the_one_that_leads_is_killed(folder, tmp_path):
+    out = tmp_path / "run"
+    kill_one(train_arguments(folder, out), out, 0, tmp_path / "log")
+
+
+# two processes killed, and two that go on
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.grid), 1])
+def test_the_others_end_when_one_is_killed_and_the_run_goes_on_by_ssh(folder, killed, tmp_path):
+    out = tmp_path / "run"
+    arguments = train_arguments(folder, out)
+    done = kill_one(arguments, out, killed, tmp_path / "log")
     before = losses(out)
     # the launcher over ssh, with a program in its place that runs the command here
     local = tmp_path / "ssh"
@@ -208,13 +223,15 @@ def test_the_others_end_when_one_is_killed_and_the_run_goes_on_by_ssh(folder, ki
     assert all(before[step] == after[step] for step in before.keys() & after.keys())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.grid)], ids=str
+)
 def test_a_signal_to_one_process_saves_and_ends_all_of_a_cluster(folder, number, tmp_path):
     """The processes find each other by SLURM's variables alone."""
     out = tmp_path / "run"
-    arguments = [str(folder / "config.py"), f"out={out}", "mesh=fsdp", "steps=5000"]
-    more = ["checkpoint.every=100000"]
-    with job(tmp_path / "log", 2, "experiments.train", *arguments, *more, cluster=slurm) as running:
+    more = ["steps=5000", "checkpoint.every=100000"]
+    arguments = [*train_arguments(folder, out), *more]
+    with job(tmp_path / "log", 2, "experiments.train", *arguments, cluster=slurm) as running:
         wait_for_step(out, 3, running)
         running.processes[1].send_signal(number)
         ended = running.wait(SECONDS)

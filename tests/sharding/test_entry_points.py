@@ -1,6 +1,7 @@
 """What a user calls works for a model that was loaded on a mesh, outside of any mesh."""
 
 import functools
+import itertools
 import json
 
 import jax
@@ -14,6 +15,7 @@ from llmprep_jax.models import registry
 from llmprep_jax.sharding import has_mesh, make_mesh, use_mesh
 from llmprep_jax.weights import table
 from llmprep_jax.weights.safetensors import write_folder
+from tests.grids import cases
 from tests.models.tiny import CONFIGS, forward, make_tokens, random_model
 
 MIXED = {"fsdp": 4, "tensor": 2}
@@ -48,15 +50,20 @@ def test_a_model_on_a_mesh_is_called_as_one_on_a_single_device(load):
     assert not has_mesh()
 
 
-GRID = [(name, axes) for name in CONFIGS for axes in MESHES]
-FAST = [(LLAMA, MIXED)]
-
-
-@pytest.mark.parametrize(
-    ("name", "axes"),
-    [pytest.param(*x, marks=() if x in FAST else pytest.mark.slow) for x in GRID],
-    ids=str,
+PAIRS = cases(
+    itertools.product(CONFIGS, MESHES),
+    fast=[(LLAMA, MIXED)],
+    slow=[
+        ("qwen2-window", {"tensor": 8}),
+        ("gemma3", {"data": 8}),
+        ("gemma3", {"fsdp": 8}),
+        ("deepseek-v3", {"expert": 8}),
+        ("deepseek-v3", {"data": 2, "expert": 4}),
+    ],
 )
+
+
+@pytest.mark.parametrize(("name", "axes"), PAIRS, ids=str)
 def test_every_family_computes_the_same_on_every_mesh_with_and_without_a_cache(load, name, axes):
     model, tokens = load(name, axes), make_tokens()
     expected = forward(model_alone(name), tokens)

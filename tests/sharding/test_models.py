@@ -7,6 +7,7 @@ the MLP and the vocabulary beside them are split.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.balance import Balance
 from llmprep_jax.sharding import make_mesh, spec, use_mesh
 from llmprep_jax.train.losses import training_loss
+from tests.grids import cases
 from tests.models import tiny
 from tests.models.tiny import forward, random_model
 
@@ -43,18 +45,23 @@ CONFIGS = {
         tiny.CONFIGS["deepseek-v3"], num_layers=2, balance=Balance(expert=0.1)
     ),
 }
-# each compiles for seconds: `make test` runs the pairs that differ most, CI all of them
-FAST = (
-    ("llama-tied", "fsdp8"),
-    ("llama-9-3-heads", "fsdp4-tensor2"),
-    ("gemma3-1-kv-head", "fsdp4-tensor2"),
-    ("deepseek-v3", "fsdp2-expert2-tensor2"),
+# each compiles for seconds: every family and every mesh, and heads that a mesh does not divide
+PAIRS = cases(
+    itertools.product(CONFIGS, MESHES),
+    fast=[
+        ("llama-tied", "fsdp8"),
+        ("llama-9-3-heads", "fsdp4-tensor2"),
+        ("gemma3-1-kv-head", "fsdp4-tensor2"),
+        ("deepseek-v3", "fsdp2-expert2-tensor2"),
+    ],
+    slow=[
+        ("llama-tied", "data2-fsdp2-tensor2"),
+        ("llama-9-3-heads", "fsdp2-tensor4"),
+        ("gemma3-1-kv-head", "fsdp2-expert2-tensor2"),
+        ("deepseek-v3", "fsdp8"),
+        ("deepseek-v3", "fsdp2-tensor4"),
+    ],
 )
-PAIRS = [
-    pytest.param(name, mesh, marks=() if (name, mesh) in FAST else pytest.mark.slow)
-    for name in CONFIGS
-    for mesh in MESHES
-]
 on_pairs = pytest.mark.parametrize(("name", "mesh_name"), PAIRS)
 
 

@@ -1,6 +1,7 @@
 """Rules and meshes in force: what jit sees of them, other rules than the default, a tree's mesh."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from llmprep_jax.sharding import (
     without_axes,
 )
 from llmprep_jax.train.losses import training_loss
+from tests.grids import cases
 from tests.models.tiny import forward, random_model
 from tests.sharding.test_models import CONFIGS, assert_close, make_batch
 
@@ -82,15 +84,19 @@ RULES = {
     "activations over fsdp": dict(act_embed="fsdp", batch="data"),
     "whole weights": dict(embed=None, latent=None, mlp=None, vocab=None, heads=None, kv_heads=None),
 }
-FAST = (("llama-9-3-heads", "seq and head over tensor"),)
-CASES = [
-    pytest.param(name, rules, marks=() if (name, rules) in FAST else pytest.mark.slow)
-    for name in CONFIGS
-    for rules in RULES
-]
+PAIRS = cases(
+    itertools.product(CONFIGS, RULES),
+    fast=[("llama-9-3-heads", "seq and head over tensor")],
+    slow=[
+        ("llama-tied", "whole weights"),
+        ("gemma3-1-kv-head", "seq over tensor"),
+        ("deepseek-v3", "seq and head over tensor"),
+        ("deepseek-v3", "activations over fsdp"),
+    ],
+)
 
 
-@pytest.mark.parametrize(("name", "rules"), CASES)
+@pytest.mark.parametrize(("name", "rules"), PAIRS)
 def test_other_rules_give_the_numbers_of_one_device(name, rules):
     batch, chunk = make_batch(), 4
     loss, grads = loss_and_grads(model_alone(name), batch, chunk)
@@ -103,8 +109,8 @@ def test_other_rules_give_the_numbers_of_one_device(name, rules):
         assert_close(ours[...], expected[...], path)
 
 
-@pytest.mark.slow  # compiles a decode for each family
-@pytest.mark.parametrize("name", CONFIGS)
+# each compiles a decode
+@pytest.mark.parametrize("name", cases(CONFIGS, slow=["gemma3-1-kv-head", "deepseek-v3"]))
 def test_caches_hold_the_same_under_other_rules(name):
     tokens = make_batch()["tokens"]
 

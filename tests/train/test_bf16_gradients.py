@@ -28,6 +28,7 @@ from llmprep_jax.nn.norm import LayerNorm
 from llmprep_jax.nn.param import AdapterParam, Compute, Param, add_bias, scale_by
 from llmprep_jax.sharding import make_mesh, spec, use_mesh
 from llmprep_jax.train.losses import next_token_loss, training_loss
+from tests.grids import cases
 from tests.peft.test_methods import METHODS
 from tests.programs import equations
 from tests.random_modules import random_module
@@ -59,11 +60,6 @@ CONFIGS = {
     ),
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def cases(names) -> list:
-    """Each compiles two programs: `make test` runs one pair of them, the slow tests all."""
-    return [pytest.param(n, marks=() if n == "qwen2" else pytest.mark.slow) for n in names]
 
 
 @functools.cache
@@ -101,7 +97,18 @@ def what(name: str) -> tuple[type, Any]:
     return (Param, training_loss) if name in CONFIGS else (AdapterParam, next_token_loss)
 
 
-@pytest.mark.parametrize("name", cases([*CONFIGS, *METHODS]))
+# each compiles two programs; of variants of a method, the one with more that meets all tokens
+@pytest.mark.parametrize(
+    "name",
+    cases(
+        [*CONFIGS, *METHODS],
+        fast=["qwen2"],
+        slow=[
+            *("gemma3", "deepseek-v3", "dora", "loha", "lokr-both", "ia3-outputs", "vera"),
+            *("adalora", "oft-exact", "hra", "tables", "dora-biases"),
+        ],
+    ),
+)
 def test_every_gradient_in_bf16_is_float32s_within_two_percent(name):
     run = jax.jit(gradients, static_argnums=(1, 2), compiler_options=QUICK)
     exact, found = [
