@@ -43,9 +43,17 @@ def check_types(function: Callable) -> Callable:
 
 
 class _Decorate(ast.NodeTransformer):
-    """Puts a check on each function that needs one; `_level` counts the functions around it."""
+    """Puts a check on each function that needs one; `_level` counts the functions around it and
+    `_absent` are the names that are imported for type checkers alone."""
 
-    _level = 0
+    def __init__(self):
+        self._level, self._absent = 0, set()
+
+    def visit_If(self, node: ast.If) -> ast.If:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            imports = [x for x in node.body if isinstance(x, ast.ImportFrom)]
+            self._absent |= {alias.name for x in imports for alias in x.names}
+        return self.generic_visit(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         self.generic_visit(node)
@@ -60,9 +68,14 @@ class _Decorate(ast.NodeTransformer):
         # innermost, below @property, @jax.jit and the like
         if _states_shape(node.args) or (node.returns and _states_shape(node.returns)):
             node.decorator_list.append(_name("_check_shapes"))
-        elif self._level == 0:
+        elif self._level == 0 and not self._names_absent(node.args):
             node.decorator_list.append(_name("check_types"))
         return node
+
+    def _names_absent(self, annotations: ast.arguments) -> bool:
+        """Whether a type is only there for type checkers, which beartype would not find."""
+        constants = [x.value for x in ast.walk(annotations) if isinstance(x, ast.Constant)]
+        return not self._absent.isdisjoint(constants)
 
 
 def _name(check: str) -> ast.expr:
