@@ -96,7 +96,7 @@ def evaluate(model: nnx.Module, batch: Batch) -> jax.Array:
 def in_float32(model: nnx.Module) -> nnx.Module:
     """The same weights computed with in float32: in bf16, near ties go either way."""
     cfg = dataclasses.replace(model.cfg, compute=Compute())
-    abstract = jax.eval_shape(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))
+    abstract = registry.abstract(cfg)
     return nnx.merge(nnx.split(abstract)[0], nnx.split(model)[1])
 
 

@@ -89,7 +89,7 @@ def load_model(
     compute = _settle(dtype, compute, Compute(dtype=stored, param_dtype=stored))
     cfg = dataclasses.replace(cfg, compute=compute)
     with use_mesh(mesh):
-        abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
+        abstract = registry.abstract(cfg)
         pack = {} if to_dense else packers(abstract, checkpoint, kind)
         model = table.load(
             abstract,
@@ -155,7 +155,7 @@ def _load_run(
         else:
             family = registry.family_of_type(meta["config"].get("model_type"))
             cfg = dataclasses.replace(family.from_hf(meta["config"]), compute=compute)
-            abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
+            abstract = registry.abstract(cfg)
             graph, params, frozen = nnx.split(abstract, TRAINED, ...)
         item = "ema" if ema else "params"
         params = read_params(path, nnx.to_pure_dict(params), step, item=item)

@@ -14,7 +14,12 @@ def random_module(make: Callable[[], nnx.Module], seed: int = 1) -> nnx.Module:
 
     The numbers are the same on every mesh.
     """
-    graph, state = nnx.split(jax.eval_shape(make))
+    return fill(jax.eval_shape(make), seed)
+
+
+def fill(abstract: nnx.Module, seed: int = 1) -> nnx.Module:
+    """As `random_module`, of the module's shapes."""
+    graph, state = nnx.split(abstract)
     rng, filled = np.random.default_rng(seed), []
     for path, variable in nnx.to_flat_state(state):
         shape = variable.get_value()

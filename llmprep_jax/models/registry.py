@@ -8,9 +8,11 @@ it.
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 from llmprep_jax.models.deepseek import config as deepseek_config
@@ -157,5 +159,15 @@ def preset(name: str) -> Any:
 
 
 def build(cfg: Any, *, rngs: nnx.Rngs) -> nnx.Module:
-    """A model with random weights; under `jax.eval_shape`, an abstract one."""
+    """A model with random weights."""
     return family_of(cfg).model(cfg, rngs=rngs)
+
+
+def abstract(cfg: Any) -> nnx.Module:
+    """A model of shapes, with their shardings under a mesh; traced once for a config and mesh."""
+    return _build.eval_shape(cfg)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _build(cfg: Any) -> nnx.Module:
+    return build(cfg, rngs=nnx.Rngs(0))

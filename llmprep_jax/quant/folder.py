@@ -38,7 +38,6 @@ from llmprep_jax.weights.table import Entry, Pack
 # a mesh, and how stacked dimensions and, by its shape, an array of one matrix lie over it
 Place = tuple[jax.sharding.Mesh, jax.P, Callable[[tuple[int, ...]], Iterable[Any]]]
 _quantize = jax.jit(quantize, static_argnums=1)
-_dequantize = jax.jit(dequantize)
 
 
 def unpacking(checkpoint: Checkpoint) -> Checkpoint:
@@ -110,7 +109,7 @@ class PackedCheckpoint(Checkpoint):
         """The tensor, a packed one in float32."""
         if name not in self.layers:
             return self._stored.read(name)
-        return np.asarray(_dequantize(self.read_packed(name)))
+        return np.asarray(dequantize(self.read_packed(name)))
 
     def read_packed(self, name: str) -> Packed:
         """A packed weight as it is stored.

@@ -61,6 +61,7 @@ class QuantEinsum(Einsum):
         codes = self.codes.shape  # not `packed`: an abstract weight has a shape too
         return (*codes[: len(codes) - self.format.CODES_NDIM], *self.layer_shape)
 
+    @jax.jit
     def weight(self) -> Float[Array, "..."]:
         """The weight, dequantised, in float32; on a mesh laid out as a dense one is."""
         packed, to_weight = self.packed, functools.partial(from_matrix, self.eqn, self.layer_shape)
@@ -117,6 +118,7 @@ class QuantExperts(QuantEinsum, ExpertWeights):
         depth = self.codes.ndim - self.format.CODES_NDIM - 1
         return (*self.codes.shape[:depth], *self.layer_shape)
 
+    @jax.jit
     def weight(self) -> Float[Array, "..."]:
         """The experts' weights, dequantised, in the dtype of operands."""
         eqn, dims = matrix_eqn(self), self.layer_shape[1:]

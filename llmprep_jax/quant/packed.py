@@ -8,6 +8,7 @@ stacked or not, since a static field cannot know how often it was mapped over.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -83,6 +84,7 @@ class Packed:
         return sum(x.size * x.dtype.itemsize for x in self.arrays().values())
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(packed: Packed, dtype: str | jnp.dtype = "float32") -> Float[Array, "..."]:
     """The matrix [O, I], or the stack of matrices, that a packed weight stands for."""
 
