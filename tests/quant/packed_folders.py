@@ -2,8 +2,7 @@
 
 `make(method)` gives config.json's fields, the tensors, and the matrices that they stand for, had by
 direct dequantisation here. The numbers are random codes and scales, so nothing of our quantisers is
-in them, but for bitsandbytes' bytes, which tests/parity/test_quant.py holds against bitsandbytes
-itself.
+in them; which tensors bitsandbytes writes, tests/parity/test_quant.py holds against it.
 """
 
 import dataclasses
@@ -11,12 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from llmprep_jax.quant import dequantize, nf4
+from llmprep_jax.quant import nf4
 from llmprep_jax.quant.bitsandbytes_format import to_tensors
 from llmprep_jax.weights.safetensors import write_file
 
@@ -56,8 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "GEMM"},
     "fp8": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [GROUP, GROUP]},
 }
-_pack4 = jax.jit(nf4.quantize, static_argnums=(1, 2, 3))
-_unpack = jax.jit(dequantize)
+BLOCK4 = 64  # numbers of a scale of bitsandbytes' 4 bits
 
 
 @dataclasses.dataclass
@@ -103,9 +99,17 @@ def make(method: str) -> Folder:
 
 def _bitsandbytes4(method, shape, rng):
     kind, *double = method.split()
-    w = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    packed = _pack4(w, kind, 64, bool(double))
-    return to_tensors(packed, "weight", "float32"), np.asarray(_unpack(packed))
+    size, nested, offset = shape[0] * shape[1], None, None
+    codes = rng.integers(0, 256, size // 2, np.uint8)
+    absmax = magnitudes = rng.uniform(0.5, 2, size // BLOCK4).astype(np.float32)
+    if double:
+        absmax, nested = rng.integers(0, 256, absmax.size, np.uint8), np.array([0.5], np.float32)
+        offset = np.array(1.5, np.float32)
+        magnitudes = nf4.NESTED_MAP[absmax] * nested + offset
+    packed = nf4.Block4(codes, absmax, nested, offset, shape, kind, BLOCK4)
+    values = nf4.CODES[kind][np.stack([codes >> 4, codes & 15], axis=1)].reshape(-1, BLOCK4)
+    values = (values * magnitudes[:, None]).reshape(shape)
+    return to_tensors(packed, "weight", "float32"), values
 
 
 def _int8(method, shape, rng):

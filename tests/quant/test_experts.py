@@ -5,6 +5,7 @@ import functools
 import json
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -89,13 +90,17 @@ def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("released"))
 
 
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return lp.load_model(folder)
+
+
 def stacked(pattern, layers=(1, 2), experts=range(8)):
     _, _, values = released()
     return np.stack([[values[pattern.format(l=l, e=e)] for e in experts] for l in layers])
 
 
-def test_a_released_folder_is_held_as_it_is_packed(folder):
-    loaded = lp.load_model(folder)
+def test_a_released_folder_is_held_as_it_is_packed(loaded):
     layers = packed_layers(loaded)
     assert sorted(layers) == sorted(LAYERS)  # and not eh_proj, routers, tables
     assert {layer.packed.kind for layer in layers.values()} == {"fp8"}
@@ -110,8 +115,8 @@ def test_a_released_folder_is_held_as_it_is_packed(folder):
     assert loaded.moe_layers.mlp.router.bias.dtype == jnp.float32
 
 
-def test_a_float_dtype_makes_all_dense_and_saving_writes_what_was_read(folder, tmp_path):
-    loaded, dense = lp.load_model(folder), lp.load_model(folder, dtype="float32")
+def test_a_float_dtype_makes_all_dense_and_saving_writes_what_was_read(folder, loaded, tmp_path):
+    dense = lp.load_model(folder, dtype="float32")
     assert not packed_layers(dense)
     assert type(dense.moe_layers.mlp.experts.up) is ExpertWeights
     expected = stacked("model.layers.{l}.mlp.experts.{e}.up_proj.weight").swapaxes(2, 3)
@@ -173,8 +178,8 @@ def test_a_device_reads_no_experts_but_its_own(folder, kind, monkeypatch):
 
 
 @pytest.mark.slow  # compiles for eight devices
-def test_packed_experts_over_devices_change_nothing(folder):
-    expected, mesh = forward(lp.load_model(folder), make_tokens(8)), make_mesh(MESH)
+def test_packed_experts_over_devices_change_nothing(folder, loaded):
+    expected, mesh = forward(loaded, make_tokens(8)), make_mesh(MESH)
     loaded = lp.load_model(folder, mesh=mesh)
     with use_mesh(mesh):
         found = forward(loaded, jax.device_put(make_tokens(8), jax.P(("fsdp", "expert"))))
@@ -210,16 +215,19 @@ def test_packing_a_dense_folder_packs_what_packing_the_model_does(tmp_path):
     config = registry.family_of(model()).to_hf(model().cfg)
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_folder(tmp_path, table.export(model(), model().weights))
-    loaded, expected = lp.load_model(tmp_path, "int8"), quantize_model(model(), "int8")
-    assert sorted(packed_layers(loaded)) == sorted(packed_layers(expected)) == sorted(LAYERS)
-    for name in ("moe_layers.mlp.experts.down", "mtp.0.block.mlp.experts.gate"):
-        ours, theirs = [packed_layers(m)[name].packed.arrays() for m in (loaded, expected)]
-        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    whole = jax.eval_shape(lambda model: quantize_model(model, "int8"), model())
+    loaded, some = lp.load_model(tmp_path, "int8"), r"moe_layers.*experts\.down|mtp.*experts\.gate"
+    assert sorted(packed_layers(loaded)) == sorted(packed_layers(whole)) == sorted(LAYERS)
+    layers = packed_layers(quantize_model(model(), "int8", some))
+    assert sorted(layers) == ["moe_layers.mlp.experts.down", "mtp.0.block.mlp.experts.gate"]
+    for name, layer in layers.items():
+        found = packed_layers(loaded)[name].packed.arrays()
+        chex.assert_trees_all_equal(found, layer.packed.arrays())
 
 
 @pytest.mark.slow  # compiles for twenty seconds
-def test_a_packed_model_generates_and_decodes_with_an_absorbed_packed_matrix(folder):
-    loaded, tokens = lp.load_model(folder), make_tokens()
+def test_a_packed_model_generates_and_decodes_with_an_absorbed_packed_matrix(loaded):
+    tokens = make_tokens()
     found = lp.generate_tokens(loaded, tokens, max_new_tokens=3)
     whole = np.concatenate([tokens, found], axis=1)
     logits = forward(lp.quant.dequantize_model(loaded), whole)
@@ -227,13 +235,17 @@ def test_a_packed_model_generates_and_decodes_with_an_absorbed_packed_matrix(fol
 
 
 @pytest.mark.parametrize(
-    ("kind", "part"),
-    [("int8", r"(kv_b|experts\..*)"), pytest.param("nf4", ".*", marks=pytest.mark.slow)],
+    ("kind", "packed", "stacks"),
+    [
+        ("int8", r"moe_layers\..*(kv_b|experts\..*)", "moe_layers"),
+        pytest.param("nf4", r".*_layers\..*", ".*_layers", marks=pytest.mark.slow),
+    ],
     ids=["some", "all"],  # all layers compile for half a minute
 )
-def test_qlora_trains_adapters_alone_those_of_experts_too(kind, part):
-    base = quantize_model(model(), kind, rf".*_layers\..*{part}")
-    adapted = lp.peft.inject(base, lp.peft.LoRA(2, 4, targets=r".*_layers\..*(kv_b|experts\..*)"))
+def test_qlora_trains_adapters_alone_those_of_experts_too(kind, packed, stacks):
+    base = quantize_model(model(), kind, packed)
+    targets = rf"{stacks}\..*(kv_b|experts\..*)"
+    adapted = lp.peft.inject(base, lp.peft.LoRA(2, 4, targets=targets))
     graph, trained, frozen = nnx.split(adapted, AdapterParam, ...)
 
     @jax.jit

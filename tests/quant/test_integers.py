@@ -1,7 +1,6 @@
 """8- and 4-bit integers: their errors, and the tensors of GPTQ and AWQ."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,64 +9,86 @@ from hypothesis import strategies as st
 from llmprep_jax.quant import dequantize, int4, int8, quantize
 from llmprep_jax.quant.int4_formats import from_awq, from_gptq
 
-shapes = st.sampled_from([(1, 1), (3, 33), (4, 40)])  # few, since each is compiled
+SHAPES = ((1, 1), (3, 33), (4, 40))  # few, since each is compiled
 seeds = st.integers(0, 2**32 - 1)
 pack8, pack4 = jax.jit(int8.quantize), jax.jit(int4.quantize, static_argnums=(1, 2, 3))
-unpack = jax.jit(dequantize)
 AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@given(shape=shapes, seed=seeds)
+@jax.jit
+def by_tile(packed, x):
+    """x w^T of the one tile of all rows."""
+    return packed.arrange(x) @ packed.tile(0, packed.shape[0]).T
+
+
+@given(shape=st.sampled_from(SHAPES), seed=seeds)
 def test_int8_is_off_by_half_a_step_at_most(shape, seed):
     w = normal(*shape, seed=seed)
     packed = pack8(w)
-    error = np.abs(unpack(packed) - w)
+    values = np.asarray(dequantize(packed))
+    error = np.abs(values - w)
     assert (error <= 0.5001 * np.asarray(packed.scale)[:, None]).all()
     np.testing.assert_allclose(packed.scale, np.abs(w).max(axis=1) / 127, rtol=1e-6)
-    np.testing.assert_array_equal(pack8(unpack(packed)).codes, packed.codes)
+    np.testing.assert_array_equal(pack8(values).codes, packed.codes)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @given(
-    shape=shapes,
+    # groups that are odd, that leave a rest, and that are longer than a row
+    sizes=st.sampled_from([((3, 33), 8), ((4, 40), 3), ((4, 40), 128)]),
+    seed=seeds,
+)
+def test_int4_is_off_by_half_a_step_at_most(sizes, symmetric, seed):
+    check_int4(*sizes, symmetric, seed)
+
+
+@pytest.mark.grid
+@given(
+    shape=st.sampled_from(SHAPES),
     group=st.sampled_from([3, 8, 128]),
     symmetric=st.booleans(),
     seed=seeds,
 )
-def test_int4_is_off_by_half_a_step_at_most(shape, group, symmetric, seed):
+def test_int4_of_any_size_is_off_by_half_a_step_at_most(shape, group, symmetric, seed):
+    check_int4(shape, group, symmetric, seed)
+
+
+def check_int4(shape, group, symmetric, seed):
     w = normal(*shape, seed=seed)
     packed = pack4(w, group, symmetric, "float32")
     step = np.asarray(packed.scale).repeat(packed.group, axis=1)[:, : shape[1]]
     # the zero is rounded too
     limit = 0.5001 if symmetric else 1.0001
-    assert (np.abs(unpack(packed) - w) <= limit * step + 1e-6).all()
+    assert (np.abs(np.asarray(dequantize(packed)) - w) <= limit * step + 1e-6).all()
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(40, 8), (33, 8), (36, 3), (36, 8)])
 def test_tiles_have_the_inputs_in_the_order_of_arrange(inputs, group):
     packed, x = pack4(normal(4, inputs), group), normal(2, inputs)
-    y = packed.arrange(x) @ packed.tile(0, 4).T
-    np.testing.assert_allclose(y, x @ unpack(packed).T, atol=1e-5)
+    values = np.asarray(dequantize(packed))
+    np.testing.assert_allclose(by_tile(packed, x), x @ values.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_zero_weights_stay_zero_in_integers(symmetric):
-    w = normal(4, 256).at[1].set(0).at[2, 3].set(0)
-    for packed in (int4.quantize(w, symmetric=symmetric), int8.quantize(w)):
+    w = normal(4, 256)
+    w[1] = w[2, 3] = 0
+    for packed in (pack4(w, 128, symmetric), pack8(w)):
         values = np.asarray(dequantize(packed))
         assert not values[1].any()
         assert values[2, 3] == 0
 
 
 def test_bits_a_parameter_of_integers():
-    w = normal(512, 1024)
+    w = np.zeros((512, 1024), np.float32)
     bits = lambda packed: 8 * packed.num_bytes / w.size  # noqa: E731
-    assert bits(int8.quantize(w)) == 8 + 32 / 1024
-    assert bits(int4.quantize(w, symmetric=True)) == 4 + 16 / 128
-    assert bits(int4.quantize(w)) == 4 + 24 / 128
+    assert bits(pack8(w)) == 8 + 32 / 1024
+    assert bits(pack4(w, 128, True)) == 4 + 16 / 128
+    assert bits(pack4(w)) == 4 + 24 / 128
 
 
 def pack_int32(rows, order=tuple(range(8))):
@@ -108,12 +129,9 @@ def test_tensors_of_gptq_are_read(order, v2):
         qzeros = (qzeros.view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
     packed = from_gptq(qweight, qzeros, scales, group_of.astype(np.int32), v2=v2)
     assert (packed.group_of is None) == (order == "side by side")
-    values = dequantize(packed)
+    values, x = np.asarray(dequantize(packed)), normal(3, 32)
     np.testing.assert_allclose(values, expected(codes, zero, scales, group_of), rtol=1e-6)
-    x = normal(3, 32)
-    np.testing.assert_allclose(
-        packed.arrange(x) @ packed.tile(0, 16).T, x @ values.T, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(by_tile(packed, x), x @ values.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("column", [0, 3, 7, 15])

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +15,24 @@ from llmprep_jax.nn.param import Buffer, Compute, Param
 from llmprep_jax.nn.stack import scan, stack, unstack
 from llmprep_jax.quant import KINDS, QuantEinsum, dequantize_model, product, quantize_model
 from llmprep_jax.sharding import make_mesh, spec, use_mesh
+from tests.random_modules import random_module
 
 EQUATIONS = {
     "BTD,DF->BTF": ((40, 24), ("embed", "mlp"), ("batch", "seq", "mlp")),
     "BTD,DNH->BTNH": ((40, 4, 6), ("embed", "heads", "head"), ("batch", "seq", "heads", "head")),
     "BTNH,NHD->BTD": ((5, 8, 24), ("heads", "head", "embed"), ("batch", "seq", "act_embed")),
 }
-equations = pytest.mark.parametrize("eqn", EQUATIONS)
-kinds = pytest.mark.parametrize("kind", KINDS)
+# how a weight is made a matrix and how that is packed know nothing of each other: each once here
+SOME = [("BTD,DF->BTF", "nf4"), ("BTD,DNH->BTNH", "fp4"), ("BTNH,NHD->BTD", "int8")]
+SOME += [("BTD,DF->BTF", "int4"), ("BTD,DF->BTF", "fp8")]
+ALL = [(eqn, kind) for eqn in EQUATIONS for kind in KINDS]
 run = jax.jit(lambda layer, x: layer(x))
+
+
+def grid(some, cells):
+    """Some cells in the fast suite, and the rest of them in `make test-all`."""
+    rest = [pytest.param(*cell, marks=pytest.mark.grid) for cell in cells if cell not in some]
+    return [*some, *rest]
 
 
 @pytest.fixture(autouse=True)
@@ -31,42 +41,41 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(product, "TILE", 320)
 
 
-def make_layer(eqn="BTD,DF->BTF", seed=0, bias=True, dtype="float32", **kwargs):
+def make_layer(eqn="BTD,DF->BTF", bias=True, dtype="float32"):
     shape, axes, out_axes = EQUATIONS[eqn]
     compute = Compute(dtype=dtype, param_dtype=dtype)
-    rngs = kwargs.get("rngs", nnx.Rngs(seed))
-    layer = Einsum(eqn, shape, axes, out_axes, bias=bias, compute=compute, rngs=rngs)
-    return layer
+    make = functools.partial(Einsum, eqn, shape, axes, out_axes, bias=bias, compute=compute)
+    return random_module(lambda: make(rngs=nnx.Rngs(0)))
 
 
-def make_input(eqn="BTD,DF->BTF", dtype="float32", rows=2):
+def make_input(eqn="BTD,DF->BTF", dtype="float32"):
     ins = (5, 8) if eqn.startswith("BTNH") else (40,)
-    return jnp.asarray(np.random.default_rng(1).normal(size=(rows, 3, *ins)), dtype)
+    return jnp.asarray(np.random.default_rng(1).normal(size=(8, 3, *ins)), dtype)
 
 
 @jax.jit
 def run_and_grad(layer, x):
-    """y, and the gradient of the sum of sin(y); one program of both."""
+    """y, the gradient of the sum of sin(y), and the weight; one program of all."""
     y, pullback = jax.vjp(layer, x)
-    return y, pullback(jnp.cos(y.astype(jnp.float32)).astype(y.dtype))[0]
+    dx = pullback(jnp.cos(y.astype(jnp.float32)).astype(y.dtype))[0]
+    return y, dx, layer.weight()
 
 
-@kinds
-@equations
+@pytest.mark.parametrize(("eqn", "kind"), grid(SOME, ALL))
 def test_a_layer_and_its_gradient_are_those_of_the_dense_weight(eqn, kind):
     x, packed = make_input(eqn), quantize_model(nnx.List([make_layer(eqn)]), kind)
     dense = dequantize_model(packed)
     assert type(packed[0]) is QuantEinsum
     assert type(dense[0]) is Einsum
     assert packed[0].shape == dense[0].shape == EQUATIONS[eqn][0]
-    for found, expected in zip(run_and_grad(packed[0], x), run_and_grad(dense[0], x), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    found, expected = run_and_grad(packed[0], x), run_and_grad(dense[0], x)
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
 
 
 def test_bf16_activations_stay_bf16_and_are_summed_in_float32():
     x, layer = make_input(dtype="bfloat16"), make_layer(dtype="bfloat16")
     packed = quantize_model(nnx.List([layer]), "nf4")
-    y, dx = run_and_grad(packed[0], x)
+    y, dx, _ = run_and_grad(packed[0], x)
     assert y.dtype == dx.dtype == jnp.bfloat16
     dense = dequantize_model(packed)[0]
     assert dense.w.dtype == jnp.bfloat16
@@ -81,14 +90,14 @@ def test_a_stack_is_its_layers_under_vmap_and_scan_with_and_without_remat(kind, 
     eqn, axes = "BTD,DF->BTF", ("embed", "mlp")
     compute = Compute()
     make = functools.partial(Einsum, eqn, (40, 40), axes, ("batch", "seq", "mlp"), compute=compute)
-    layers = stack(make, 3, rngs=nnx.Rngs(0))
+    layers = random_module(lambda: stack(make, 3, rngs=nnx.Rngs(0)))
     packed = quantize_model(nnx.List([layers]), kind)[0]
     assert packed.shape == (3, 40, 40)
     each, x = unstack(packed), make_input()
     over_layers = jax.jit(jax.vmap(lambda layer, x: layer(x), in_axes=(0, None)))(packed, x)
-    for i in range(3):
-        np.testing.assert_allclose(over_layers[i], run(each[i], x), atol=1e-5)
-        np.testing.assert_allclose(packed.weight()[i], each[i].weight(), atol=1e-6)
+    one_by_one = [run_and_grad(layer, x) for layer in each]
+    for i, (y, _, w) in enumerate(one_by_one):
+        chex.assert_trees_all_close((over_layers[i], packed.weight()[i]), (y, w), atol=1e-5)
 
     def total(layers, x, remat):
         step = lambda layer, x: jnp.tanh(layer(x))  # noqa: E731
@@ -102,8 +111,13 @@ def test_a_stack_is_its_layers_under_vmap_and_scan_with_and_without_remat(kind, 
         np.testing.assert_allclose(grad(each, x, "none"), expected, atol=1e-5)
 
 
-@kinds
-@pytest.mark.parametrize("pass_", ["forward", "backward"])
+PASSES = [("nf4", "forward"), ("int8", "forward"), ("int4", "backward"), ("fp8", "backward")]
+PASSES += [("nf4", "backward")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pass_"), grid(PASSES, [(kind, x) for kind in KINDS for x in ("forward", "backward")])
+)
 def test_no_dense_copy_of_a_weight_is_alive(kind, pass_, monkeypatch):
     monkeypatch.setattr(product, "TILE", 2**16)
     size = 1024
@@ -169,22 +183,21 @@ def test_targets_are_a_regex_of_whole_paths():
         quantize_model(model, "q4")
 
 
+# arrays of one dimension and two, rows of a scale each and of a block; int8 is in test_load
 @pytest.mark.parametrize(
     ("eqn", "kind"),
-    [*[("BTD,DF->BTF", kind) for kind in KINDS], ("BTNH,NHD->BTD", "nf4")],
-    ids=str,
+    grid([("BTNH,NHD->BTD", "nf4"), ("BTD,DF->BTF", "int4"), ("BTD,DF->BTF", "fp8")], ALL),
 )
 def test_a_mesh_parts_the_rows_of_packed_weights_and_computes_the_same(eqn, kind):
-    x = make_input(eqn, rows=8)
-    packed = quantize_model(nnx.List([make_layer(eqn)]), kind)[0]
-    expected, weight = run_and_grad(packed, x), packed.weight()
+    x, layer = make_input(eqn), nnx.List([make_layer(eqn)])
+    packed = quantize_model(layer, kind)[0]
+    expected = run_and_grad(packed, x)
     with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
         parted = quantize_model(nnx.List([make_layer(eqn)]), kind)[0]
-        found, laid = run_and_grad(parted, x), parted.weight()
-        assert jax.typeof(laid).sharding.spec == spec(*parted.axes, shape=laid.shape)
+        found = run_and_grad(parted, x)
+        laid = jax.typeof(found[-1])
+        assert laid.sharding.spec == spec(*parted.axes, shape=laid.shape)
     codes = parted.codes[...]
     assert codes.addressable_shards[0].data.size == codes.size // 8
-    for ours, theirs in zip(jax.tree.leaves(parted), jax.tree.leaves(packed), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    for ours, theirs in zip((*found, laid), (*expected, weight), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    chex.assert_trees_all_equal(*(nnx.to_pure_dict(nnx.state(x)) for x in (parted, packed)))
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), atol=1e-5)

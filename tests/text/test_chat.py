@@ -1,6 +1,7 @@
 """Chat templates: rendering, refusals, and the answers that a model learns from."""
 
 import datetime
+import functools
 import pickle
 
 import pytest
@@ -156,6 +157,11 @@ WORDS = [*"ab \n{}%", "</think>", "<|im_end|>", "assistant", "é"]
 CONTENT = st.lists(st.sampled_from(WORDS), max_size=9).map("".join)
 
 
+@functools.cache  # compiling one takes longer than applying it
+def template_of(family: str) -> ChatTemplate:
+    return ChatTemplate(getattr(samples, family), TOKENS)
+
+
 @pytest.mark.parametrize("family", ["CHATML", "LLAMA3", "GEMMA3", "DEEPSEEK_R1", "MARKED"])
 @settings(max_examples=60, deadline=None)
 @given(contents=st.lists(CONTENT, min_size=2, max_size=6))
@@ -165,7 +171,7 @@ def test_answers_of_any_content_are_exact(family, contents):
         {"role": ("user", "assistant")[i % 2], "content": content}
         for i, content in enumerate(contents)
     ]
-    template = ChatTemplate(getattr(samples, family), TOKENS)
+    template = template_of(family)
     text, spans = template.find_answers(messages, ["<|im_end|>", "</s>"])
     seen = {
         "LLAMA3": lambda said: said.strip() + "<|im_end|>",
@@ -285,8 +291,8 @@ MESSAGE = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 @given(messages=st.lists(MESSAGE | JSON, max_size=3) | JSON)
 def test_no_messages_escape_as_another_error(messages):
-    for template in (ChatTemplate(CHATML), ChatTemplate(samples.GEMMA3, TOKENS)):
-        message = refusal(template.find_answers, messages)
+    for family in ("CHATML", "GEMMA3"):
+        message = refusal(template_of(family).find_answers, messages)
         assert message is None or "\n" not in message
 
 

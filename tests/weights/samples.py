@@ -14,6 +14,7 @@ from flax import nnx
 from llmprep_jax.nn.param import Buffer, Param, param
 from llmprep_jax.nn.stack import stack
 from llmprep_jax.weights.folder import Checkpoint
+from tests.random_modules import random_module
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 L, D, N, H, F, V = 3, 8, 4, 2, 6, 16
@@ -40,6 +41,11 @@ class Model(nnx.Module):
         self.temperature = Param(jnp.float32(2.5))
         self.positions = Buffer(jnp.arange(5.0))
         self.head = None if tied else nnx.Dict(w=param(rngs, (D, V), ("embed", "vocab"), normal))
+
+
+def random() -> Model:
+    """Random, and the same each time."""
+    return random_module(lambda: Model(rngs=nnx.Rngs(0)))
 
 
 TABLE = {

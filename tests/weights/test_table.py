@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,7 +17,7 @@ from llmprep_jax.nn.param import Param
 from llmprep_jax.nn.stack import unstack
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.weights import table
-from tests.weights.samples import BF16, TABLE, D, F, H, L, Memory, Model, N, V, abstract
+from tests.weights.samples import BF16, TABLE, D, F, H, L, Memory, N, V, abstract, random
 
 
 def tensors_of(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -25,7 +26,7 @@ def tensors_of(model: nnx.Module) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
-    return tensors_of(Model(rngs=nnx.Rngs(0)))
+    return tensors_of(random())
 
 
 def leaves(model: nnx.Module) -> dict[str, jax.Array]:
@@ -36,11 +37,7 @@ def leaves(model: nnx.Module) -> dict[str, jax.Array]:
 
 
 def assert_same(one: nnx.Module, other: nnx.Module) -> None:
-    one, other = leaves(one), leaves(other)
-    assert one.keys() == other.keys()
-    for path in one:
-        assert one[path].dtype == other[path].dtype, path
-        np.testing.assert_array_equal(one[path], other[path], err_msg=path)
+    chex.assert_trees_all_equal(leaves(one), leaves(other), strict=True)
 
 
 def test_names_and_shapes_are_hugging_face_s(tensors):
@@ -61,37 +58,34 @@ def test_names_and_shapes_are_hugging_face_s(tensors):
 
 
 def test_layouts_are_what_the_patterns_say(tensors):
-    model = Model(rngs=nnx.Rngs(0))
+    model = random()
     q = np.asarray(model.layers.q)
     np.testing.assert_array_equal(
         tensors["layers.1.q.weight"], np.stack([q[1, :, n, h] for n in range(N) for h in range(H)])
     )
     np.testing.assert_array_equal(tensors["lm_head.weight"], np.asarray(model.head["w"]).T)
-    assert tensors["temperature"] == np.float32(2.5)
+    assert tensors["temperature"] == np.asarray(model.temperature)
 
 
 def test_a_model_survives_export_and_load(tensors):
     checkpoint = Memory(tensors)
-    assert_same(table.load(abstract(), checkpoint, TABLE), Model(rngs=nnx.Rngs(0)))
+    assert_same(table.load(abstract(), checkpoint, TABLE), random())
     assert set(checkpoint.reads.values()) == {1}
 
 
 def test_layers_in_a_list_load_and_export_like_stacked_ones(tensors):
     def make():
-        model = Model(rngs=nnx.Rngs(0))
+        model = random()
         model.layers = unstack(model.layers)
         return model
 
     listed = table.load(jax.eval_shape(make), Memory(tensors), TABLE)
     assert_same(listed, make())
-    exported = tensors_of(listed)
-    assert exported.keys() == tensors.keys()
-    for name, array in tensors.items():
-        np.testing.assert_array_equal(exported[name], array)
+    chex.assert_trees_all_equal(tensors_of(listed), tensors)
 
 
 def test_variables_of_an_adapted_model_are_not_mistaken_for_weights():
-    model = Model(rngs=nnx.Rngs(0))
+    model = random()
     model.layers.extra = Param(jnp.zeros(3))
     with pytest.raises(ValueError, match=r"the weight table names no tensor for layers\.extra"):
         list(table.export(model, TABLE))
@@ -200,7 +194,7 @@ def test_a_dtype_is_cast_to_as_jax_casts(tensors, stored, dtype):
     np.testing.assert_array_equal(
         loaded["embed.w"], jnp.asarray(tensors["embed.weight"]).astype(dtype)
     )
-    exported = dict(table.export(Model(rngs=nnx.Rngs(0)), TABLE, dtype=dtype))
+    exported = dict(table.export(random(), TABLE, dtype=dtype))
     assert {array.dtype for array in exported.values()} == {jnp.dtype(dtype)}
 
 
@@ -232,9 +226,7 @@ def test_parameters_land_in_the_shardings_of_the_abstract_model(tensors, axes):
             assert array.sharding.spec == (jax.P() if asked is None else asked.spec), path
             assert len(array.sharding.device_set) == 8
         assert "fsdp" in str(loaded.embed["w"].sharding.spec)
-        assert tensors_of(loaded).keys() == tensors.keys()
-        for name, array in table.export(loaded, TABLE):
-            np.testing.assert_array_equal(array, tensors[name])
+        chex.assert_trees_all_equal(tensors_of(loaded), tensors)
 
 
 def test_on_a_mesh_no_host_array_is_larger_than_a_shard(tensors, monkeypatch):
@@ -324,7 +316,7 @@ def test_renames_bring_older_spellings_to_the_table(tensors):
     spelled = {f"text.{name}".replace("layers.", "h."): a for name, a in tensors.items()}
     renames = [(r"^text\.", ""), (r"^h\.", "layers.")]
     loaded = table.load(abstract(), Memory(spelled), TABLE, renames=renames)
-    assert_same(loaded, Model(rngs=nnx.Rngs(0)))
+    assert_same(loaded, random())
 
 
 def test_buffers_of_old_files_and_ignored_tensors_are_left_alone(tensors):
