@@ -108,8 +108,8 @@ class Adapted(Settling):
             )
         return self.merged()[0].astype(self.base.dtype)
 
-    def merged(self, weights: Mapping[str, Number] | None = None) -> tuple[Array, Array | None]:
-        """(weight in float32, bias) with the adapter in them; `weights` are for several adapters.
+    def check_weights(self, weights: Mapping[str, Number] | None) -> None:
+        """Refuses weights, which are for several adapters.
 
         Raises:
           ValueError: there are weights.
@@ -119,6 +119,13 @@ class Adapted(Settling):
                 "the model holds one adapter, without a name, and takes no weights; put several on"
                 " it by lp.peft.combine"
             )
+
+    def merged(self, weights: Mapping[str, Any] | None = None) -> tuple[Array, Array | None]:
+        """(weight in float32, bias) with the adapter in them.
+
+        Args:
+          weights: of several adapters, numbers or arrays, which `check_weights` has let pass.
+        """
         _, w_dims, y_dims = letters(self.base)
         b_dims = "".join(dim for dim in w_dims if dim in y_dims)
         bias = None if self.base.b is None else self.base.b[...]
@@ -272,10 +279,16 @@ def merge(model: nnx.Module, weights: Mapping[str, Number] | None = None) -> nnx
         )
 
     def merged(adapted: Adapted) -> Einsum:
-        return with_weights(adapted.base, *adapted.merged(weights))
+        adapted.check_weights(weights)
+        return _merged(adapted, weights)
 
     # whoever adapts it anew does not adapt what was loaded
     return without_source(map_adapted(model, merged, lambda layer: layer.merged(), trained=True))
+
+
+@jax.jit  # a program a layer: op by op a first merge compiles a hundred
+def _merged(adapted: Adapted, weights: Mapping[str, Any] | None) -> Einsum:
+    return with_weights(adapted.base, *adapted.merged(weights))
 
 
 def widen(model: nnx.Module) -> nnx.Module:

@@ -8,6 +8,7 @@ its base (`strip`); `unmerge` is for who has the merged weights alone, and the a
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -97,6 +98,19 @@ def _bare(path: str, layers: Mapping[str, Einsum], adapted: Adapted) -> Einsum:
             f"{path} is adapted, and the merged model has no such layer; give the model that was"
             " merged with this adapter"
         )
+    adapted.check_weights(None)
+    bare, errors = _unmerge(adapted, layer)
+    if not all(float(error) <= _ROUNDING for error in errors):
+        raise ValueError(
+            f"{type(adapted.method).__name__} around {path} cannot be taken out of merged weights;"
+            " the model before the merge still has its base: lp.peft.strip"
+        )
+    return bare
+
+
+@jax.jit  # op by op it compiles fifty programs a layer
+def _unmerge(adapted: Adapted, layer: Einsum) -> tuple[Einsum, list[Array]]:
+    """The layer without the adapter, and how far its merge is from the layer: of the largest."""
     dense = layer.with_weight(layer.weight())  # packed after the merge
     ours = [x[...].astype(jnp.float32) for x in (dense.w, dense.b) if x is not None]
     zero, one = [
@@ -104,13 +118,11 @@ def _bare(path: str, layers: Mapping[str, Einsum], adapted: Adapted) -> Einsum:
         for like in (jnp.zeros_like, jnp.ones_like)
     ]
     bare = [(x - d) / (sd - d) for x, d, sd in zip(ours, zero, one, strict=True)]
-    for x, again in zip(ours, _merge_into(adapted, dense, bare), strict=True):
-        if not bool(jnp.abs(x - again).max() <= _ROUNDING * jnp.abs(x).max()):
-            raise ValueError(
-                f"{type(adapted.method).__name__} around {path} cannot be taken out of merged"
-                " weights; the model before the merge still has its base: lp.peft.strip"
-            )
-    return with_weights(dense, *bare, *[None] * (2 - len(bare)))
+    again = _merge_into(adapted, dense, bare)
+    errors = [
+        jnp.abs(x - merged).max() / jnp.abs(x).max() for x, merged in zip(ours, again, strict=True)
+    ]
+    return with_weights(dense, *bare, *[None] * (2 - len(bare))), errors
 
 
 def _merge_into(adapted: Adapted, dense: Einsum, weights: Sequence[Array]) -> list[Array]:

@@ -9,6 +9,7 @@ which adapter is an array, not structure, so other names for as many rows compil
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,15 +103,18 @@ class Several(Adapted):
         """The layer with an adapter for each row of a batch."""
         return Several(self.base, self.order, self.each(), rows)
 
-    def merged(self, weights: Mapping[str, Number] | None = None) -> tuple[Array, Array | None]:
-        """(weight, bias) in float32: the base's plus the sum of w (merged - base).
+    def check_weights(self, weights: Mapping[str, Number] | None) -> None:
+        """Refuses a merge without weights, and weights of unknown names.
 
         Raises:
-          ValueError: there are no weights, or one of an unknown name.
+          ValueError: there are none, or one of an unknown name.
         """
         if weights is None:
-            return self.method  # which says that there is no one
+            raise self._unchosen()
         check_weights(self.order, weights)
+
+    def merged(self, weights: Mapping[str, Any] | None = None) -> tuple[Array, Array | None]:
+        """(weight, bias) in float32: the base's plus the sum of w (merged - base)."""
         base, bias = self.base.weight().astype(jnp.float32), self.base.b
         bias = None if bias is None else bias[...].astype(jnp.float32)
         weight_sum, bias_sum = base, bias

@@ -268,9 +268,14 @@ def _receipt(tolerance: float, difference: float, dtypes: list[str]) -> dict[str
 
 def probe_difference(model: nnx.Module, other: nnx.Module) -> float:
     """The largest difference of two models' logits on a fixed probe, relative to the largest."""
-    rows = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (2, 24), dtype=np.int32)
-    ours, theirs = [to_host(_probe(probed, jnp.asarray(rows))) for probed in (model, other)]
+    ours, theirs = probe_logits(model), probe_logits(other)
     return float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-30))
+
+
+def probe_logits(model: nnx.Module) -> np.ndarray:
+    """A model's logits on the fixed probe."""
+    rows = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (2, 24), dtype=np.int32)
+    return to_host(_probe(model, jnp.asarray(rows)))
 
 
 @jax.jit
