@@ -31,8 +31,12 @@ def stack(make: Callable[..., nnx.Module], num_layers: int, *, rngs: nnx.Rngs) -
 def unstack(layers: nnx.Module) -> nnx.List:
     """The same layers as a list of modules; copies the weights once."""
     stacked, build = part(layers)
-    slices = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth(layers))]
-    return nnx.List([build(one) for one in slices])
+    return nnx.List([build(one) for one in _slices(stacked, depth(layers))])
+
+
+@functools.partial(jax.jit, static_argnums=1)  # one program, not two a shape
+def _slices(stacked: list[Any], num_layers: int) -> list[list[Any]]:
+    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers)]
 
 
 def part(layers: nnx.Module) -> tuple[list[Any], Callable[[list[Any]], nnx.Module]]:
