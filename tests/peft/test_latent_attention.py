@@ -1,5 +1,6 @@
 """Adapters around latent attention and routed experts, which use layers by their weights."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,15 +12,17 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import llmprep_jax as lp
+from llmprep_jax.models import registry
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import DoRA, LoRA, peft_format
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.sharding import make_mesh, use_mesh
 from tests.models.tiny import CONFIGS, forward, make_tokens, random_model
-from tests.peft.test_methods import assert_near, scattered
+from tests.peft.test_methods import QUICK, assert_near, scattered
+from tests.random_modules import random_module
 
 NAME = "deepseek-v3"
-EVERY = r"dense_layers\..*|moe_layers\.(attn|mlp\.shared|mlp\.experts)\..*"
+EVERY = r"moe_layers\.(attn|mlp\.shared|mlp\.experts)\..*"
 ATTENTION = {f"attn.{name}" for name in ("q_a", "q_b", "kv_a", "kv_b", "o")}
 MLP = {"gate", "up", "down"}
 METHODS = {"lora": LoRA(3, 6, targets=EVERY), "dora": DoRA(3, 6, targets=EVERY)}
@@ -35,11 +38,22 @@ def base() -> nnx.Module:
 
 
 @functools.cache
+def small() -> nnx.Module:
+    """Two layers of experts alone: the dense one has the same attention."""
+    return random_model(dataclasses.replace(CONFIGS[NAME], num_layers=2, num_dense=0, num_mtp=0))
+
+
+@functools.cache
+def fresh(name: str) -> nnx.Module:
+    return lp.peft.inject(small(), METHODS[name])
+
+
+@functools.cache
 def trained(name: str = "lora") -> nnx.Module:
-    return scattered(lp.peft.inject(base(), METHODS[name]))
+    return scattered(fresh(name))
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def grads_of(model: nnx.Module, tokens: jax.Array) -> nnx.State:
     graph, trainable, frozen = nnx.split(model, AdapterParam, ...)
 
@@ -88,17 +102,17 @@ def test_experts_and_prediction_modules_are_adapted_where_a_target_says_so(targe
 
 @each_method
 def test_adapters_start_as_identity_bit_for_bit(name):
-    model = lp.peft.inject(base(), METHODS[name])
-    np.testing.assert_array_equal(forward(model, make_tokens()), forward(base(), make_tokens()))
+    tokens = make_tokens()
+    np.testing.assert_array_equal(forward(fresh(name), tokens), forward(small(), tokens))
 
 
 @each_method
 def test_a_merge_and_decoding_from_the_cache_say_the_same(name):
     model, tokens = trained(name), make_tokens()
     expected = forward(model, tokens)
-    assert np.abs(expected - forward(base(), tokens)).max() > 0.1
+    assert np.abs(expected - forward(small(), tokens)).max() > 0.1
     merged = lp.peft.merge(model)
-    assert jax.tree.structure(merged) == jax.tree.structure(base())
+    assert jax.tree.structure(merged) == jax.tree.structure(small())
     np.testing.assert_allclose(forward(merged, tokens), expected, atol=1e-5)
     np.testing.assert_allclose(decode(model, tokens), expected, atol=1e-5)
 
@@ -117,24 +131,24 @@ def test_every_adapter_gets_a_gradient_and_an_expert_only_where_a_token_goes():
 def test_rows_with_adapters_of_their_own_decode_as_alone():
     attention = r".*_layers\.attn\..*"
     each = {
-        name: scattered(lp.peft.inject(base(), LoRA(rank, targets=attention), seed=rank))
+        name: scattered(lp.peft.inject(small(), LoRA(rank, targets=attention), seed=rank))
         for name, rank in (("a", 2), ("b", 3))
     }
     tokens = make_tokens()
     found = decode(lp.peft.select(lp.peft.combine(each), ["b", None]), tokens)
     np.testing.assert_allclose(found[:1], forward(each["b"], tokens)[:1], atol=1e-5)
-    np.testing.assert_allclose(found[1:], forward(base(), tokens)[1:], atol=1e-5)
+    np.testing.assert_allclose(found[1:], forward(small(), tokens)[1:], atol=1e-5)
 
 
 def test_what_experts_cannot_have_is_one_line():
     with pytest.raises(ValueError, match="moe_layers.mlp.experts.down: dropout is 0.1, but"):
-        lp.peft.inject(base(), LoRA(2, targets=("experts.down",), dropout=0.1))
+        lp.peft.inject(small(), LoRA(2, targets=("experts.down",), dropout=0.1))
     both = lp.peft.combine({"a": trained(), "b": trained()})
     with pytest.raises(ValueError, match="experts.down is adapted, and ECD,.* keeps no rows"):
         lp.peft.select(both, ["a", "b"])
     with pytest.raises(ValueError, match="holds several adapters: a, b; choose one"):
         both.moe_layers.mlp.experts.down.weight()
-    kv_b = lp.peft.inject(base(), LoRA(2, targets=("kv_b",), dropout=0.1))
+    kv_b = lp.peft.inject(small(), LoRA(2, targets=("kv_b",), dropout=0.1))
     kv_b = lp.peft.train_mode(kv_b, jax.random.key(0)).moe_layers.attn.kv_b
     with pytest.raises(ValueError, match="has dropout=0.1, but the layer is used by its weight"):
         kv_b.weight()
@@ -144,7 +158,10 @@ def test_a_folder_has_one_lora_for_gate_and_up_of_twice_the_rank(tmp_path, monke
     # of logits, which compiles for ten seconds and which parity does
     monkeypatch.setattr(peft_format, "probe_difference", lambda *models: 0.0)
     targets = r"(dense_layers\.mlp|moe_layers\.mlp\.experts)\..*|.*\.kv_b"
-    model = scattered(lp.peft.inject(base(), LoRA(3, 6, targets=targets)))
+    method = LoRA(3, 6, targets=targets)
+    model = random_module(
+        lambda: lp.peft.inject(registry.build(CONFIGS[NAME], rngs=nnx.Rngs(0)), method)
+    )
     folder = lp.peft.save(model, tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     experts = "base_model.model.model.layers.1.mlp.experts"
@@ -163,7 +180,7 @@ def test_a_folder_has_one_lora_for_gate_and_up_of_twice_the_rank(tmp_path, monke
     dense = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("down", "gate", "up")]
     assert config["target_parameters"] == ["down_proj", "gate_up_proj", *dense]
     assert (config["r"], config["rank_pattern"]) == (3, {"gate_up_proj": 6})
-    again = lp.peft.load(base(), folder).moe_layers.mlp.experts
+    again = lp.peft.load(lp.peft.strip(model), folder).moe_layers.mlp.experts
     np.testing.assert_array_equal(again.gate.lora_a[...], again.up.lora_a[...])
     expected = model.moe_layers.mlp.experts.up
     assert_near(again.up.merged()[0], expected.merged()[0], 1e-6)
@@ -179,7 +196,7 @@ def test_a_part_of_what_transformers_fuses_is_not_saved_alone(tmp_path):
 def test_a_mesh_with_experts_over_devices_changes_nothing():
     expected = forward(trained(), make_tokens(8))
     with use_mesh(make_mesh({"fsdp": 2, "expert": 4})):
-        model = scattered(lp.peft.inject(random_model(CONFIGS[NAME]), METHODS["lora"]))
+        model = scattered(lp.peft.inject(small.__wrapped__(), METHODS["lora"]))
         spec = jax.typeof(model.moe_layers.mlp.experts.up.lora_a[...]).sharding.spec
         assert spec == jax.P(None, "expert", "fsdp", None)
         assert_near(forward(model, make_tokens(8)), expected)
