@@ -23,6 +23,7 @@ from llmprep_jax.peft.adapter import methods
 from llmprep_jax.peft.peft_format import adapter_table
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.weights.table import export
+from tests.grids import cases
 from tests.models.tiny import CONFIGS, forward, make_model, make_tokens
 from tests.random_modules import random_module
 
@@ -30,13 +31,7 @@ LLAMA = "llama-tied-9-3-heads"
 METHOD = LoRA(rank=4, alpha=8)
 ATTENTION = LoRA(rank=4, alpha=8, targets=("q_proj", "o_proj"))
 # latent attention and experts have tests of their own, and what Qwen2 adds has test_methods
-families = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in (LLAMA, "gemma3") else pytest.mark.grid)
-        for name in CONFIGS
-    ],
-)
+families = pytest.mark.parametrize("name", cases(CONFIGS, fast=(LLAMA, "gemma3")))
 
 
 @functools.cache
@@ -216,7 +211,7 @@ def test_a_merge_adds_in_float32_and_keeps_the_weights_dtype():
 
 
 # "full" around VeRA is in test_methods
-@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.grid), "dots"])
+@pytest.mark.parametrize("remat", cases(("full", "dots"), fast=("dots",)))
 def test_gradients_are_the_same_rematerialised(remat):
     assert_near(run(small(remat=remat))[1], ran()[1], 1e-5)
 

@@ -58,7 +58,7 @@ KINDS = ("dora", "vera", "loha", "lokr", "ia3", "adalora", "whole", "tables")
 
 
 def on_kinds(*slow: str, fast: tuple[str, ...] = KINDS[:2]):
-    """All kinds, of which those named are slow tests and the others but `fast` in `make test-all`."""
+    """All kinds: `fast` in `make test`, those named slow tests, the others in `make test-all`."""
     return pytest.mark.parametrize("name", cases(KINDS, fast=fast, slow=slow))
 
 
