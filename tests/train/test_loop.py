@@ -11,14 +11,13 @@ import subprocess
 import sys
 
 import chex
-import jax
 import numpy as np
 import pytest
 import rich.console
 
 from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.nn.param import AdapterParam, Param
-from llmprep_jax.sharding import make_mesh, use_mesh
+from llmprep_jax.sharding import has_mesh, make_mesh, use_mesh
 from llmprep_jax.train.checkpoint import CheckpointConfig, all_steps, read_meta
 from llmprep_jax.train.loop import fit
 from llmprep_jax.train.metrics import read_jsonl
@@ -32,11 +31,20 @@ CFG = FitConfig(
 )
 
 
+_steps = {}
+
+
+def make_trainer(cfg=CFG, trainable=Param):
+    """A trainer whose step is compiled once for all runs that take the same."""
+    trainer = Trainer(toy(lora=True), trainable, cfg)
+    key = cfg.optim, cfg.horizon, cfg.ema_decay, cfg.skip_nonfinite > 0, trainable, has_mesh()
+    trainer.step = _steps.setdefault(key, trainer.step)
+    return trainer
+
+
 def train(out, cfg=CFG, batches=None, trainable=Param, **kwargs):
     quiet = rich.console.Console(quiet=True)
-    batches = batches or Rows()
-    trainer = Trainer(toy(lora=True), trainable, cfg)
-    return fit(trainer, batches, out=out, console=quiet, **kwargs)
+    return fit(make_trainer(cfg, trainable), batches or Rows(), out=out, console=quiet, **kwargs)
 
 
 def losses(out) -> dict[int, float]:
@@ -114,14 +122,14 @@ def test_sigterm_saves_and_the_same_call_goes_on_to_the_bit(tmp_path, whole, tra
     assert losses(tmp_path) == losses(out)
     assert (ended.ema_model is None) == (ema_decay is None)
     for one, other in ((unstopped.model, ended.model), (unstopped.ema_model, ended.ema_model)):
-        jax.tree.map(np.testing.assert_array_equal, params_of(one), params_of(other))
+        chex.assert_trees_all_equal(params_of(one), params_of(other))
 
 
 def test_a_run_that_is_over_returns_at_once(whole):
     first, out = whole()
     again = train(out)
     assert (again.step, again.preempted) == (12, False)
-    jax.tree.map(np.testing.assert_array_equal, params_of(first.model), params_of(again.model))
+    chex.assert_trees_all_equal(params_of(first.model), params_of(again.model))
 
 
 def test_a_run_goes_on_upon_another_mesh(tmp_path, whole):
@@ -196,9 +204,9 @@ def test_batches_that_are_not_finite_are_skipped_counted_and_named(tmp_path, cap
             self.poison = self.place if self.place in (2, 5, 9) else None
             return super().__next__()
 
-    trainer, said = Trainer(toy(lora=True), Param, cfg), io.StringIO()
+    said = io.StringIO()
     with pytest.raises(NonFiniteError) as error:
-        fit(trainer, Poisoned(), out=tmp_path, console=rich.console.Console(file=said))
+        fit(make_trainer(cfg), Poisoned(), out=tmp_path, console=rich.console.Console(file=said))
     text = " ".join(said.getvalue().split())
     assert "skipped step 3: loss nan, gradient norm nan; documents of its batch: 200" in text
     assert "1 of 2 to be skipped" in text
