@@ -38,9 +38,9 @@ def run_folder(run_text):
 
 @pytest.fixture(scope="session")
 def lora_run(files, tmp_path_factory):
-    """A run that trained a LoRA for a step."""
+    """A run that trained a LoRA for four steps."""
     out = tmp_path_factory.mktemp("lora") / "run"
-    keys = [*with_adapter(files, "LoRA"), "optim.warmup_steps=0", "steps=1", "ema_decay=0.5"]
+    keys = [*with_adapter(files, "LoRA"), "optim.warmup_steps=0", "steps=4", "ema_decay=0.5"]
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(command(files, out, *keys))
     return out

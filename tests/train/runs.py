@@ -2,7 +2,6 @@
 
 import pathlib
 
-import jax
 import pytest
 from flax import nnx
 
@@ -11,6 +10,7 @@ from llmprep_jax.cli import run
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.model import Model
 from llmprep_jax.train.metrics import read_jsonl
+from tests.random_modules import random_module
 from tests.text.samples import make_inputs
 
 CONFIG = """
@@ -44,7 +44,7 @@ def make_files(folder: pathlib.Path) -> None:
     """As `make_inputs`, with a config of one process and a Hugging Face model."""
     make_inputs(folder, CONFIG)
     cfg = Config(416, 16, 32, 2, 4, 2, 4, max_seq_len=64, tie_embeddings=True)
-    model = jax.jit(lambda: Model(cfg, rngs=nnx.Rngs(7)))()
+    model = random_module(lambda: Model(cfg, rngs=nnx.Rngs(0)))
     processor = lp.load_processor(folder / "tokenizer")
     lp.save_model(model, folder / "model", processor=processor)
 

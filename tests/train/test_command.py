@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -57,20 +58,35 @@ def test_the_folder_of_a_run_is_a_model_that_generates_and_is_saved(run_folder, 
     np.testing.assert_array_equal(lp.generate_tokens(again, prompt, max_new_tokens=5), expected)
 
 
-@pytest.mark.parametrize("method", ["DoRA", pytest.param("QLoRA", marks=pytest.mark.slow)])
-def test_an_adapter_is_trained_and_saved_for_peft(files, tmp_path, method):
-    outputs = train.main(command(files, tmp_path, *with_adapter(files, method), "steps=4"))
-    found = losses(tmp_path)
+def check_adapter(files, out, adapter, method):
+    """The losses of a run of four steps, its checkpoint's account, and the adapter beside it."""
+    found = losses(out)
     assert found[4] < found[1]
-    meta = read_meta(tmp_path)
+    meta = read_meta(out)
     assert meta["base"] == str(files / "model")
     assert (meta["adapter"]["_type"], meta["adapter"]["rank"]) == (method, 2)
-    adapted = lp.peft.load(lp.load_model(files / "model"), outputs["adapter"])
-    again = lp.load_model(tmp_path)
+    adapted = lp.peft.load(lp.load_model(files / "model"), adapter)
+    again = lp.load_model(out)
     assert bool(lp.quant.packed_layers(again)) == (method == "QLoRA")
     saved, of_run = (nnx.state(m, AdapterParam) for m in (adapted, again))
-    jax.tree.map(np.testing.assert_array_equal, saved, of_run)
+    chex.assert_trees_all_equal(saved, of_run)
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(saved))  # lora_b began as zero
+
+
+def test_an_adapter_is_trained_and_saved_for_peft(files, lora_run):
+    check_adapter(files, lora_run, lora_run / "adapter", "LoRA")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("DoRA", marks=pytest.mark.grid),
+        pytest.param("QLoRA", marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapter_of_each_kind_is_trained_and_saved_for_peft(files, tmp_path, method):
+    outputs = train.main(command(files, tmp_path, *with_adapter(files, method), "steps=4"))
+    check_adapter(files, tmp_path, outputs["adapter"], method)
 
 
 @pytest.mark.slow  # two runs
@@ -222,7 +238,8 @@ def test_a_missing_config_and_an_unwritable_folder_are_told_apart(files, tmp_pat
 
 
 def test_epochs_are_counted_and_end_the_run(files, tmp_path, capsys):
-    train.main(command(files, tmp_path, "epochs=2", "optim.warmup_steps=1", "eval_every=none"))
+    settings = ["optim.warmup_steps=1", "data.holdout=0", "checkpoint.every=none"]
+    train.main(command(files, tmp_path, "epochs=2", *settings))
     text = " ".join(capsys.readouterr().out.split())
     steps = int(re.search(r"epochs=2: (\d+) steps", text)[1])
     saved = json.loads((tmp_path / "run.json").read_text())
@@ -232,7 +249,7 @@ def test_epochs_are_counted_and_end_the_run(files, tmp_path, capsys):
     read = sum(r["input_tokens"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in r)
     assert f"trained on {int(read):,} tokens" in text
     first = losses(tmp_path)
-    train.main(command(files, tmp_path, "epochs=3", "optim.warmup_steps=1", "eval_every=none"))
+    train.main(command(files, tmp_path, "epochs=3", *settings))
     text = " ".join(capsys.readouterr().out.split())
     assert "changed since the run began: epochs: 2 -> 3" in text
     assert f"schedule over {steps} steps" in text
