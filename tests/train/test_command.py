@@ -239,22 +239,22 @@ def test_a_missing_config_and_an_unwritable_folder_are_told_apart(files, tmp_pat
 
 def test_epochs_are_counted_and_end_the_run(files, tmp_path, capsys):
     settings = ["optim.warmup_steps=1", "data.holdout=0", "checkpoint.every=none"]
-    train.main(command(files, tmp_path, "epochs=2", *settings))
+    train.main(command(files, tmp_path, "epochs=1", *settings))
     text = " ".join(capsys.readouterr().out.split())
-    steps = int(re.search(r"epochs=2: (\d+) steps", text)[1])
+    steps = int(re.search(r"epochs=1: (\d+) steps", text)[1])
     saved = json.loads((tmp_path / "run.json").read_text())
-    assert (saved["epochs"], saved["steps"], saved["data"]["num_epochs"]) == (2, steps, 2)
+    assert (saved["epochs"], saved["steps"], saved["data"]["num_epochs"]) == (1, steps, 1)
     assert list(losses(tmp_path)) == list(range(1, steps + 1))
     assert all_steps(tmp_path)[-1] == steps
     read = sum(r["input_tokens"] for r in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in r)
     assert f"trained on {int(read):,} tokens" in text
     first = losses(tmp_path)
-    train.main(command(files, tmp_path, "epochs=3", *settings))
+    train.main(command(files, tmp_path, "epochs=2", *settings))
     text = " ".join(capsys.readouterr().out.split())
-    assert "changed since the run began: epochs: 2 -> 3" in text
+    assert "changed since the run began: epochs: 1 -> 2" in text
     assert f"schedule over {steps} steps" in text
     more = losses(tmp_path)
-    assert len(more) > len(first)
+    assert len(more) >= 1.5 * len(first)
     assert {step: more[step] for step in first} == first
 
 
