@@ -30,9 +30,10 @@ EncodeCompletion = Callable[[str, int], tuple[Sequence[int], Sequence[bool]]]
 
 # what `Batches.report` tells, in this order
 COUNTS = ("documents", "tokens", "targets", "split", "truncated", "lost", "dropped", "empty")
+# by how much of each conversation is learnt, how many there are, in this order
+MARKS = ("none", "some", "all")
 
-
-_MARK_PROBLEMS = {  # by how much of each conversation is learnt
+_MARK_PROBLEMS = {
     "none": "there is no token to learn; check that the assistant speaks in them, and their train"
     " and weight",
     "all": "every token is to be learnt, questions too; correct the template's {% generation %}"
@@ -70,10 +71,13 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
-    """A document's pieces, and what the report adds up, by the names of COUNTS."""
+    """A document's pieces, what the report adds up, by the names of COUNTS, and its mark, by those
+    of MARKS; none of plain text, or where all is to be learnt.
+    """
 
     pieces: list[Piece]
     counts: tuple[int, ...]
+    marks: tuple[int, ...] = (0,) * len(MARKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +124,9 @@ class Encoder:
         counted["tokens"] = sum(map(len, pieces))
         counted["targets"] = sum(int(piece.counts.sum()) for piece in pieces)
         counted["empty"] = int(not pieces and not counted["dropped"])
-        return Encoded(pieces, tuple(counted.values()))
+        mark = _mark_of(counts) if self.answers_only and document.messages is not None else None
+        marks = tuple(int(name == mark) for name in MARKS)
+        return Encoded(pieces, tuple(counted.values()), marks)
 
     def tokenize(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a document and, for each, whether it is to be learnt.
@@ -198,6 +204,35 @@ class Encoder:
         return [whole[i : i + limit] for i in range(0, len(whole), limit)]
 
 
+def _mark_of(counts: Bool[np.ndarray, " T"]) -> str:
+    """How much of a conversation is learnt; the first token is no target."""
+    targets = counts[1:]
+    if not targets.any():
+        return "none"
+    return "all" if targets.all() else "some"
+
+
+def refuse_marks(title: str, template: str, marks: Sequence[int]) -> None:
+    """Refuses a whole data set of whose conversations nothing is learnt, or everything.
+
+    Args:
+      marks: how many there are, by MARKS.
+
+    Raises:
+      ValueError: it is one.
+    """
+    problem = _describe_marks(title, template, dict(zip(MARKS, marks, strict=True)))
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _describe_marks(title: str, template: str, marks: Mapping[str, int]) -> str | None:
+    number = sum(marks.values())
+    problems = [_MARK_PROBLEMS[mark] for mark in _MARK_PROBLEMS if marks[mark] == number > 0]
+    start = f"{title}: in {number} of {number} conversations, by the chat template of {template},"
+    return f"{start} {problems[0]}" if problems else None
+
+
 def check_answers(
     encoder: Encoder,
     documents: Iterable[tuple[int, Document]],
@@ -207,31 +242,30 @@ def check_answers(
 ) -> None:
     """Looks for a conversation of which a part is learnt, for so long; mostly the first is one.
 
+    Where time is up before all were looked at, it warns, and whoever has read all refuses
+    (`refuse_marks`).
+
     Raises:
       ValueError: of all conversations nothing is learnt, or of all everything, though only answers
         are asked for.
     """
     if not encoder.answers_only:
         return
-    end, number, shares, is_whole = time.monotonic() + seconds, 0, set(), True
+    end, marks, is_whole = time.monotonic() + seconds, dict.fromkeys(MARKS, 0), True
     for _, document in documents:
         if time.monotonic() > end:
             is_whole = False
             break
         if document.messages is not None:
             _, counts = encoder.tokenize(document)
-            number += 1
-            shares.add("all" if counts.all() else "some" if counts.any() else "none")
-            if len(shares) > 1 or "some" in shares:
+            marks[_mark_of(counts)] += 1
+            if marks["some"] or (marks["all"] and marks["none"]):
                 return
-    problem = _MARK_PROBLEMS.get(*shares) if shares else None
-    if problem is not None:
-        text = (
-            f"{title}: in {number} of {number} conversations, by the chat template of {template},"
-        )
-        if is_whole:
-            raise ValueError(f"{text} {problem}")
-        warnings.warn(f"{text} {problem}", stacklevel=2)
+    problem = _describe_marks(title, template, marks)
+    if problem is not None and is_whole:
+        raise ValueError(problem)
+    if problem is not None:  # at an epoch's end it is an error
+        warnings.warn(problem, stacklevel=2)
 
 
 def text_encoders(

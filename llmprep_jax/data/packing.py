@@ -14,12 +14,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from llmprep_jax.data.encoding import COUNTS, Encoded, Piece
+from llmprep_jax.data.encoding import COUNTS, MARKS, Encoded, Piece
 
 # what `Batches.report` tells of the batches given out, in this order
 YIELDED = ("documents", "tokens", "targets")
 Row = list[Piece]
-Pack = Callable[[list[Piece]], list[Row]]
+Check = Callable[[Sequence[int]], None]  # of an epoch's marks, by MARKS
 
 
 def fit_together(pieces: Sequence[Piece], seq_len: int) -> list[Row]:
@@ -48,6 +48,7 @@ class Packed(grain.IterDataset):
       parent: of `Encoded` documents.
       seq_len: T.
       epoch: documents of an epoch, of which one at least must have a target.
+      check: of the marks of its first epoch.
       window: rows that are packed together; 0: every piece has its own row.
       seed: of the order of rows within a window; None: in order of their documents.
     """
@@ -57,19 +58,18 @@ class Packed(grain.IterDataset):
         parent: grain.IterDataset,
         seq_len: int,
         epoch: int,
+        check: Check,
         *,
         window: int,
         seed: int | None = None,
     ):
         super().__init__(parent)
-        self._seq_len, self._epoch, self._window, self._seed = seq_len, epoch, window, seed
+        self._of_rows, self._window, self._seed = (seq_len, epoch, check), window, seed
         self.iterator: _PackedIterator | None = None
 
     def __iter__(self) -> grain.DatasetIterator:
         parent = self._parent.__iter__()
-        self.iterator = _PackedIterator(
-            parent, self._seq_len, self._epoch, self._window, self._seed
-        )
+        self.iterator = _PackedIterator(parent, *self._of_rows, self._window, self._seed)
         return self.iterator
 
 
@@ -80,26 +80,28 @@ class Stream(grain.IterDataset):
       parent: of `Encoded` documents.
       seq_len: T.
       epoch: documents of an epoch, of which one at least must have a target.
+      check: of the marks of its first epoch.
     """
 
-    def __init__(self, parent: grain.IterDataset, seq_len: int, epoch: int):
+    def __init__(self, parent: grain.IterDataset, seq_len: int, epoch: int, check: Check):
         super().__init__(parent)
-        self._seq_len, self._epoch = seq_len, epoch
+        self._of_rows = seq_len, epoch, check
         self.iterator: _StreamIterator | None = None
 
     def __iter__(self) -> grain.DatasetIterator:
-        self.iterator = _StreamIterator(self._parent.__iter__(), self._seq_len, self._epoch)
+        self.iterator = _StreamIterator(self._parent.__iter__(), *self._of_rows)
         return self.iterator
 
 
 class _RowIterator(grain.DatasetIterator):
     """What both have: reading documents and adding up their counts."""
 
-    def __init__(self, parent: grain.DatasetIterator, seq_len: int, epoch: int):
+    def __init__(self, parent: grain.DatasetIterator, seq_len: int, epoch: int, check: Check):
         super().__init__(parent)
-        self._seq_len, self._epoch, self._barren = seq_len, epoch, 0
+        self._seq_len, self._epoch, self._check, self._barren = seq_len, epoch, check, 0
         self._start = parent.get_state()  # where what is in use was begun to be read
-        self._before = self._seen = (0,) * len(COUNTS)  # counts at _start, and now
+        # counts and marks at _start, and now
+        self._before = self._seen = (0,) * len(COUNTS + MARKS)
         self._num_rows = 0
         self._yielded = (0,) * len(YIELDED)
 
@@ -116,10 +118,13 @@ class _RowIterator(grain.DatasetIterator):
 
     def _read(self) -> Encoded:
         encoded = next(self._parent)
-        self._seen = tuple(map(sum, zip(self._seen, encoded.counts, strict=True)))
+        more = encoded.counts + encoded.marks
+        self._seen = tuple(map(sum, zip(self._seen, more, strict=True)))
+        if self._seen[0] == self._epoch:
+            self._check(self._seen[len(COUNTS) :])
         self._barren = 0 if encoded.pieces else self._barren + 1
         if self._barren == self._epoch:  # an infinite repeat would look for ever
-            counts = dict(zip(COUNTS, self._seen, strict=True))
+            counts = dict(zip(COUNTS, self._seen, strict=False))
             raise ValueError(
                 f"not one of {self._epoch} documents has a token to learn ({counts['dropped']} "
                 f"dropped as too long, {counts['empty']} without a target); "
@@ -139,9 +144,15 @@ class _RowIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         self._start = state["documents"]
         self._parent.set_state(self._start)
-        self._before, self._seen = tuple(state["before"]), tuple(state["seen"])
+        self._before, self._seen = (_with_marks(state[name]) for name in ("before", "seen"))
         self._num_rows = state["rows"]
         self._yielded = tuple(state.get("yielded", (0,) * len(YIELDED)))
+
+
+def _with_marks(counts: Sequence[int]) -> tuple[int, ...]:
+    """The counts and marks of a state; one of an older run, without marks, is not to be refused."""
+    unknown = [int(mark == "some") for mark in MARKS] if len(counts) == len(COUNTS) else []
+    return (*counts, *unknown)
 
 
 class _PackedIterator(_RowIterator):
@@ -150,10 +161,11 @@ class _PackedIterator(_RowIterator):
         parent: grain.DatasetIterator,
         seq_len: int,
         epoch: int,
+        check: Check,
         window: int,
         seed: int | None,
     ):
-        super().__init__(parent, seq_len, epoch)
+        super().__init__(parent, seq_len, epoch, check)
         self._window, self._seed = window, seed
         self._rows: list[Row] | None = None  # of the window; None: not read yet
         self._number = self._row = 0  # of the window, and of the next row in it
@@ -198,8 +210,8 @@ class _PackedIterator(_RowIterator):
 
 
 class _StreamIterator(_RowIterator):
-    def __init__(self, parent: grain.DatasetIterator, seq_len: int, epoch: int):
-        super().__init__(parent, seq_len, epoch)
+    def __init__(self, parent: grain.DatasetIterator, seq_len: int, epoch: int, check: Check):
+        super().__init__(parent, seq_len, epoch, check)
         self._rest: Piece | None = None  # what is left of the document in use
         self._used = 0  # pairs of that document in earlier rows
 

@@ -25,6 +25,7 @@ from llmprep_jax.data.encoding import (
     Encoder,
     EncodeText,
     check_answers,
+    refuse_marks,
 )
 from llmprep_jax.data.packing import YIELDED, Packed, Stream, make_batch
 from llmprep_jax.data.split import CHECK_SECONDS, Documents, Split, open_documents
@@ -159,7 +160,7 @@ def _find_packs(state: Any) -> list[dict[str, Any]]:
 
 def _counts_of(state: dict[str, Any]) -> dict[str, Any]:
     """The counts that a row iterator's state holds; those of older runs lack what was given out."""
-    counts = dict(zip(COUNTS, state["seen"], strict=True))
+    counts = dict(zip(COUNTS, state["seen"], strict=False))
     yielded = dict(zip(YIELDED, state.get("yielded", (0, 0, 0)), strict=True))
     return counts | {"rows": state["rows"], "yielded": yielded}
 
@@ -205,7 +206,7 @@ def build(
         order = order.repeat(cfg.num_epochs)
         check_answers(encoder, documents, documents.title, template, CHECK_SECONDS)
         seed = _seed_of(cfg.seed, number) if cfg.shuffle else None
-        packs.append(_pack(cfg, order.map(encoder), len(documents), seed))
+        packs.append(_pack(cfg, order.map(encoder), documents, template, seed))
     packed = grain.IterDataset.mix(packs, cfg.weights) if cfg.weights else packs[0]
     dataset = _prefetched(cfg, _batched(cfg, packed, pad_id, rows))
     return Batches(dataset, packs, groups, _identify(cfg, groups, split))
@@ -249,15 +250,21 @@ def _make_encoder(
 
 
 def _pack(
-    cfg: DataConfig, encoded: grain.MapDataset, size: int, seed: int | None
+    cfg: DataConfig,
+    encoded: grain.MapDataset,
+    source: Documents,
+    template: str,
+    seed: int | None,
 ) -> Packed | Stream:
     ahead = 16 * cfg.threads
     options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=ahead)
     documents = encoded.to_iter_dataset(options)
+    check = functools.partial(refuse_marks, source.title, template)
+    of_rows = documents, cfg.seq_len, len(source), check
     if cfg.packing == "stream":
-        return Stream(documents, cfg.seq_len, size)
+        return Stream(*of_rows)
     window = cfg.pack_window if cfg.packing == "packed" else 0
-    return Packed(documents, cfg.seq_len, size, window=window, seed=seed)
+    return Packed(*of_rows, window=window, seed=seed)
 
 
 def _prefetched(cfg: DataConfig, dataset: grain.IterDataset) -> grain.IterDataset:
@@ -322,7 +329,7 @@ def evaluation_batches(
     def make() -> Batches:
         (documents,) = groups
         encoded = grain.MapDataset.source(documents).map(encoder)
-        pack = _pack(cfg, encoded, len(documents), None)
+        pack = _pack(cfg, encoded, documents, template, None)
         dataset = _prefetched(cfg, _batched(cfg, pack, pad_id, rows))
         return Batches(dataset, [pack], groups, identity)
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from llmprep_jax.data import DataConfig, SourceOptions, build, evaluation_batches
-from llmprep_jax.data.pipeline import Batches
+from llmprep_jax.data.encoding import COUNTS
+from llmprep_jax.data.pipeline import Batches, _find_packs
 from tests.data.corpora import (
     EOS,
     chat,
@@ -322,6 +323,78 @@ def test_data_that_cannot_be_had_are_refused_on_one_line(path, fields, arguments
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
         next(batches(config(path, num_epochs=None, **fields), **arguments))
     assert words in str(error.value)
+
+
+def marks_everything(messages, fields):
+    ids, _ = encode_chat(messages)
+    return ids, [False] + [True] * (len(ids) - 1)  # a BOS is outside of the template's blocks
+
+
+def marks_nothing(messages, fields):
+    ids, _ = encode_chat(messages)
+    return ids, [False] * len(ids)
+
+
+MARKING = {"every token is to be learnt": marks_everything, "there is no token": marks_nothing}
+ENDS = {
+    "one epoch": lambda cfg, **settings: build(cfg, **settings),
+    "without end": lambda cfg, **settings: build(
+        dataclasses.replace(cfg, num_epochs=None), **settings
+    ),
+    "evaluation": lambda cfg, **settings: evaluation_batches(cfg, **settings, split="all"),
+}
+
+
+def unchecked_talks(monkeypatch, tmp_path, more=()) -> str:
+    """Conversations of several batches, which there was no time to look at before the run."""
+    monkeypatch.setattr("llmprep_jax.data.pipeline.CHECK_SECONDS", -1.0)
+    talks = [chat(f"how is {i}", "so " * (i % 4 + 1)) for i in range(40)]
+    return write_lines(tmp_path / "talks.jsonl", [*talks, *more])
+
+
+@pytest.mark.parametrize("make", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("packing", ALL)
+@pytest.mark.parametrize("words", MARKING)
+def test_masks_empty_or_full_over_all_of_the_data_are_an_error_at_an_epochs_end(
+    monkeypatch, tmp_path, words, packing, make
+):
+    cfg = config(unchecked_talks(monkeypatch, tmp_path), packing=packing)
+    settings = {"encode": encode, "encode_chat": MARKING[words], "eos_id": EOS, "template": "a/b"}
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        collections.deque(itertools.islice(make(cfg, **settings), 100), 0)
+    assert f"in 40 of 40 conversations, by the chat template of a/b, {words}" in str(error.value)
+
+
+@pytest.mark.parametrize("packing", ALL)
+def test_an_epochs_marks_are_counted_through_a_resume(monkeypatch, tmp_path, packing):
+    cfg = config(unchecked_talks(monkeypatch, tmp_path), packing=packing)
+
+    def open_batches():
+        return build(cfg, encode, marks_everything, eos_id=EOS, template="a/b")
+
+    first = open_batches()
+    next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    resumed = open_batches()
+    resumed.set_state(state)
+    with pytest.raises(ValueError, match="in 40 of 40 conversations"):
+        list(resumed)
+
+    old = open_batches()  # of a version that counted none
+    for pack in _find_packs(state):
+        pack |= {name: pack[name][: len(COUNTS)] for name in ("seen", "before")}
+    old.set_state(state)
+    assert list(old)
+    assert old.report()["documents"] == 40
+
+
+def test_full_masks_among_others_and_where_all_is_asked_for_are_no_error(monkeypatch, tmp_path):
+    path = unchecked_talks(monkeypatch, tmp_path)
+    assert list(build(config(path, mask="all"), encode, marks_everything, eos_id=EOS))
+    assert list(build(config(path), encode, encode_chat, eos_id=EOS))
+    mixed = unchecked_talks(monkeypatch, tmp_path, [{"text": "plain"}] * 3)
+    with pytest.raises(ValueError, match="in 40 of 40 conversations"):  # of those there are
+        list(build(config(mixed), encode, marks_everything, eos_id=EOS))
 
 
 def test_a_broken_line_is_told_of_before_the_run(tmp_path):
