@@ -405,6 +405,35 @@ def changed_fields(
             yield key, was, now
 
 
+def catch_up(
+    old: Mapping[str, Any], config: Any, prefix: str = ""
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A result of an older version's `to_dict`, as this one would have written it.
+
+    Args:
+      config: whose classes are those of the sections.
+
+    Returns:
+      It, with defaults for the fields that it lacks and without those that there are no more; and
+      these two, by dotted key.
+    """
+    new, added, removed = dict(old), {}, {}
+    for key in [key for key in old if key != TYPE_KEY and key not in field_types(type(config))]:
+        removed[prefix + key] = new.pop(key)
+    for field in dataclasses.fields(config):
+        was, now = old.get(field.name), getattr(config, field.name)
+        if field.init and field.name not in old:
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if default is not dataclasses.MISSING:
+                new[field.name] = added[prefix + field.name] = to_dict(default)
+        elif isinstance(was, Mapping) and was.get(TYPE_KEY) == type(now).__name__:
+            inner = catch_up(was, now, f"{prefix}{field.name}.")
+            new[field.name], added, removed = inner[0], added | inner[1], removed | inner[2]
+    return new, added, removed
+
+
 def settle(config: Any) -> None:
     """Converts a dataclass's fields to their declared types; for `__post_init__`, first of all.
 

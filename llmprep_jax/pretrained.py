@@ -144,7 +144,7 @@ def _load_run(
     meta = read_meta(path, step)
     kind = dtype if dtype in KINDS else None
     compute = _settle(dtype, compute, from_dict(Compute, meta["run"]["compute"]))
-    if ema and meta["run"]["ema_decay"] is None:
+    if ema and meta["run"].get("ema_decay") is None:
         raise ValueError(f"{path} keeps no running average: it was trained without ema_decay")
     with use_mesh(mesh):
         if meta["adapter"] is not None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmprep_jax import processes
-from llmprep_jax.config import UsageError, changed_fields, from_dict, to_dict
+from llmprep_jax.config import UsageError, catch_up, changed_fields, from_dict, to_dict
 from llmprep_jax.data import DataConfig
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.stack import REMAT_POLICIES
@@ -145,7 +145,7 @@ def claim_folder(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
       The config, with the date that chat templates write (that of the run it goes on with, or
       today's), whose schedule stays laid over as many steps as when the run began, unless
       `schedule_steps` is given; and what of it differs from that of the run it goes on with, one
-      line each.
+      line each, and which settings an older version began the run without.
 
     Raises:
       UsageError: it holds checkpoints of a run with another config, or files of something else.
@@ -154,7 +154,7 @@ def claim_folder(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
     cfg = _pin_date(cfg)
     path, changes = cfg.out / RUN_FILE, []
     if all_steps(cfg.out) and path.is_file():
-        old = _read_run(path)
+        old, versions = _catch_up(_read_run(path), cfg)
         cfg, words = _keep_schedule(cfg, old)
         changes = list(changed_fields(old, saved_fields(cfg)))
         fixed = [(key, was, now) for key, was, now in changes if not _is_free(key)]
@@ -166,7 +166,7 @@ def claim_folder(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
             )
         in_words = ("schedule_steps",) if words else ()
         changes = [f"{key}: {was!r} -> {now!r}" for key, was, now in changes if key not in in_words]
-        changes += words
+        changes += words + versions
     elif not path.is_file() and cfg.out.is_dir():
         others = sorted(f.name for f in cfg.out.iterdir() if f.name not in (*OURS, ".lock"))
         if others:
@@ -174,6 +174,22 @@ def claim_folder(cfg: RunConfig) -> tuple[RunConfig, list[str]]:
     processes.check_alike("the config", saved_fields(cfg))
     processes.by_one(lambda: _write_run(path, cfg))
     return cfg, changes
+
+
+def _catch_up(old: Mapping[str, Any], cfg: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    """What an older version wrote of a run, as this one would have, and what that means, said."""
+    now, added, removed = catch_up(old, cfg)
+    for fields in (now, added):
+        fields.pop("processes", None)  # which is in no run.json
+    parts = {
+        "settings that the run began without have their defaults": added,
+        "settings that there are no more have no effect": removed,
+    }
+    return now, [
+        f"{words}: {', '.join(f'{key}={value!r}' for key, value in fields.items())}"
+        for words, fields in parts.items()
+        if fields
+    ]
 
 
 def _keep_schedule(cfg: RunConfig, old: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from experiments import train
-from llmprep_jax.config import load_config
+from llmprep_jax.config import UsageError, load_config
 from llmprep_jax.train.loop import lock_folder
 from llmprep_jax.train.run import claim_folder
 from tests.train.runs import command, exit_of
@@ -65,6 +65,47 @@ def test_optimizer_settings_may_change_when_a_run_goes_on_and_the_new_rate_is_sa
     assert cfg.optim.lr == 0.1
     assert "optim.lr: 0.01 -> 0.1" in words
     assert words[-1] == "the learning rate of step 7: 0.001 -> 0.01"
+
+
+def rewrite(out, change) -> None:
+    """run.json as another version would have written it."""
+    path = out / "run.json"
+    run = json.loads(path.read_text())
+    change(run)
+    path.write_text(json.dumps(run))
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_defaults_of_what_is_new(
+    files, run_folder, tmp_path
+):
+    out = tmp_path / "run"
+    shutil.copytree(run_folder, out)
+
+    def older(run):
+        del run["z_loss"], run["data"]["overlong"], run["optim"]["lora_plus"]
+        del run["architecture"]["norm_eps"]
+        run["colour"], run["optim"]["warm"] = "red", 3
+
+    rewrite(out, older)
+    _, words = claim(files, out)
+    assert words[-2:] == [
+        "settings that the run began without have their defaults: optim.lora_plus=1.0,"
+        " architecture.norm_eps=1e-06, data.overlong=None, z_loss=0.0",
+        "settings that there are no more have no effect: colour='red', optim.warm=3",
+    ]
+    assert len(claim(files, out)[1]) == 0  # run.json is of this version by now
+
+
+def test_what_is_new_since_a_run_began_may_not_be_other_than_its_default(
+    files, run_folder, tmp_path
+):
+    out = tmp_path / "run"
+    shutil.copytree(run_folder, out)
+    rewrite(out, lambda run: run.pop("z_loss"))
+    with pytest.raises(UsageError, match=r"another config \(z_loss was 0.0, is 0.5\)"):
+        claim(files, out, "z_loss=0.5")
+    rewrite(out, lambda run: run["data"].pop("paths"))  # which no version lacked
+    assert "data.paths: None -> " in " ".join(claim(files, out)[1])
 
 
 def test_a_folder_with_other_files_is_refused(files, tmp_path, capsys):
