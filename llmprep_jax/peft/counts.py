@@ -84,7 +84,7 @@ def print_counts(
       optimizer_bytes: of the whole optimizer state; None: AdamW's, two float32 moments.
     """
     columns = ("trainable", "frozen", "%", "weights", "gradients", "optimizer")
-    title = "what is trained, and MiB of memory (activations are not in it)"
+    title = "what is trained, and MiB of memory (of activations a run tells once compiled)"
     table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("target", overflow="fold")  # cut short, layers would look alike
     for name in columns:

@@ -1,8 +1,7 @@
 """adapter_config.json of Hugging Face PEFT 0.21: what it asks for, and what we write.
 
-Every field is one of three kinds: read here, without effect on what the adapter computes, or
-refused by name when it is set. A field that is in none of the three lists (of a newer PEFT) is
-refused too when it is set, since it may change the result.
+A field is read here, or it is without effect on what the adapter computes. Any other, also of a
+newer PEFT, is refused by name when it is set, since it may change the result.
 """
 
 import dataclasses
@@ -49,21 +48,6 @@ WITHOUT_EFFECT = (
     "use_effective_conv2d",
     "init_weights",
     "init_ia3_weights",
-)
-REFUSED = (
-    "use_qalora",
-    "use_bdlora",
-    "fan_in_fan_out",
-    "lora_bias",
-    "trainable_token_indices",  # of methods other than LoRA
-    "target_parameters",  # of methods other than LoRA
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "megatron_config",
 )
 # these start from A and B alone; corda, loftq and lora_ga change the base's weights by what is
 # not in the folder

@@ -6,7 +6,7 @@ import peft
 import pytest
 
 from llmprep_jax.peft.method import Method
-from llmprep_jax.peft.peft_config import REFUSED, SELECTION, WITHOUT_EFFECT
+from llmprep_jax.peft.peft_config import SELECTION, WITHOUT_EFFECT
 
 pytestmark = pytest.mark.parity
 
@@ -20,6 +20,22 @@ CONFIGS = {
     "OFT": peft.OFTConfig,
     "HRA": peft.HRAConfig,
 }
+
+REFUSED = (  # when they are set, as all that is not known
+    "use_qalora",
+    "use_bdlora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "trainable_token_indices",  # of methods other than LoRA
+    "target_parameters",  # of methods other than LoRA
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "megatron_config",
+)
 
 
 def test_every_field_of_peft_is_known():

@@ -387,6 +387,7 @@ def test_the_table_of_counts_has_a_row_a_target_and_one_of_the_whole():
     model = jax.eval_shape(lambda: build(LLAMA, LoRA(4, targets=("q_proj", "down")), listed=True))
     lp.peft.print_counts(model, console, optimizer_bytes=2**30)
     rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert "(of activations a run tells once compiled)" in console.file.getvalue()
     cells = [[cell for cell in row if cell.strip("│┃|")] for row in rows]
     # q 3 * 4 * (48 + 72), down 3 * 4 * (64 + 48); 3 * 48 * 72 and 3 * 64 * 48 weights; MiB
     memory = lambda trained, frozen: [  # noqa: E731
