@@ -6,6 +6,7 @@ the saved folder, which PEFT loads onto a dense base too.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 from flax import nnx
@@ -36,8 +37,20 @@ class QLoRA(LoRA):
         return self.kind
 
     def prepare(self, model: nnx.Module) -> nnx.Module:
-        """The model with its linear layers packed; as it is, where some are packed already."""
-        return model if packed_layers(model) else quantize_model(model, self.kind)
+        """The model with its linear layers packed; as it is, where some are packed already, with a
+        warning where they are so in another format.
+        """
+        packed = packed_layers(model)
+        if not packed:
+            return quantize_model(model, self.kind)
+        kinds = sorted({layer.kind for layer in packed.values()} - {self.kind})
+        if kinds:
+            warnings.warn(
+                f"the base is packed as {', '.join(kinds)} and stays so; kind={self.kind!r} is for"
+                ' a dense one, which load_model(..., dtype="bfloat16") makes of a packed folder',
+                stacklevel=4,
+            )
+        return model
 
     def resolve(self, names: Sequence[str]) -> LoRA:
         resolved = super().resolve(names)

@@ -184,7 +184,8 @@ def packers(model: nnx.Module, checkpoint: Checkpoint, kind: str | None) -> dict
         if stored:
             warnings.warn(
                 f"{checkpoint.path}: weights stored as {', '.join(sorted(stored))} are packed again"
-                f" as {kind}, and what both lose adds up; dtype=None keeps them as stored",
+                f" as {kind}, and what both lose adds up; dtype=None, or in a run adapter=LoRA,"
+                " keeps them as stored",
                 stacklevel=3,
             )
     return {

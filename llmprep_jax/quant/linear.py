@@ -51,6 +51,11 @@ class QuantEinsum(Einsum):
             setattr(self, name, Buffer(value))
 
     @property
+    def kind(self) -> str:
+        """The format's name."""
+        return dict(self.settings).get("kind") or self.format.kind
+
+    @property
     def packed(self) -> Packed:
         """The weight as its format's dataclass."""
         arrays = {name: getattr(self, name)[...] for name in self.names}

@@ -23,8 +23,20 @@ def test_a_model_starts_as_its_packed_base_bit_for_bit():
 
 def test_a_packed_base_stays_as_it_is():
     packed = quantize_model(base(), "int8")
-    model = lp.peft.inject(packed, QLoRA(4, 8))
+    with pytest.warns(
+        UserWarning, match=r"^the base is packed as int8 and stays so; kind='nf4' is"
+    ):
+        model = lp.peft.inject(packed, QLoRA(4, 8))
     assert {each.format.__name__ for each in packed_layers(model).values()} == {"Int8"}
+
+
+def test_a_base_that_is_packed_as_asked_says_nothing(recwarn):
+    for kind in ("fp4", "int8"):  # of one class of formats that has kinds, and of one
+        model = jax.eval_shape(
+            lambda kind=kind: lp.peft.inject(quantize_model(base(), kind), QLoRA(4, 8, kind=kind))
+        )
+        assert {layer.kind for layer in packed_layers(model).values()} == {kind}
+    assert not recwarn.list
 
 
 def test_its_folder_is_that_of_lora_and_opens_on_a_dense_base(tmp_path):

@@ -13,6 +13,7 @@ from flax import nnx
 import llmprep_jax as lp
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import Compute
+from llmprep_jax.pretrained import load_base
 from llmprep_jax.quant import dequantize, folder, packed_layers
 from llmprep_jax.sharding import make_mesh
 from llmprep_jax.weights.safetensors import write_folder
@@ -121,6 +122,37 @@ def test_another_kind_packs_anew_and_says_so(folders):
         model = lp.load_model(path, dtype="int8")
     assert {layer.packed.kind for layer in packed_layers(model).values()} == {"int8"}
     assert model.embed.w.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("method", "stored", "kind"),
+    [
+        ("nf4", "nf4", "int8"),
+        pytest.param("fp4", "fp4", "nf4", marks=pytest.mark.grid),
+        ("int8", "int8", "nf4"),
+        ("gptq", "int4", "nf4"),
+        pytest.param("gptq desc_act", "int4", "int8", marks=pytest.mark.grid),
+        ("awq", "int4", "nf4"),
+        ("fp8", "fp8", "nf4"),
+        ("nf4 double", None, "nf4"),
+        ("int8", None, "int8"),
+    ],
+)
+def test_a_qlora_has_the_base_that_it_asks_for_whatever_the_folder_is_packed_as(
+    folders, method, stored, kind, recwarn
+):
+    path = folders(method)[1]
+    adapter = lp.peft.QLoRA(2, 4, kind=kind)
+    model = lp.peft.inject(load_base(path, adapter.base_dtype), adapter)
+    assert {layer.kind for layer in packed_layers(model).values()} == {kind}
+    words = [str(warning.message) for warning in recwarn.list]
+    assert [f"stored as {stored} are packed again as {kind}" in line for line in words] == (
+        [] if stored is None else [True]
+    )
+    # the layer is that of the folder, but for what packing loses
+    layers = [m.layers.mlp.down for m in (lp.peft.strip(model), lp.load_model(path))]
+    ours, as_stored = (np.asarray(layer.weight()) for layer in layers)
+    assert np.abs(ours - as_stored).max() < 0.25 * np.abs(as_stored).max()
 
 
 def test_the_stored_kind_by_name_is_as_stored(folders, recwarn):
