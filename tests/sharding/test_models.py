@@ -59,7 +59,6 @@ PAIRS = cases(
         ("llama-9-3-heads", "fsdp2-tensor4"),
         ("gemma3-1-kv-head", "fsdp2-expert2-tensor2"),
         ("deepseek-v3", "fsdp8"),
-        ("deepseek-v3", "fsdp2-tensor4"),
     ],
 )
 on_pairs = pytest.mark.parametrize(("name", "mesh_name"), PAIRS)
