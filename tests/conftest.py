@@ -7,7 +7,6 @@ devices then use what there is.
 
 import importlib.metadata
 import os
-import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones know no such flag
@@ -21,7 +20,7 @@ import pytest
 from hypothesis import settings
 
 from tests import shape_checks
-from tests.quick_compile import quick_compile
+from tests.quick_compile import make_room, quick_compile
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -45,8 +44,5 @@ def compilation(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
-    """Linux gives a process 65,530 memory maps; programs take some each, and XLA crashes beyond."""
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
-        jax.clear_caches()
+    make_room()

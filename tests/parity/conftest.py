@@ -9,7 +9,7 @@ import torch
 
 import llmprep_jax as lp
 from tests.parity import torch_models
-from tests.quick_compile import quick_compile
+from tests.quick_compile import make_room, quick_compile
 
 torch.set_num_threads(1)  # tests run in a process a core
 
@@ -23,6 +23,13 @@ def compilation(tmp_path_factory):
     kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     with quick_compile(kept or tmp_path_factory.getbasetemp() / "compiled"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """In place of other tests' look between modules: one of these may take 20,000 memory maps."""
+    yield
+    make_room()
 
 
 @pytest.fixture

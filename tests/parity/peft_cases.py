@@ -4,8 +4,12 @@ The bases differ in what adapters meet: qwen2 has biases, gemma3 a tied, scaled 
 than the model and layers of two kinds.
 """
 
+import itertools
+
 import peft
 import pytest
+
+from tests.grids import cases
 
 BASES = ("llama", "qwen2", "gemma3")
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -99,10 +103,6 @@ MORE = {
 
 def pairs(**telling: tuple[str, ...]):
     """Parametrises by (base, name): each base's telling names, the rest under the mark `grid`."""
-    names = dict.fromkeys(name for names in telling.values() for name in names)
-    rows = [
-        pytest.param(base, name, marks=() if name in telling[base] else pytest.mark.grid)
-        for base in BASES
-        for name in names
-    ]
-    return pytest.mark.parametrize(("base", "name"), rows, indirect=["base"])
+    fast = [(base, name) for base, names in telling.items() for name in names]
+    rows = itertools.product(telling, dict.fromkeys(name for _, name in fast))
+    return pytest.mark.parametrize(("base", "name"), cases(rows, fast=fast), indirect=["base"])
