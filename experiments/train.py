@@ -30,21 +30,20 @@ from llmprep_jax import processes, remote
 from llmprep_jax.cli import Outputs, run
 from llmprep_jax.config import UsageError, load_config, print_config, split_arguments
 from llmprep_jax.interrupts import Interrupted
-from llmprep_jax.models import registry
-from llmprep_jax.runs import build_model, count_steps, make_trainer, open_data, open_processor
+from llmprep_jax.runs import (
+    build_model,
+    count_steps,
+    describe_model,
+    make_trainer,
+    open_data,
+    open_processor,
+)
 from llmprep_jax.sharding import use_mesh
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.loop import FitResult, fit, lock_folder
 from llmprep_jax.train.metrics import count_flops
 from llmprep_jax.train.monitor import METRICS_FILE
-from llmprep_jax.train.run import (
-    RunConfig,
-    claim_folder,
-    count_trained,
-    describe_data,
-    make_meta,
-    saved_steps,
-)
+from llmprep_jax.train.run import RunConfig, claim_folder, count_trained, describe_data, saved_steps
 from llmprep_jax.train.step import own_rows
 from llmprep_jax.train.trainer import Trainer
 
@@ -110,7 +109,7 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
         batches,
         out=cfg.out,
         evaluate=evaluate,
-        meta=make_meta(cfg, registry.family_of(model).to_hf(model.cfg), method),
+        meta=describe_model(cfg, model, method),
         flops=count_flops(model.cfg, parts.params, parts.frozen, cfg.data.seq_len),
         console=console,
         locked=True,

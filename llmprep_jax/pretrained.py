@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.config import check_fields, from_dict
+from llmprep_jax.config import check_fields, field_types, from_dict, to_dict
 from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
 from llmprep_jax.nn.language_model import Source
@@ -155,6 +155,7 @@ def _load_run(
         else:
             family = registry.family_of_type(meta["config"].get("model_type"))
             cfg = dataclasses.replace(family.from_hf(meta["config"]), compute=compute)
+            cfg = _with_training_settings(cfg, meta.get("training", {}))
             abstract = registry.abstract(cfg)
             graph, params, frozen = nnx.split(abstract, TRAINED, ...)
         item = "ema" if ema else "params"
@@ -183,6 +184,20 @@ def load_base(
     model = merge(load_model(path, mesh=mesh, compute=compute))
     model.source = Source(str(path))
     return model if kind is None else quantize_model(model, kind)
+
+
+def training_settings(cfg: Any) -> dict[str, Any]:
+    """What of a model's Config training goes by and no config.json holds, as JSON."""
+    return {name: to_dict(getattr(cfg, name)) for name in registry.family_of(cfg).trained_by}
+
+
+def _with_training_settings(cfg: Any, saved: Mapping[str, Any]) -> Any:
+    """The Config with what `training_settings` gave; that of older runs is empty."""
+    kinds = field_types(type(cfg))
+    known = {name: value for name, value in saved.items() if name in kinds}
+    return dataclasses.replace(
+        cfg, **{name: from_dict(kinds[name], value) for name, value in known.items()}
+    )
 
 
 def adapter_of_run(path: str | Path) -> Any | None:

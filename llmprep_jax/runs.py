@@ -19,11 +19,11 @@ from llmprep_jax.models import registry
 from llmprep_jax.models.deepseek import config as deepseek
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.peft.adapter import adapters
-from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor
+from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor, training_settings
 from llmprep_jax.remote import fetch
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.loop import Evaluate
-from llmprep_jax.train.run import RunConfig
+from llmprep_jax.train.run import RunConfig, make_meta
 from llmprep_jax.train.step import own_rows
 from llmprep_jax.train.trainer import Trainer, make_loss
 
@@ -170,6 +170,12 @@ def count_steps(cfg: RunConfig, processor: Processor) -> int:
     once = dataclasses.replace(cfg.data, prefetch=0)
     batches = data.build(once, **once.encoders(processor.tokenizer), rows=())
     return max(sum(1 for _ in batches), 1)
+
+
+def describe_model(cfg: RunConfig, model: nnx.Module, method: AnyMethod | None) -> dict[str, Any]:
+    """What the run's checkpoints say of the model."""
+    config = registry.family_of(model).to_hf(model.cfg)
+    return make_meta(cfg, config, method, training_settings(model.cfg))
 
 
 def make_trainer(cfg: RunConfig, model: nnx.Module) -> Trainer:

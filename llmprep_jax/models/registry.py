@@ -39,6 +39,7 @@ class Family:
       renames, ignored: spellings and tensors outside the model's `weights`, its table of names.
       copies: names under which a folder holds a tensor once more, with its own name.
       unsaved: fields of the Config that config.json does not hold and a model's logits do not need.
+      trained_by: of these, what training goes by, which checkpoints of runs keep.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Family:
     settle: Callable[[Any, Sequence[str]], Any] = lambda cfg, names: cfg
     copies: Callable[[Any], Mapping[str, str]] = lambda cfg: {}
     unsaved: tuple[str, ...] = ("compute",)
+    trained_by: tuple[str, ...] = ()
 
     def to_hf(self, cfg: Any) -> dict[str, Any]:
         """The config.json of a Config, from which it is read back as the same model.
@@ -118,6 +120,7 @@ FAMILIES = (
         settle=deepseek_weights.settle,
         copies=deepseek_weights.copies,
         unsaved=("compute", "mtp_weight", "balance", "transport", "buffer_factor"),
+        trained_by=("mtp_weight", "balance", "buffer_factor"),  # a transport is of a machine
     ),
 )
 

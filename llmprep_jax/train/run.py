@@ -292,22 +292,29 @@ def _is_free(key: str) -> bool:
     return is_free and key not in FIXED
 
 
-def make_meta(cfg: RunConfig, hf_config: Mapping[str, Any], method: Any | None) -> dict[str, Any]:
+def make_meta(
+    cfg: RunConfig,
+    hf_config: Mapping[str, Any],
+    method: Any | None,
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """What each checkpoint says of its model, for `load_model` to rebuild it.
 
     Args:
       method: of the adapter that is trained.
+      training: of `pretrained.training_settings`.
 
     Returns:
       base: path of the frozen weights, None where all weights are in the checkpoint; config: the
-      Hugging Face config.json of the model; adapter: its settings or None; run: the whole config;
-      versions.
+      Hugging Face config.json of the model, and training: what this does not hold; adapter: its
+      settings or None; run: the whole config; versions.
     """
     packages = ("jax", "flax", "optax", "orbax-checkpoint")
     return {
         "format": 1,
         "base": cfg.model if cfg.adapter is not None else None,
         "config": dict(hf_config),
+        "training": dict(training or {}),
         "adapter": to_dict(method),
         "run": saved_fields(cfg),
         "versions": {name: importlib.metadata.version(name) for name in packages},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from llmprep_jax import pretrained
+from llmprep_jax.data import DataConfig
+from llmprep_jax.models import registry
 from llmprep_jax.models.deepseek import weights
+from llmprep_jax.models.deepseek.config import Config
 from llmprep_jax.nn.attention import place_tokens
 from llmprep_jax.nn.balance import Balance
+from llmprep_jax.nn.moe import with_bounded_buffers
 from llmprep_jax.nn.param import TRAINED
+from llmprep_jax.runs import describe_model
 from llmprep_jax.train.losses import next_token_loss, training_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer
+from llmprep_jax.train.run import RunConfig
 from llmprep_jax.train.state import create_state, split_model
 from llmprep_jax.train.step import make_train_step, place_batch
 from tests.models.tiny import CONFIGS, make_tokens, random_model
@@ -141,3 +149,26 @@ def test_a_checkpoint_without_the_module_is_read_without_it():
     names = ["model.layers.0.self_attn.o_proj.weight", "lm_head.weight"]
     assert weights.settle(CFG, names).num_mtp == 0
     assert weights.settle(CFG, [*names, "model.layers.2.eh_proj.weight"]).num_mtp == CFG.num_mtp
+
+
+def test_a_runs_checkpoints_keep_what_training_goes_by_and_loading_them_drops_no_token(
+    monkeypatch, tmp_path
+):
+    own = dict(mtp_weight=0.1, balance=Balance(expert=0.02, device=0.05), buffer_factor=1.5)
+    cfg = dataclasses.replace(CFG, transport="ring", **own)
+    run = RunConfig(
+        architecture=cfg, tokenizer="t", data=DataConfig(paths=("a",)), out=tmp_path / "run"
+    )
+    abstract = jax.eval_shape(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))
+    meta = json.loads(json.dumps(describe_model(run, abstract, None)))
+    monkeypatch.setattr(pretrained, "all_steps", lambda path: [1])
+    monkeypatch.setattr(pretrained, "read_meta", lambda path, step: meta)
+    monkeypatch.setattr(pretrained, "read_params", lambda path, params, step, item: params)
+    loaded = pretrained.load_model(tmp_path)
+    assert {name: getattr(loaded.cfg, name) for name in own} == own
+    assert loaded.cfg.transport is None  # which is chosen by the machine
+    experts = loaded.moe_layers.mlp
+    assert (experts.buffer_factor, experts.is_bounded) == (1.5, False)
+    assert with_bounded_buffers(loaded).moe_layers.mlp.is_bounded
+    del meta["training"]  # as of an older version
+    assert pretrained.load_model(tmp_path).cfg.buffer_factor == Config.buffer_factor == 2.0
