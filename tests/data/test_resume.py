@@ -36,8 +36,9 @@ def batches(cfg, **arguments):
     return build(cfg, encode, encode_chat, eos_id=EOS, **arguments)
 
 
+@pytest.mark.parametrize("num_stops", [1, pytest.param(5, marks=pytest.mark.grid)])
 @pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
-def test_a_stream_goes_on_as_if_it_had_not_stopped(paths, fields):
+def test_a_stream_goes_on_as_if_it_had_not_stopped(paths, fields, num_stops):
     defaults = {"seq_len": 24, "batch_size": 3, "pack_window": 4, "num_epochs": 4}
     cfg = DataConfig(paths=paths, **(defaults | fields))
     whole, states, reports = [], [], []
@@ -48,7 +49,7 @@ def test_a_stream_goes_on_as_if_it_had_not_stopped(paths, fields):
         states.append(json.dumps(stream.get_state()))
         reports.append(stream.report())
     assert len(whole) > 12
-    stops = random.Random(0).sample(range(1, len(whole)), 3)
+    stops = random.Random(str(fields)).sample(range(1, len(whole)), num_stops)
     for stop in (0, *stops, len(whole)):
         resumed = batches(cfg)
         resumed.set_state(json.loads(states[stop]))

@@ -47,9 +47,9 @@ def folder(tmp_path_factory):
 
 
 def test_a_model_is_packed_and_unpacked(folder, tmp_path):
-    convert.main([str(folder / "model"), str(tmp_path / "packed"), "dtype=nf4"])
+    convert.main([str(folder / "model"), str(tmp_path / "packed"), "dtype=int8"])
     packed = lp.load_model(tmp_path / "packed")
-    assert {layer.packed.kind for layer in lp.quant.packed_layers(packed).values()} == {"nf4"}
+    assert {layer.packed.kind for layer in lp.quant.packed_layers(packed).values()} == {"int8"}
     convert.main([str(tmp_path / "packed"), str(tmp_path / "dense"), "dtype=float32"])
     dense = lp.load_model(tmp_path / "dense")
     np.testing.assert_array_equal(dense.layers.mlp.up.w[...], packed.layers.mlp.up.weight())
@@ -83,9 +83,9 @@ def run(folder):
 def test_a_runs_adapter_is_merged_before_its_base_is_packed(run, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        convert.main([str(run), str(tmp_path / "packed"), "dtype=nf4"])
+        convert.main([str(run), str(tmp_path / "packed"), "dtype=int8"])
     found = lp.quant.packed_layers(lp.load_model(tmp_path / "packed"))
-    expected = lp.quant.quantize_model(lp.peft.merge(lp.load_model(run, "bfloat16")), "nf4")
+    expected = lp.quant.quantize_model(lp.peft.merge(lp.load_model(run, "bfloat16")), "int8")
     expected = lp.quant.packed_layers(expected)
     assert list(found) == list(expected)
     for name, layer in found.items():

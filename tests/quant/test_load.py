@@ -27,6 +27,8 @@ from tests.models.tiny import CONFIGS, forward, make_tokens, random_model
 
 FLOAT32 = Compute()
 LAYERS = 2
+TOKENS = make_tokens(8)  # eight rows, as a mesh parts them
+NEW = 4  # tokens that are generated
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +52,24 @@ def packed(folder):
     return lp.load_model(folder, dtype="int8", compute=FLOAT32)
 
 
+@pytest.fixture(scope="module")
+def logits(packed):
+    return forward(packed, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def generated(packed):
+    """What follows the first two rows."""
+    return np.asarray(lp.generate_tokens(packed, TOKENS[:2], max_new_tokens=NEW))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int4"])  # of blocks, and of rows
 def test_loading_packs_as_packing_what_was_loaded_does(folder, kind):
     loaded = lp.load_model(folder, dtype=kind)
-    # k and v are as q, gate is as up
-    expected = quantize_model(lp.load_model(folder), kind, r"layers\.(attn\.[qo]|mlp\.(up|down))")
+    # k and v are as q, gate and down are as up
+    expected = quantize_model(lp.load_model(folder), kind, r"layers\.(attn\.[qo]|mlp\.up)")
     assert len(packed_layers(loaded)) == 7
-    assert len(packed_layers(expected)) == 4
+    assert len(packed_layers(expected)) == 3
     for path, layer in packed_layers(expected).items():
         found = packed_layers(loaded)[path].packed
         assert found.settings() == layer.packed.settings()
@@ -86,27 +99,22 @@ def test_one_tensor_at_a_time_is_dense_while_loading(folder, monkeypatch):
     assert [event for event in events if event != "other"] == ["read", "packed"] * 7 * LAYERS
 
 
-def test_a_device_of_a_mesh_holds_some_rows_of_packed_weights(folder, packed):
+def test_a_device_of_a_mesh_holds_some_rows_of_packed_weights(folder, packed, logits):
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     loaded = lp.load_model(folder, "int8", mesh, compute=FLOAT32)
     codes = loaded.layers.mlp.up.codes[...]
     assert codes.sharding.spec[:2] == (None, ("fsdp", "tensor"))
     np.testing.assert_array_equal(codes, packed.layers.mlp.up.codes)
-    tokens = make_tokens(8)
     with use_mesh(mesh):
-        found = forward(loaded, jax.device_put(tokens, jax.P(("fsdp",))))
-    np.testing.assert_allclose(found, forward(packed, tokens), atol=2e-4)
+        found = forward(loaded, jax.device_put(TOKENS, jax.P(("fsdp",))))
+    np.testing.assert_allclose(found, logits, atol=2e-4)
 
 
-def test_generation_is_that_of_the_dequantised_model(packed):
-    tokens = make_tokens()
-    found = lp.generate_tokens(packed, tokens, max_new_tokens=4)
-    one = lp.generate_tokens(packed, tokens[:1], max_new_tokens=4)
-    np.testing.assert_array_equal(one, found[:1])
+def test_generation_is_that_of_the_dequantised_model(packed, generated):
     # greedy: each token is the likeliest after those before it
-    whole = np.concatenate([tokens, found], axis=1)
+    whole = np.concatenate([TOKENS[:2], generated], axis=1)
     logits = forward(lp.quant.dequantize_model(packed), whole)
-    np.testing.assert_array_equal(found, np.argmax(logits, -1)[:, tokens.shape[1] - 1 : -1])
+    np.testing.assert_array_equal(generated, np.argmax(logits, -1)[:, TOKENS.shape[1] - 1 : -1])
 
 
 @pytest.mark.parametrize(
@@ -117,33 +125,33 @@ def test_generation_is_that_of_the_dequantised_model(packed):
     ],
     ids=["room", "no room"],
 )
-def test_packed_layers_are_unpacked_for_a_cpu_if_memory_has_room(monkeypatch, packed, free, said):
+def test_packed_layers_are_unpacked_for_a_cpu_if_memory_has_room(
+    monkeypatch, packed, generated, free, said
+):
     monkeypatch.setattr(layout, "free_memory", lambda: free)
-    engine, tokens = Engine(packed), make_tokens()[:1]
+    engine = Engine(packed)
     with pytest.warns(UserWarning, match=said) as warned:
-        state = engine.start(tokens, None, Sampling(), 4, 0, 0)
-    state = engine.advance(state, 4, (), Sampling())
+        state = engine.start(TOKENS[:1], None, Sampling(), NEW, 0, 0)
+    state = engine.advance(state, NEW, (), Sampling())
     assert len(warned) == 1
-    expected = lp.generate_tokens(lp.quant.dequantize_model(packed), tokens, max_new_tokens=4)
-    np.testing.assert_array_equal(np.asarray(state.tokens_BT)[:, :4], expected)
+    np.testing.assert_array_equal(np.asarray(state.tokens_BT)[:, :NEW], generated[:1])
     stepper = engine._stepper(1)
     assert bool(layout.packed_layers(stepper)) == (stepper is packed) == (free < 10**9)
 
 
-def test_lora_trains_around_a_packed_base(packed, model):
+def test_lora_trains_around_a_packed_base(packed, model, logits):
     dense = lp.peft.count(model)
-    tokens = make_tokens()
     model = lp.peft.inject(packed, lp.peft.LoRA(rank=4))
     graph, adapters, frozen = nnx.split(model, AdapterParam, ...)
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def grad(adapters):
-        logits = nnx.merge(graph, adapters, frozen)(tokens).logits
+        logits = nnx.merge(graph, adapters, frozen)(TOKENS).logits
         return jnp.square(logits).mean(), logits
 
-    grads, logits = grad(adapters)
-    np.testing.assert_allclose(logits, forward(packed, tokens), atol=1e-5)
+    grads, found = grad(adapters)
+    np.testing.assert_allclose(found, logits, atol=1e-5)
     grads = jax.tree.leaves(grads)
     assert len(grads) == 14
     assert sum(bool(np.abs(g).max() > 0) for g in grads) == 7  # those of B; A's begin at zero
@@ -159,17 +167,13 @@ def test_merging_makes_packed_layers_dense_and_says_so(packed):
     with pytest.warns(UserWarning, match="merging makes 7 packed layers dense"):
         merged = lp.peft.merge(model)
     assert type(merged.layers.attn.q) is Einsum
-    np.testing.assert_allclose(
-        forward(merged, make_tokens()), forward(model, make_tokens()), atol=2e-3
-    )
+    np.testing.assert_allclose(forward(merged, TOKENS), forward(model, TOKENS), atol=2e-3)
 
 
-def test_adapters_of_a_dense_model_go_on_when_it_is_packed(packed, model):
+def test_adapters_of_a_dense_model_go_on_when_it_is_packed(logits, model):
     found = quantize_model(lp.peft.inject(model, lp.peft.LoRA(rank=4)), "int8")
     assert type(found.layers.attn.q.base) is QuantEinsum
-    np.testing.assert_allclose(
-        forward(found, make_tokens()), forward(packed, make_tokens()), atol=1e-4
-    )
+    np.testing.assert_allclose(forward(found, TOKENS), logits, atol=1e-4)
 
 
 def test_an_unknown_dtype_names_the_packed_ones(folder):

@@ -288,7 +288,7 @@ MESSAGE = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(messages=st.lists(MESSAGE | JSON, max_size=3) | JSON)
 def test_no_messages_escape_as_another_error(messages):
     for family in ("CHATML", "GEMMA3"):
