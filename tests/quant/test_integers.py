@@ -38,8 +38,8 @@ def test_int8_is_off_by_half_a_step_at_most(shape, seed):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @given(
-    # groups that are odd, that leave a rest, and that are longer than a row
-    sizes=st.sampled_from([((3, 33), 8), ((4, 40), 3), ((4, 40), 128)]),
+    # groups of one, that leave a rest, that are odd, and that are longer than a row
+    sizes=st.sampled_from([((1, 1), 3), ((3, 33), 8), ((4, 40), 3), ((4, 40), 128)]),
     seed=seeds,
 )
 def test_int4_is_off_by_half_a_step_at_most(sizes, symmetric, seed):
@@ -64,6 +64,12 @@ def check_int4(shape, group, symmetric, seed):
     # the zero is rounded too
     limit = 0.5001 if symmetric else 1.0001
     assert (np.abs(np.asarray(dequantize(packed)) - w) <= limit * step + 1e-6).all()
+
+
+@pytest.mark.parametrize("lowest", [-15, -6, 0])
+def test_int4_is_exact_where_a_group_is_sixteen_even_steps(lowest):
+    w = np.arange(lowest, lowest + 16, dtype=np.float32)[None] / 2
+    np.testing.assert_array_equal(dequantize(pack4(w, 16)), w)
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(40, 8), (33, 8), (36, 3), (36, 8)])

@@ -83,6 +83,13 @@ def test_stored_bytes_of_bitsandbytes_give_its_values(name, kind):
     np.testing.assert_allclose(dequantize(packed), GOLDEN[f"{key}/nested/values"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("codes", [*nf4.CODES.values(), nf4.NESTED_MAP], ids=[*nf4.CODES, "nested"])
+def test_halfway_between_two_numbers_is_the_lower(codes):
+    lower, upper = np.sort(codes)[:-1], np.sort(codes)[1:]
+    index = jax.jit(functools.partial(nf4.nearest, codes=codes))((lower + upper) / 2)
+    np.testing.assert_array_equal(codes[index], lower)
+
+
 def test_a_block_of_zeros_is_exact_zeros():
     packed = quantize(jnp.zeros((2, 64)), "nf4", 64, False)
     assert set(np.asarray(packed.codes).tolist()) == {0x77}
@@ -124,9 +131,9 @@ def test_packing_what_was_unpacked_changes_nothing(kind, shape, scale, seed):
     assert (np.abs(np.asarray(values) - w) <= 0.1668 * np.abs(w).max()).all()
 
 
-# rows of whole blocks, rows that share one, and rows of an odd number
+# rows of whole blocks, more than share a magnitude; that share a block; and of an odd number
 @pytest.mark.parametrize(
-    "shape", [pytest.param((12, 64), marks=pytest.mark.grid), (12, 48), (8, 24), (64, 5)]
+    "shape", [(128, 48), (8, 24), (64, 5), pytest.param((12, 64), marks=pytest.mark.grid)]
 )
 def test_rows_and_tiles_are_those_of_the_whole(shape):
     packed = quantize(normal(*shape), "nf4", 16)

@@ -205,8 +205,9 @@ def test_without_a_dtype_each_parameter_is_as_stored(tensors):
     assert loaded["head.w"].dtype == jnp.float32
 
 
-def test_layers_stored_in_two_dtypes_are_stacked_in_the_wider(tensors):
-    name = "layers.1.q.weight"
+@pytest.mark.parametrize("layer", range(L))
+def test_layers_stored_in_two_dtypes_are_stacked_in_the_wider(tensors, layer):
+    name = f"layers.{layer}.q.weight"
     half = tensors[name].astype(BF16)
     loaded = table.load(abstract(), Memory(tensors | {name: half}), TABLE)
     assert loaded.layers.q.dtype == jnp.float32
