@@ -3,6 +3,7 @@
 `tests/golden/make_models.py` made the files. Tolerances are those of the live parity suite.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Golden(Checkpoint):
         return self.path
 
 
+@functools.cache
 def load(name):
     golden = Golden(name)
     family = registry.family_of_type(golden.config["model_type"])
