@@ -31,60 +31,60 @@ def rope_of(positions: np.ndarray) -> tuple:
     return rope_angles(jnp.asarray(positions), *rope_frequencies(SIZES["rope_dim"], 1e4))
 
 
+def draw() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(2, S, D)).astype(np.float32)
+
+
+PLACE = Tokens(np.tile(np.arange(S, dtype=np.int32), (2, 1)), np.ones((2, S), np.int32))
+
+
+@jax.jit
+def run(mla: MLA, x: np.ndarray) -> jax.Array:
+    return mla(x, PLACE, rope_of(PLACE.positions_BT))[0]
+
+
 @functools.partial(jax.jit, static_argnums=2)
-def attend(mla: MLA, args: tuple, absorbed: bool) -> jax.Array:
-    return mla.attend(*args, absorbed=absorbed)
+def gradients(mla: MLA, x: np.ndarray, absorbed: bool) -> tuple:
+    """(result for the last T tokens, gradients of its sum of squares) of one form."""
+
+    def loss(mla, x):
+        rope, last = rope_of(PLACE.positions_BT), PLACE.block(S - T, S)
+        q = [z[:, S - T :] for z in mla.queries(x, rope)]
+        seen = visible(last, PLACE)
+        out = mla.attend(*q, mla.latents(x, rope), seen, absorbed=absorbed)
+        return jnp.square(out).sum(), out
+
+    grads, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(mla, x)
+    return out, grads
 
 
 @pytest.mark.parametrize(("q_rank", "interleaved"), [(None, True), (14, False)])
-def test_naive_and_absorbed_forms_agree(q_rank, interleaved):
-    mla = make(q_rank, interleaved=interleaved)
-    x = jax.random.normal(jax.random.key(1), (2, S, D))
-    place = Tokens(jnp.tile(jnp.arange(S), (2, 1)), jnp.ones((2, S), jnp.int32))
-    rope = rope_of(place.positions_BT)
-    last = place.block(S - T, S)
-    q = [z[:, S - T :] for z in mla.queries(x, rope)]
-    args = (*q, mla.latents(x, rope), visible(last, place))
-    naive, absorbed = [attend(mla, args, form) for form in (False, True)]
+def test_naive_and_absorbed_forms_and_their_gradients_agree(q_rank, interleaved):
+    mla, x = make(q_rank, interleaved=interleaved), draw()
+    (absorbed, grads), (naive, expected) = [gradients(mla, x, form) for form in (True, False)]
     np.testing.assert_allclose(naive, absorbed, atol=1e-5)
-    whole, _ = jax.jit(lambda mla, x: mla(x, place, rope))(mla, x)
-    np.testing.assert_allclose(naive, whole[:, S - T :], atol=1e-5)
+    np.testing.assert_allclose(naive, run(mla, x)[:, S - T :], atol=1e-5)
+    for found, wanted in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("absorbed", [True, False])
 def test_both_forms_over_a_cache_equal_the_whole(monkeypatch, absorbed):
+    mla, x = make(), draw()
+    whole = run(mla, x)
     monkeypatch.setattr(MLA, "absorbed_is_cheaper", lambda *_: absorbed)
-    mla, x = make(), jax.random.normal(jax.random.key(1), (2, S, D))
-    positions = jnp.tile(jnp.arange(S), (2, 1))
-    whole, _ = mla(x, Tokens(positions), rope_of(positions))
     cache, found = KVCache.create(1, 2, S + 3, 1, 24, value_dim=0), []
 
     @jax.jit
-    def step(mla, x, place, rope, cache):
-        y, cache = mla(x, place, rope, cache)
+    def step(mla, x, place, cache):
+        cache = cache.begin(place.positions_BT, place.segments_BT)
+        y, cache = mla(x, place, rope_of(place.positions_BT), cache)
         return y, cache.end()
 
-    for part in (slice(0, 4), slice(4, 5), slice(5, S)):
-        place = Tokens(positions[:, part], jnp.ones_like(positions[:, part]))
-        cache = cache.begin(place.positions_BT, place.segments_BT)
-        y, cache = step(mla, x[:, part], place, rope_of(positions[:, part]), cache)
+    for start, stop in ((0, 4), (4, 5), (5, S)):
+        y, cache = step(mla, x[:, start:stop], PLACE.block(start, stop), cache)
         found.append(y)
-    np.testing.assert_allclose(jnp.concatenate(found, 1), whole, atol=1e-5)
-
-
-def test_gradients_of_the_forms_agree():
-    mla, x = make(), jax.random.normal(jax.random.key(1), (1, S, D))
-    place = Tokens(jnp.arange(S)[None])
-    rope, seen = rope_of(place.positions_BT), visible(place, place)
-
-    def loss(mla, x, absorbed):
-        out = mla.attend(*mla.queries(x, rope), mla.latents(x, rope), seen, absorbed=absorbed)
-        return jnp.square(out).sum()
-
-    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
-    grads = [grad(mla, x, form) for form in (True, False)]
-    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=1e-5)
 
 
 def test_at_release_sizes_up_to_170_queries_are_absorbed():
@@ -103,7 +103,11 @@ def test_at_release_sizes_up_to_170_queries_are_absorbed():
 def test_the_softmax_scale_has_yarns_temperature(mscale, scale):
     scaling = RopeScaling("yarn", 40.0, 4096, mscale=mscale, mscale_all_dim=mscale)
     sizes = dict(nope_dim=128, rope_dim=64, value_dim=128, kv_rank=16, q_rank=None)
-    make = lambda **more: MLA(8, 1, **sizes, **more, compute=Compute(), rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make(**more):
+        more |= sizes
+        return jax.eval_shape(lambda: MLA(8, 1, **more, compute=Compute(), rngs=nnx.Rngs(0)))
+
     assert make(rope_scaling=scaling).scale == pytest.approx(scale, rel=1e-6)
     assert make(rope_scaling=None).scale == pytest.approx(0.07216878, rel=1e-6)
     assert rope_frequencies(64, 1e4, scaling)[1] == 1.0

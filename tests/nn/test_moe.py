@@ -1,14 +1,17 @@
 """A mixture of experts: who is chosen, with what weight, and sums that equal a plain loop's."""
 
 import dataclasses
+import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from llmprep_jax.nn.moe import MoE, Routing, choose
+from llmprep_jax.nn import moe as layers
+from llmprep_jax.nn.moe import MoE, Routing
 from llmprep_jax.nn.param import Compute, RouterBias
 from tests.random_modules import random_module
 
@@ -27,12 +30,19 @@ ROUTINGS = {"greedy": Routing(12, 3), "v2": V2, "v3": V3}
 each_routing = pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 
 
-def logits(seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (4, 16, 12))
+choose = jax.jit(layers.choose, static_argnums=2)
 
 
-def bias_of(routing: Routing, scale: float = 0.5) -> jax.Array | None:
-    return jax.random.normal(jax.random.key(9), (12,)) * scale if routing.has_bias else None
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def logits() -> np.ndarray:
+    return draw(4, 16, 12)
+
+
+def bias_of(routing: Routing) -> np.ndarray | None:
+    return 0.5 * draw(12, seed=9) if routing.has_bias else None
 
 
 @each_routing
@@ -45,21 +55,20 @@ def test_experts_are_distinct_and_of_the_allowed_number_of_groups(routing):
 
 
 def test_softmax_groups_are_as_good_as_their_best_expert():
-    scores = jnp.log(jnp.array([[[0.30, 0.01, 0.16, 0.16, 0.02, 0.01, 0.17, 0.17]]]))
+    scores = np.log(np.float32([[[0.30, 0.01, 0.16, 0.16, 0.02, 0.01, 0.17, 0.17]]]))
     routing = Routing(8, 2, num_groups=4, num_active_groups=2)
     # best experts 0.30, 0.16, 0.02, 0.17: groups 0 and 3; two together 0.31, 0.32, 0.03, 0.34
     assert set(np.ravel(choose(scores, None, routing).experts_BTA)) == {0, 6}
 
 
 def test_sigmoid_groups_are_as_good_as_their_two_best_experts_together():
-    p = jnp.array([[[0.9, 0.1, 0.6, 0.6, 0.3, 0.3, 0.2, 0.2]]])
+    p = np.float32([[[0.9, 0.1, 0.6, 0.6, 0.3, 0.3, 0.2, 0.2]]])
     routing = Routing(8, 2, score="sigmoid", num_groups=4, num_active_groups=1)
-    assert set(np.ravel(choose(jnp.log(p / (1 - p)), None, routing).experts_BTA)) == {2, 3}
+    assert set(np.ravel(choose(np.log(p / (1 - p)), None, routing).experts_BTA)) == {2, 3}
 
 
 def test_the_bias_chooses_and_does_not_weigh():
-    plain = choose(logits(), jnp.zeros(12), V3)
-    pushed = choose(logits(), jnp.zeros(12).at[5].set(10.0), V3)
+    plain, pushed = [choose(logits(), bias, V3) for bias in np.outer([0, 10], np.eye(12)[5])]
     assert np.all(np.any(pushed.experts_BTA == 5, axis=-1))
     assert not np.all(np.any(plain.experts_BTA == 5, axis=-1))
     np.testing.assert_array_equal(pushed.scores_BTE, plain.scores_BTE)
@@ -72,63 +81,69 @@ def test_no_gradient_reaches_the_bias():
     def loss(bias, logits):
         return jnp.sum(jnp.square(choose(logits, bias, V3).weights_BTA))
 
-    to_bias, to_logits = jax.grad(loss, argnums=(0, 1))(bias_of(V3), logits())
+    to_bias, to_logits = jax.jit(jax.grad(loss, argnums=(0, 1)))(bias_of(V3), logits())
     assert np.all(to_bias == 0)
     assert np.any(to_logits != 0)
 
 
-def dense(moe: MoE, x_BTD: jax.Array, routing: Routing) -> jax.Array:
-    """All experts on all tokens, weighted by a loop."""
+def dense(moe: MoE, x_BTD: jax.Array) -> jax.Array:
+    """All experts on all tokens, weighted."""
     choice = moe.router(x_BTD)
-    y_BTD = 0.0 if moe.shared is None else moe.shared(x_BTD)
-    for e in range(routing.num_experts):
-        gate, up, down = (getattr(moe.experts, name).w[e] for name in ("gate", "up", "down"))
-        h_BTD = (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
-        weight_BT = jnp.sum(jnp.where(choice.experts_BTA == e, choice.weights_BTA, 0.0), -1)
-        y_BTD += weight_BT[..., None] * h_BTD
-    return y_BTD
+    gate, up, down = (getattr(moe.experts, name).w[...] for name in ("gate", "up", "down"))
+    products = (jnp.einsum("BTD,EDF->EBTF", x_BTD, w) for w in (gate, up))
+    h_EBTF = jax.nn.silu(next(products)) * next(products)
+    is_of_BTAE = choice.experts_BTA[..., None] == jnp.arange(len(gate))
+    weights_BTE = jnp.sum(is_of_BTAE * choice.weights_BTA[..., None], axis=2)
+    y_BTD = jnp.einsum("EBTF,EFD,BTE->BTD", h_EBTF, down, weights_BTE)
+    return y_BTD if moe.shared is None else y_BTD + moe.shared(x_BTD)
 
 
-@pytest.mark.parametrize("num_shared", [0, 2])
-@each_routing
-def test_the_sum_and_its_gradients_are_those_of_a_loop_over_experts(routing, num_shared):
+@functools.partial(jax.jit, static_argnums=0)
+def sum_and_gradients(run, moe, x):
+    return jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(run(*args))), argnums=(0, 1))(moe, x)
+
+
+# shared experts and routing do not meet
+@pytest.mark.parametrize(
+    ("routing", "num_shared"),
+    [
+        pytest.param(routing, num, id=f"{name}-{num}", marks=() if fast else pytest.mark.grid)
+        for name, routing in ROUTINGS.items()
+        for num, fast in ((0, name != "v2"), (2, name == "v2"))
+    ],
+)
+def test_the_sum_and_its_gradients_are_those_of_every_expert_on_every_token(routing, num_shared):
     moe = random_module(lambda: MoE(8, 6, num_shared, routing, compute=Compute(), rngs=nnx.Rngs(0)))
-    x = jax.random.normal(jax.random.key(3), (2, 7, 8))
-
-    def loss(moe, x, of):
-        return jnp.sum(jnp.sin(of(moe, x)))
-
-    ours, loop = lambda moe, x: moe(x)[0], lambda moe, x: dense(moe, x, routing)
-    found, expected = (
-        jax.jit(jax.value_and_grad(lambda moe, x, of=of: loss(moe, x, of), argnums=(0, 1)))(moe, x)
-        for of in (ours, loop)
-    )
-    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-def choose_load(experts_BTA: jax.Array) -> np.ndarray:
-    return np.bincount(np.ravel(experts_BTA), minlength=12)
+    x = draw(2, 7, 8, seed=3)
+    found = sum_and_gradients(lambda moe, x: moe(x)[0], moe, x)
+    chex.assert_trees_all_close(found, sum_and_gradients(dense, moe, x), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_does_not_count_in_the_load():
     moe = random_module(lambda: MoE(8, 6, 0, V3, compute=Compute(), rngs=nnx.Rngs(0)))
-    x, mask = jax.random.normal(jax.random.key(3), (2, 7, 8)), np.ones((2, 7), bool)
+    x, mask = draw(2, 7, 8, seed=3), np.ones((2, 7), bool)
     mask[1, 3:] = False
-    _, load = jax.jit(lambda moe, x: moe(x, mask))(moe, x)
-    first, second = (choose_load(moe.router(part).experts_BTA) for part in (x[:1], x[1:, :3]))
-    np.testing.assert_array_equal(load.counts_E, first + second)
+
+    @jax.jit
+    def run(moe, x):
+        return moe(x, mask)[1], moe.router(x).experts_BTA
+
+    load, experts_BTA = run(moe, x)
+    counts = np.bincount(np.ravel(experts_BTA[mask]), minlength=12)
+    np.testing.assert_array_equal(load.counts_E, counts)
     assert load.counts_E.sum() == 3 * 10
     assert load.dropped == 0
 
 
 def test_the_bias_is_neither_parameter_nor_in_bf16():
     compute = Compute(dtype="bfloat16", param_dtype="bfloat16")
-    moe = MoE(8, 6, 1, V3, compute=compute, rngs=nnx.Rngs(0))
+    moe = jax.eval_shape(lambda: MoE(8, 6, 1, V3, compute=compute, rngs=nnx.Rngs(0)))
     assert isinstance(moe.router.bias, RouterBias)
     assert moe.router.bias.dtype == jnp.float32
     assert moe.router.w.dtype == jnp.bfloat16
-    assert moe.router(jnp.ones((1, 2, 8), jnp.bfloat16)).weights_BTA.dtype == jnp.float32
+    x = jax.ShapeDtypeStruct((1, 2, 8), jnp.bfloat16)
+    choice = jax.eval_shape(lambda moe, x: moe.router(x), moe, x)
+    assert choice.weights_BTA.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
