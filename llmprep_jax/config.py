@@ -9,6 +9,7 @@ num_kv_heads=3` passes a check that neither change alone would pass.
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 import os
@@ -324,6 +325,7 @@ def _dotted_keys(value: Any, kind: Any) -> Iterator[str]:
             yield from (f"{name}.{key}" for key in keys)
 
 
+@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """The declared type of each field that a dataclass's constructor takes, by name."""
     hints = typing.get_type_hints(cls)

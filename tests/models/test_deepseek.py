@@ -20,22 +20,24 @@ from llmprep_jax.nn.balance import Balance
 from llmprep_jax.nn.moe import with_bounded_buffers
 from llmprep_jax.nn.param import TRAINED
 from llmprep_jax.runs import describe_model
-from llmprep_jax.train.losses import next_token_loss, training_loss
+from llmprep_jax.train.losses import LossSum, next_token_loss, training_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer
 from llmprep_jax.train.run import RunConfig
 from llmprep_jax.train.state import create_state, split_model
 from llmprep_jax.train.step import make_train_step, place_batch
 from tests.models.tiny import CONFIGS, make_tokens, random_model
 
-CFG = dataclasses.replace(CONFIGS["deepseek-v3"], num_layers=2, balance=Balance(expert=0.1))
+CFG = dataclasses.replace(
+    CONFIGS["deepseek-v3"], num_layers=2, num_mtp=2, balance=Balance(expert=0.1)
+)
 
 
 @functools.cache
-def model(num_mtp: int = 2) -> nnx.Module:
-    return random_model(dataclasses.replace(CFG, num_mtp=num_mtp))
+def model() -> nnx.Module:
+    return random_model(CFG)
 
 
-def make_batch(rows: int = 2, length: int = 12) -> dict[str, np.ndarray]:
+def make_batch(rows: int = 4, length: int = 12) -> dict[str, np.ndarray]:
     """Two documents a row, and padding."""
     tokens = make_tokens(rows, length + 1)
     segments = np.repeat([[1, 2, 0]], rows, axis=0).repeat([5, length - 7, 2], axis=1)
@@ -47,33 +49,54 @@ def make_batch(rows: int = 2, length: int = 12) -> dict[str, np.ndarray]:
     }
 
 
-def further_logits(model: nnx.Module, tokens: jax.Array, given: jax.Array) -> jax.Array:
-    """The first module's logits, with `given` in place of the embeddings of the next tokens."""
-    place, _ = place_tokens(tokens, None, None, None)
-    x_BTD, _, _ = model.run(tokens, place)
-    x_BTD, _, _ = model.mtp[0](x_BTD, given, place, model.rope(place))
-    return model.unembed(x_BTD)
+@functools.cache
+def loss_of(chunk: int | None = None) -> LossSum:
+    return jax.jit(functools.partial(training_loss, chunk=chunk))(model(), make_batch())
+
+
+@jax.jit
+def further(model, batch, next_BTD, weights_BT):
+    """(log-probabilities of both modules, gradient of weighted sines of the first's logits).
+
+    The gradient is by `next_BTD`, which the first module gets as embeddings of the next tokens.
+    """
+    place, _ = place_tokens(batch["tokens"], None, batch["segment_ids"], None)
+    x_BTD, _, _ = model.run(batch["tokens"], place)
+    rope = model.rope(place)
+
+    def total(next_BTD):
+        hidden_BTD, _, _ = model.mtp[0](x_BTD, next_BTD, place, rope)
+        logits = model.unembed(hidden_BTD)
+        return jnp.sum(jnp.sin(logits) * weights_BT[..., None]), (hidden_BTD, logits)
+
+    by_next, (hidden_BTD, logits) = jax.grad(total, has_aux=True)(next_BTD)
+    after_next_BTD = model.embed(jnp.roll(batch["targets"], -1, axis=1))
+    second = model.unembed(model.mtp[1](hidden_BTD, after_next_BTD, place, rope)[0])
+    return jax.nn.log_softmax(logits), jax.nn.log_softmax(second), by_next
+
+
+def further_of(weights: np.ndarray | None = None) -> tuple[jax.Array, ...]:
+    batch = make_batch()
+    next_BTD = jax.jit(lambda model, targets: model.embed(targets))(model(), batch["targets"])
+    weights = np.ones(batch["targets"].shape, np.float32) if weights is None else weights
+    return further(model(), batch, next_BTD, weights)
 
 
 def test_a_further_token_depends_on_the_token_before_it_and_on_none_later():
-    tokens = make_tokens(1, 8)
-    given = model().embed(tokens)
-
-    def sums_T(given):
-        return jnp.sin(further_logits(model(), tokens, given)[0]).sum(-1)
-
-    found = np.linalg.norm(jax.jit(jax.jacrev(sums_T))(given)[:, 0], axis=-1)
-    later = np.triu(np.ones((8, 8), bool), 1)
-    assert np.all(found[later] == 0)
-    assert np.all(found[~later] > 0)
+    # of the first row's first document
+    weights = np.zeros((5, 4, 12), np.float32)
+    weights[range(5), 0, range(5)] = 1
+    found = np.array([np.linalg.norm(further_of(one)[-1], axis=-1) for one in weights])
+    later = np.triu(np.ones((5, 5), bool), 1)
+    assert np.all(found[:, 0, :5][~later] > 0)
+    found[:, 0, :5][~later] = 0
+    assert np.all(found == 0)
 
 
 def test_the_loss_is_its_parts():
-    batch = make_batch()
-    loss = jax.jit(training_loss)(model(), batch)
-    plain = jax.jit(next_token_loss)(model(), batch)
+    loss, plain = loss_of(), jax.jit(next_token_loss)(model(), make_batch())
     parts = loss.stats["parts"]
-    assert loss.count == plain.count == 20
+    assert loss.count == plain.count == 40
     np.testing.assert_allclose(parts["next_token_loss"], plain.total, rtol=1e-5)
     expected = sum(parts[name] * w for name, w in zip(sorted(parts), (1.0, 0.3, 1.0), strict=True))
     assert sorted(parts) == ["balance_loss", "mtp_loss", "next_token_loss"]
@@ -81,35 +104,30 @@ def test_the_loss_is_its_parts():
     assert parts["balance_loss"] > 0
 
 
-def test_the_further_loss_is_of_the_token_after_the_next_in_the_same_document():
-    batch, one = make_batch(1), model(1)
-    found = jax.jit(training_loss)(one, batch).stats["parts"]["mtp_loss"]
-    place, _ = place_tokens(batch["tokens"], None, batch["segment_ids"], None)
-
-    @jax.jit
-    def log_probabilities(model):
-        x_BTD, _, _ = model.run(batch["tokens"], place)
-        args = model.embed(batch["targets"]), place, model.rope(place)
-        return jax.nn.log_softmax(model.unembed(model.mtp[0](x_BTD, *args)[0]))[0]
-
-    logp, targets = np.asarray(log_probabilities(one)), batch["targets"][0]
-    # documents are columns 0 to 4 and 5 to 9: their last column has no token after the next
-    expected = -sum(logp[t, targets[t + 1]] for t in (0, 1, 2, 3, 5, 6, 7, 8))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+def test_the_further_loss_is_of_the_tokens_after_the_next_in_the_same_document():
+    targets = make_batch()["targets"]
+    first, second, _ = map(np.asarray, further_of())
+    # documents are columns 0 to 4 and 5 to 9: their last columns have no such tokens
+    expected = -sum(
+        logp[row, t, targets[row, t + ahead]]
+        for row in range(4)
+        for logp, ahead, columns in (
+            (first, 1, (0, 1, 2, 3, 5, 6, 7, 8)),
+            (second, 2, (0, 1, 2, 5, 6, 7)),
+        )
+        for t in columns
+    )
+    found = loss_of().stats["parts"]["mtp_loss"]
+    np.testing.assert_allclose(found, expected / 2, rtol=1e-5)
 
 
 def test_losses_in_chunks_are_the_same():
-    batch = make_batch()
-    whole, chunked = (
-        jax.jit(functools.partial(training_loss, chunk=chunk))(model(), batch)
-        for chunk in (None, 5)
-    )
-    np.testing.assert_allclose(chunked.total, whole.total, rtol=1e-5)
+    np.testing.assert_allclose(loss_of(chunk=5).total, loss_of().total, rtol=1e-5)
 
 
 @functools.cache
 def make_step(rate: float):
-    parts = split_model(model(1), TRAINED)
+    parts = split_model(model(), TRAINED)
     # decay and momentum, neither of which is for a bias
     tx = make_optimizer(OptimConfig(lr=0.1, weight_decay=0.5, schedule="constant"), parts.params, 9)
     loss, rates = lambda m, b, _: training_loss(m, b), (lambda _: 0.1, lambda _: rate)
@@ -124,13 +142,13 @@ def biases(params) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.grid), 2])
 def test_a_step_moves_each_bias_by_the_rate_towards_experts_with_little_load(accumulate):
     parts, tx, step = make_step(0.01)
-    batch = make_batch(4)
+    batch = make_batch()
     before = jax.tree.map(np.asarray, parts.params)
     state = create_state(jax.tree.map(jnp.copy, parts.params), tx, seed=0)
-    loads = jax.jit(training_loss)(model(1), batch).stats["loads"]
+    loads = loss_of().stats["loads"]
     state, metrics = step(state, parts.frozen, place_batch(batch, accumulate))
     for name, path in (("moe", "moe_layers.mlp.router"), ("mtp", "mtp.0.block.mlp.router")):
         counts = np.asarray(loads[path])
