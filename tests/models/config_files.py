@@ -5,6 +5,7 @@ spelling. `configs(cls)` are Configs as Python can make them, whether a file can
 """
 
 import dataclasses
+import functools
 import typing
 from typing import Any, Literal
 
@@ -115,17 +116,19 @@ MORE_OF_YARN = {
 bases = st.sampled_from([5e3, 10_000, 1e6])
 
 
-@st.composite
-def scalings(draw: st.DrawFn, kind: str | None = None) -> dict[str, Any]:
+@functools.cache
+def scalings(kind: str | None = None) -> st.SearchStrategy[dict[str, Any]]:
     """`rope_scaling` or a part of `rope_parameters`."""
-    kind = kind or draw(st.sampled_from(list(KINDS)))
+    if kind is None:
+        return st.one_of(*map(scalings, KINDS))
     more = MORE_OF_YARN if kind == "yarn" else {}
     more = more | ({"mscale_all_dim": temperatures} if kind == "linear" else {})
-    return {
-        draw(st.sampled_from(["rope_type", "type"])): kind,
-        **draw(st.fixed_dictionaries(KINDS[kind], optional=more)),
-        **draw(st.fixed_dictionaries({}, optional={"rope_theta": bases})),
-    }
+    return st.builds(
+        lambda name, fields, base: {name: kind, **fields, **base},
+        st.sampled_from(["rope_type", "type"]),
+        st.fixed_dictionaries(KINDS[kind], optional=more),
+        st.fixed_dictionaries({}, optional={"rope_theta": bases}),
+    )
 
 
 def ropes(model_type: str) -> st.SearchStrategy[dict[str, Any]]:
@@ -141,18 +144,22 @@ def ropes(model_type: str) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional={**beside, "rope_parameters": st.none() | new})
 
 
-@st.composite
-def files(draw: st.DrawFn, model_type: str) -> dict[str, Any]:
+@functools.cache
+def files(model_type: str) -> st.SearchStrategy[dict[str, Any]]:
     """A config.json."""
     optional = OPTIONAL[model_type]
     needed = {name: optional[name] for name in ALWAYS if name in optional}
     rest = {name: value for name, value in optional.items() if name not in needed}
-    fields = draw(st.fixed_dictionaries(NEEDED | needed, optional=rest))
-    fields |= draw(ropes(model_type))
+    fields = st.builds(
+        lambda plain, rope: plain | rope,
+        st.fixed_dictionaries(NEEDED | needed, optional=rest),
+        ropes(model_type),
+    )
+    kind = {"model_type": model_type}
     if model_type != "gemma3":
-        return {"model_type": model_type, **fields}
-    outer = draw(st.fixed_dictionaries({}, optional=TOKEN_IDS | {"tie_word_embeddings": flags}))
-    return {"model_type": model_type, "text_config": fields, **outer}
+        return fields.map(lambda fields: kind | fields)
+    outer = st.fixed_dictionaries({}, optional=TOKEN_IDS | {"tie_word_embeddings": flags})
+    return st.builds(lambda text, rest: kind | {"text_config": text} | rest, fields, outer)
 
 
 # what a number of a Config may be, so that most configs make sense together
@@ -171,15 +178,15 @@ NUMBERS = {
 }
 
 
-@st.composite
-def configs(draw: st.DrawFn, cls: type, model_types: tuple[str, ...]) -> Any:
+@functools.cache
+def configs(cls: type, model_types: tuple[str, ...]) -> st.SearchStrategy[Any]:
     """A Config, each of its fields drawn by its declared type."""
     fields = {}
     for name, kind in field_types(cls).items():
         values = st.sampled_from(model_types) if name == "model_type" else NUMBERS.get(name)
         values = st.just(Compute()) if kind is Compute else values
-        fields[name] = draw(values if values is not None else _of(kind))
-    return cls(**fields)
+        fields[name] = values if values is not None else _of(kind)
+    return st.builds(cls, **fields)
 
 
 def _of(kind: Any) -> st.SearchStrategy:

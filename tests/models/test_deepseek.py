@@ -127,7 +127,8 @@ def test_losses_in_chunks_are_the_same():
 
 @functools.cache
 def make_step(rate: float):
-    parts = split_model(model(), TRAINED)
+    # of what is trained, the routers alone
+    parts = split_model(model(), nnx.All(TRAINED, nnx.PathContains("router")))
     # decay and momentum, neither of which is for a bias
     tx = make_optimizer(OptimConfig(lr=0.1, weight_decay=0.5, schedule="constant"), parts.params, 9)
     loss, rates = lambda m, b, _: training_loss(m, b), (lambda _: 0.1, lambda _: rate)

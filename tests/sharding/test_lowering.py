@@ -86,13 +86,13 @@ def bytes_of_a_device(tree) -> int:
 def test_the_671_b_step_lowers_for_512_devices(mesh):
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
         traced, state = trace("deepseek-v3")
-        program, shallow = lower(traced), lower(trace("deepseek-v3", num_layers=12)[0])
+        program, shallow = lower(traced), trace("deepseek-v3", num_layers=12)[0]
     # forward, its rematerialisation and the backward pass send tokens to experts and back; so does
     # the multi-token prediction module
     assert program.count("ragged_all_to_all") >= 10
     assert "callback" not in program
     # depth is data: other constants, but the same operations
-    assert len(program.splitlines()) == len(shallow.splitlines())
+    assert len(list(equations(traced.jaxpr))) == len(list(equations(shallow.jaxpr)))
     # a device of 4096 tokens has room for 2 x 8 copies of each, 7168 wide: 1.75 GiB in float32, as
     # products come. The worst case is 16 times as much, and 14 GiB even in bf16
     arrays = arrays_of_experts(traced)
