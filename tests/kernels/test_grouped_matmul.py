@@ -1,6 +1,7 @@
 """Grouped products: every implementation is the reference, forward and backward, for any sizes."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import pytest
 from llmprep_jax.kernels.grouped_matmul import blocks, reference
 from llmprep_jax.kernels.grouped_matmul.api import IMPLS, grouped_matmul
 from llmprep_jax.sharding import make_mesh, use_mesh
+from tests.grids import cases
 
 DIM, MLP_DIM = 12, 20
 CASES = {  # rows, sizes of the groups
@@ -22,7 +24,6 @@ CASES = {  # rows, sizes of the groups
     "few-rows": (6, (0, 3, 0, 1, 1, 0)),
     "few-rows-full": (16, (10, 0, 6)),
 }
-ANY_IMPL = ("some-empty", "rows-beyond", "all-empty", "few-rows")
 on_cases = pytest.mark.parametrize("case", CASES)
 on_impls = pytest.mark.parametrize("impl", IMPLS)
 
@@ -64,17 +65,15 @@ def test_the_reference_says_what_a_loop_over_groups_does(case):
     np.testing.assert_allclose(found, expect(x, w, sizes, dy)[0], atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("case", "impl"),
-    [
-        # XLA's own product of groups has no blocks and no way for few rows
-        pytest.param(
-            case, impl, marks=() if impl == "blocks" or case in ANY_IMPL else pytest.mark.grid
-        )
-        for case in CASES
-        for impl in IMPLS
-    ],
+# XLA's own product of groups has no blocks and no way for few rows
+ANY_IMPL = ("some-empty", "rows-beyond", "all-empty", "few-rows")
+PAIRS = cases(
+    itertools.product(CASES, IMPLS),
+    fast=[*itertools.product(ANY_IMPL, IMPLS), *[(case, "blocks") for case in CASES]],
 )
+
+
+@pytest.mark.parametrize(("case", "impl"), PAIRS)
 def test_products_and_gradients_are_those_of_a_loop_over_groups(case, impl):
     operands = draw(case)
     found = run(*operands, "float32", impl)

@@ -25,6 +25,7 @@ from llmprep_jax.train.optim import OptimConfig, make_optimizer
 from llmprep_jax.train.run import RunConfig
 from llmprep_jax.train.state import create_state, split_model
 from llmprep_jax.train.step import make_train_step, place_batch
+from tests.grids import cases
 from tests.models.tiny import CONFIGS, make_tokens, random_model
 
 CFG = dataclasses.replace(
@@ -143,7 +144,7 @@ def biases(params) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.grid), 2])
+@pytest.mark.parametrize("accumulate", cases([1, 2], fast=[2]))
 def test_a_step_moves_each_bias_by_the_rate_towards_experts_with_little_load(accumulate):
     parts, tx, step = make_step(0.01)
     batch = make_batch()

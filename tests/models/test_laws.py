@@ -8,6 +8,7 @@ depends on a later token.
 
 import dataclasses
 import functools
+import itertools
 
 import chex
 import jax
@@ -18,6 +19,7 @@ from flax import nnx
 
 from llmprep_jax.nn.param import Param
 from llmprep_jax.nn.stack import unstack
+from tests.grids import cases
 from tests.models.tiny import (
     CONFIGS,
     ODD_CONFIGS,
@@ -32,11 +34,6 @@ ONES, FIVES = [1] * LENGTH, [5, 1, 5, 1, 1, 1]
 
 families = pytest.mark.parametrize("name", CONFIGS)
 model_of = functools.cache(make_model)
-
-
-def only_fast(*names: str) -> list:
-    """All families; the others take as long and show no more, and are left to `make test-all`."""
-    return [pytest.param(n, marks=() if n in names else pytest.mark.grid) for n in CONFIGS]
 
 
 def listed(model):
@@ -117,7 +114,7 @@ def test_layers_with_a_window_reach_back_as_far_as_their_windows_add_up(num_laye
         np.testing.assert_array_equal(differs, np.stack([expected] * ROWS))
 
 
-@pytest.mark.parametrize("name", only_fast("qwen2-window"))
+@pytest.mark.parametrize("name", cases(CONFIGS, fast=["qwen2-window"], slow=["deepseek-v3"]))
 def test_unrolled_layers_agree_with_scanned_ones(name):
     found = forward(make_model(name, unroll=0), make_tokens())
     np.testing.assert_allclose(found, logits_of(name), atol=1e-5)
@@ -146,8 +143,14 @@ def test_padding_inside_a_row_of_several_query_blocks_changes_nothing_in_either_
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@families
-@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.grid), "dots"])
+REMATS = cases(
+    itertools.product(CONFIGS, ("dots", "full")),
+    fast=[(name, "dots") for name in CONFIGS],
+    slow=[("gemma3", "full"), ("deepseek-v3", "full")],
+)
+
+
+@pytest.mark.parametrize(("name", "remat"), REMATS)
 def test_rematerialisation_changes_no_gradient(name, remat):
     plain, saved = gradients_of(model_of(name)), gradients_of(make_model(name, remat=remat))
     for found, expected in zip(*map(jax.tree.leaves, (saved, plain)), strict=True):
@@ -189,8 +192,7 @@ def test_listed_layers_decode_from_a_cache_of_one_buffer_a_layer(name):
     np.testing.assert_allclose(found, logits_of(name), atol=1e-5)
 
 
-@pytest.mark.grid
-@families
+@pytest.mark.parametrize("name", cases(CONFIGS, slow=["gemma3"]))
 def test_listed_layers_that_are_rematerialised_decode_too(name):
     found = decode(make_model(name, remat="full"), make_tokens(), FIVES, is_listed=True)
     np.testing.assert_allclose(found, logits_of(name), atol=1e-5)
@@ -286,21 +288,16 @@ def test_tokens_after_a_caches_last_slot_are_refused_or_compiled_give_nan(name):
 
 
 # products in bf16 alone are the layers' own matter, and the same in every family
-@pytest.mark.parametrize(
-    ("name", "compute"),
-    [
-        *[pytest.param(name, {"dtype": "bfloat16"}, id=name) for name in CONFIGS],
-        pytest.param("gemma3", {"matmul_dtype": "bfloat16"}, id="gemma3-products"),
-        *[
-            pytest.param(name, {"matmul_dtype": "bfloat16"}, marks=pytest.mark.grid)
-            for name in CONFIGS
-            if name != "gemma3"
-        ],
-    ],
+DTYPES = cases(
+    itertools.product(CONFIGS, ("dtype", "matmul_dtype")),
+    fast=[*[(name, "dtype") for name in CONFIGS], ("gemma3", "matmul_dtype")],
 )
-def test_bf16_compute_stays_near_float32(name, compute):
+
+
+@pytest.mark.parametrize(("name", "setting"), DTYPES)
+def test_bf16_compute_stays_near_float32(name, setting):
     expected = logits_of(name)
-    found = forward(make_model(name, **compute), make_tokens())
+    found = forward(make_model(name, **{setting: "bfloat16"}), make_tokens())
     assert found.dtype == jnp.float32
     # a rounded score may send a token to another expert, and its logits elsewhere
     share = 0.5 if "deepseek" in name else 1.0

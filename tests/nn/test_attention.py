@@ -22,6 +22,7 @@ from llmprep_jax.nn.attention import (
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.rope import rope_angles, rope_frequencies
+from tests.grids import cases
 from tests.programs import equations
 from tests.random_modules import random_module
 
@@ -63,17 +64,13 @@ def slow_attention(q_BTNH, k_BKSH, v_BKSH, seen_BTS, scale, soft_cap=None):
     return out
 
 
-FAST = [((4, 4), None), ((6, 2), 0.7), ((4, 1), None)]
-
-
-@pytest.mark.parametrize(
-    ("heads", "soft_cap"),
-    [
-        pytest.param(*case, marks=() if case in FAST else pytest.mark.grid)
-        for case in itertools.product([(4, 4), (4, 2), (6, 2), (4, 1)], [None, 0.7])
-    ],
-    ids=str,
+HEADS = cases(
+    itertools.product([(4, 4), (4, 2), (6, 2), (4, 1)], [None, 0.7]),
+    fast=[((4, 4), None), ((6, 2), 0.7), ((4, 1), None)],
 )
+
+
+@pytest.mark.parametrize(("heads", "soft_cap"), HEADS, ids=str)
 def test_attention_is_a_softmax_over_the_visible_keys(heads, soft_cap):
     q, k, v = qkv(*heads)
     seen = np.random.default_rng(3).random((2, 5, 7)) < 0.6

@@ -11,6 +11,7 @@ import pytest
 
 from llmprep_jax.nn.attention import Tokens, attend, visible
 from llmprep_jax.nn.cache import KVCache
+from tests.grids import cases
 
 LAYERS, ROWS, HEADS, WIDTH, TOTAL = 2, 1, 1, 1, 12
 
@@ -202,16 +203,15 @@ def read_block(cache, q_BTNH, k_BKTH, v_BKTH, positions, segments):
 
 SLOT_COUNTS = {"ring": WINDOW, "wide": WINDOW + 2, "full": COLUMNS}
 # each value, and a ring, whose slots differ by row, in both layouts
-FAST = [
-    ("ring", "stacked", "float32"),
-    ("ring", "listed", "bfloat16"),
-    ("wide", "listed", "float32"),
-    ("full", "stacked", "bfloat16"),
-]
-CACHES = [
-    pytest.param(*kind, marks=() if kind in FAST else pytest.mark.grid)
-    for kind in itertools.product(SLOT_COUNTS, ("stacked", "listed"), ("float32", "bfloat16"))
-]
+CACHES = cases(
+    itertools.product(SLOT_COUNTS, ("stacked", "listed"), ("float32", "bfloat16")),
+    fast=[
+        ("ring", "stacked", "float32"),
+        ("ring", "listed", "bfloat16"),
+        ("wide", "listed", "float32"),
+        ("full", "stacked", "bfloat16"),
+    ],
+)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 26, [7, 1, 7, 1, 7, 1, 1, 1]], ids=str)

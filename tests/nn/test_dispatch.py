@@ -6,6 +6,7 @@ CPUs; the one that does not is lowered for the backend that it is for. Gradients
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from llmprep_jax.kernels.grouped_matmul.api import grouped_matmul
 from llmprep_jax.nn.dispatch import TRANSPORTS, exchange_gathered, run_experts
 from llmprep_jax.nn.routes import Routes, combine, gather_rows, share
 from llmprep_jax.sharding import ShardingRules, make_mesh, spec, use_mesh
+from tests.grids import cases
 from tests.programs import equations
 
 E, D, F = 8, 8, 16
@@ -138,36 +140,28 @@ def assert_dispatch_is_the_loop(mesh, transport, rules=None, **draws):
     assert dropped == 0
 
 
-def grid(*values):
-    """A case of `make test-all` alone: each compiles for a second."""
-    return pytest.param(*values, marks=pytest.mark.grid)
-
-
-@pytest.mark.parametrize("active", [grid(1), 5])
+@pytest.mark.parametrize("active", cases([1, 5], fast=[5]))
 def test_without_a_mesh_tokens_are_sorted_and_put_back(active):
     assert_dispatch_is_the_loop(None, None, active=active)
 
 
-# each kind of mesh, and each transport
-PAIRS = [
-    ("fsdp2-expert2-tensor2", "emulated"),
-    ("expert8", "ring"),
-    ("data2-expert4", "capacity"),
-    ("fsdp4-tensor2", None),
-]
-PAIRS += [
-    grid(mesh, transport)
-    for mesh, transports in {
-        "expert1": [None],
-        "expert2": RUNNABLE,
-        "expert4": [None],
-        "expert8": RUNNABLE,
-        "data2-expert4": RUNNABLE,
-        "fsdp2-expert2-tensor2": RUNNABLE,
-    }.items()
-    for transport in transports
-    if (mesh, transport) not in PAIRS
-]
+# each compiles for a second: each kind of mesh, and each transport
+PAIRS = cases(
+    itertools.product(MESHES, [None, *RUNNABLE]),
+    fast=[
+        ("fsdp2-expert2-tensor2", "emulated"),
+        ("expert8", "ring"),
+        ("data2-expert4", "capacity"),
+        ("fsdp4-tensor2", None),
+    ],
+    slow=[
+        ("expert1", None),
+        ("expert2", "ring"),
+        ("expert4", "emulated"),
+        ("fsdp2-expert2-tensor2", "ring"),
+        ("fsdp2-expert2-tensor2", "capacity"),
+    ],
+)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +174,7 @@ def test_on_every_mesh_the_sum_is_that_of_the_loop_and_nothing_is_dropped(mesh, 
     assert_dispatch_is_the_loop(mesh, transport, **draws)
 
 
-@pytest.mark.parametrize("transport", [grid(name) for name in RUNNABLE])
+@pytest.mark.parametrize("transport", cases(RUNNABLE, slow=["emulated"]))
 def test_one_expert_may_get_all_tokens(transport):
     assert_dispatch_is_the_loop("data2-expert4", transport, experts=(5,), active=1)
 
@@ -189,7 +183,9 @@ def test_a_token_may_go_to_more_experts_than_a_device_has():
     assert_dispatch_is_the_loop("expert8", "emulated", active=5, length=1)
 
 
-@pytest.mark.parametrize("mesh", [grid("expert8"), "fsdp2-expert2-tensor2"])
+@pytest.mark.parametrize(
+    "mesh", cases(["expert8", "fsdp2-expert2-tensor2"], fast=["fsdp2-expert2-tensor2"])
+)
 def test_tokens_that_devices_do_not_divide_are_computed_on_all_of_them(mesh):
     assert_dispatch_is_the_loop(mesh, None, rows=3)
 
@@ -266,7 +262,7 @@ def run_on(mesh, transport, factor, *tokens, mask=None, params):
         return np.asarray(y), int(dropped)
 
 
-@pytest.mark.parametrize("transport", [grid(None), *RUNNABLE])
+@pytest.mark.parametrize("transport", cases([None, *RUNNABLE], fast=RUNNABLE))
 def test_padding_goes_to_no_expert_and_takes_no_room(transport):
     x, experts, weights, params = draw(rows=4, length=5, active=2)
     # before real tokens, and to the experts that those go to

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import chex
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from llmprep_jax.nn import moe as layers
 from llmprep_jax.nn.moe import MoE, Routing
 from llmprep_jax.nn.param import Compute, RouterBias
+from tests.grids import cases
 from tests.random_modules import random_module
 
 V2 = Routing(12, 3, num_groups=4, num_active_groups=2, scale=16.0)
@@ -104,16 +106,13 @@ def sum_and_gradients(run, moe, x):
 
 
 # shared experts and routing do not meet
-@pytest.mark.parametrize(
-    ("routing", "num_shared"),
-    [
-        pytest.param(routing, num, id=f"{name}-{num}", marks=() if fast else pytest.mark.grid)
-        for name, routing in ROUTINGS.items()
-        for num, fast in ((0, name != "v2"), (2, name == "v2"))
-    ],
-)
+PAIRS = cases(itertools.product(ROUTINGS, (0, 2)), fast=[("greedy", 0), ("v2", 2), ("v3", 0)])
+
+
+@pytest.mark.parametrize(("routing", "num_shared"), PAIRS)
 def test_the_sum_and_its_gradients_are_those_of_every_expert_on_every_token(routing, num_shared):
-    moe = random_module(lambda: MoE(8, 6, num_shared, routing, compute=Compute(), rngs=nnx.Rngs(0)))
+    sizes = (8, 6, num_shared, ROUTINGS[routing])
+    moe = random_module(lambda: MoE(*sizes, compute=Compute(), rngs=nnx.Rngs(0)))
     x = draw(2, 7, 8, seed=3)
     found = sum_and_gradients(lambda moe, x: moe(x)[0], moe, x)
     chex.assert_trees_all_close(found, sum_and_gradients(dense, moe, x), rtol=1e-4, atol=1e-5)

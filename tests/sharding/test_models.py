@@ -146,7 +146,7 @@ def test_heads_that_a_mesh_does_not_divide_are_replicated(name, mesh_name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.grid] * (x[:5] != "llama")) for x in CONFIGS]
+    "name", cases(CONFIGS, fast=["llama-tied", "llama-9-3-heads"], slow=["deepseek-v3"])
 )
 def test_a_batch_that_the_mesh_does_not_divide_is_replicated(name):
     model = build(name, "fsdp4-tensor2")
