@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tests.models.tiny import CONFIGS, random_model
@@ -19,17 +20,18 @@ def drafting_model(num_mtp: int, layers: float = 0.25, **fields: Any) -> nnx.Mod
     model = random_model(cfg)
     stacks = [getattr(model, name) for name in model.stacks if getattr(model, name) is not None]
     for block in (*stacks, *[module.block for module in model.mtp]):
-        block.attn.o.w[...] *= layers
         mlp = block.mlp
-        for part in (mlp.experts, mlp.shared) if hasattr(mlp, "experts") else (mlp,):
-            part.down.w[...] *= layers
+        parts = (mlp.experts, mlp.shared) if hasattr(mlp, "experts") else (mlp,)
+        for linear in (block.attn.o, *[part.down for part in parts]):
+            linear.w[...] = jnp.asarray(layers * np.asarray(linear.w[...]))
     for module in model.mtp:
         # the module's layer reads the embedding alone, as the model's first does
         module.proj.w[...] = jnp.eye(2 * cfg.dim, cfg.dim)
         module.embed_norm.scale[...] = jnp.ones(cfg.dim)
         module.norm.scale[...] = model.norm.scale[...]
     # of the size that the module's norm gives it
-    model.embed.w[...] /= jnp.sqrt(jnp.mean(model.embed.w[...] ** 2, axis=1, keepdims=True))
+    table = np.asarray(model.embed.w[...])
+    model.embed.w[...] = jnp.asarray(table / np.sqrt(np.mean(table**2, axis=1, keepdims=True)))
     return model
 
 

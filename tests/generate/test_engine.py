@@ -6,10 +6,10 @@ Every test that can decodes three rows of eleven tokens, so that few programs ar
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
 import llmprep_jax as lp
@@ -35,11 +35,17 @@ def by_full_forwards(model, tokens):
     length, logprobs = tokens.shape[1], []
     text = np.pad(tokens, ((0, 0), (0, NEW)))
     for end in range(length, length + NEW):
-        logits = forward(model, text)[:, end - 1]
+        logits = np.asarray(forward(model, text))[:, end - 1]
         text[:, end] = np.argmax(logits, axis=-1)
-        chosen = jax.nn.log_softmax(logits)[np.arange(len(text)), text[:, end]]
-        logprobs.append(np.asarray(chosen))
+        chosen = scipy.special.log_softmax(logits, axis=-1)[np.arange(len(text)), text[:, end]]
+        logprobs.append(chosen)
     return text[:, length:], np.stack(logprobs, axis=1)
+
+
+@functools.cache
+def greedy(name):
+    """The same of TOKENS."""
+    return by_full_forwards(model_of(name), TOKENS)
 
 
 @functools.cache
@@ -50,42 +56,57 @@ def free(name="gemma3", **sampling):
 
 @families
 def test_greedy_decoding_is_the_argmax_of_full_forwards(name):
-    expected, logprobs = by_full_forwards(model_of(name), TOKENS)
+    expected, logprobs = greedy(name)
     found = generate_tokens(model_of(name), TOKENS, max_new_tokens=NEW, return_logprobs=True)
     np.testing.assert_array_equal(found[0], expected)
     np.testing.assert_allclose(found[1], logprobs, atol=1e-4)
 
 
-def in_both_layouts(model, tokens):
-    """Greedy tokens and log-probabilities, laid out for this CPU and as the model is."""
-    laid_out, plain = Engine(model), Engine(model)
-    assert laid_out._on_cpu
-    plain._on_cpu = False
-    for each in (laid_out, plain):
-        state = each.start(tokens, None, Sampling(), NEW, 0, 0)
-        state = each.advance(state, NEW, (), Sampling())
-        yield np.asarray(state.tokens_BT), np.asarray(state.logprobs_BT)
+def in_layout(model, tokens, is_laid_out=True, new=NEW):
+    """Greedy tokens and log-probabilities, laid out for this CPU or as the model is."""
+    engine = Engine(model)
+    assert engine._on_cpu
+    engine._on_cpu = is_laid_out
+    state = engine.start(tokens, None, Sampling(), NEW, 0, 0)
+    state = engine.advance(state, new, (), Sampling())
+    return np.asarray(state.tokens_BT)[:, :new], np.asarray(state.logprobs_BT)[:, :new]
 
 
-@families
-@pytest.mark.parametrize("max_inputs", [2048, 20])
+grid = functools.partial(pytest.param, marks=pytest.mark.grid)
+
+
+@pytest.mark.parametrize(
+    ("name", "max_inputs"),
+    [
+        # each family; a head of its own and the table as one; whole products, or two and more
+        ("llama-tied-9-3-heads", 2048),
+        grid("llama-tied-9-3-heads", 20),
+        ("qwen2-window", 2048),
+        grid("qwen2-window", 20),
+        grid("gemma3", 2048),
+        ("gemma3", 20),
+        grid("deepseek-v3", 2048),
+        ("deepseek-v3", 20),
+    ],
+)
 def test_one_row_decodes_alike_in_its_layout(monkeypatch, name, max_inputs):
-    monkeypatch.setattr(layout, "MAX_INPUTS", max_inputs)  # 20: in two and more products
-    laid_out, plain = in_both_layouts(model_of(name), TOKENS[:1])
-    np.testing.assert_array_equal(laid_out[0], plain[0])
-    np.testing.assert_allclose(laid_out[1], plain[1], atol=1e-5)
+    monkeypatch.setattr(layout, "MAX_INPUTS", max_inputs)
+    tokens, logprobs = in_layout(model_of(name), TOKENS[:1])
+    np.testing.assert_array_equal(tokens, greedy(name)[0][:1])
+    np.testing.assert_allclose(logprobs, greedy(name)[1][:1], atol=1e-4)
 
 
 @pytest.mark.parametrize("num_rows", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_adapted_bf16_model_decodes_alike_in_its_layout(num_rows):
-    cfg = CONFIGS["llama-tied-9-3-heads"]
+    cfg = dataclasses.replace(CONFIGS["llama-tied-9-3-heads"], num_layers=2)
     cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, dtype="bfloat16"))
     base = lambda: registry.build(cfg, rngs=nnx.Rngs(0))  # noqa: E731
     model = random_module(lambda: lp.peft.inject(base(), LoRA(rank=4)))
-    laid_out, plain = in_both_layouts(model, TOKENS[:num_rows])
-    # one token: rounding may tip the choice of a later one
+    laid_out, plain = [in_layout(model, TOKENS[:num_rows], is_cpu, 2) for is_cpu in (True, False)]
+    # the first token's logits come from the prompt, the second's from a step; rounding may tip the
+    # choice of the latter, but hardly moves its log-probability
     np.testing.assert_array_equal(laid_out[0][:, 0], plain[0][:, 0])
-    np.testing.assert_allclose(laid_out[1][:, 0], plain[1][:, 0], atol=0.05)
+    np.testing.assert_allclose(laid_out[1], plain[1], atol=0.05)
 
 
 def check_ragged(name, side, **sampling):
@@ -123,6 +144,16 @@ def test_a_seed_fixes_the_text_and_rows_of_a_prompt_differ():
     np.testing.assert_array_equal(first, draws(seed=1))
     assert np.any(first != draws(seed=2))
     assert len({tuple(row) for row in first}) == 3
+
+
+def test_samples_of_a_prompt_are_those_of_copies_of_it():
+    settings = dict(max_new_tokens=NEW, return_logprobs=True, **SAMPLED)
+    found = generate_tokens(model_of("gemma3"), TOKENS[:1], num_samples=3, **settings)
+    copies = np.repeat(TOKENS[:1], 3, axis=0)
+    expected = generate_tokens(model_of("gemma3"), copies, **settings)
+    np.testing.assert_array_equal(found[0][0], expected[0])
+    np.testing.assert_allclose(found[1][0], expected[1], atol=1e-5)
+    assert len({tuple(row) for row in np.asarray(found[0][0])}) > 1
 
 
 def test_a_stop_id_is_kept_and_padding_without_log_probabilities_follows_it():

@@ -19,6 +19,7 @@ from llmprep_jax.generate.decoding import generate_tokens, stream_tokens
 from llmprep_jax.generate.engine import Engine
 from llmprep_jax.generate.sampler import Sampling, shape_logits
 from llmprep_jax.nn.attention import Tokens
+from llmprep_jax.nn.moe import Routing
 from tests.generate.drafting import drafting_model, with_modules
 from tests.models.tiny import make_model, make_tokens
 
@@ -28,11 +29,13 @@ MASK = np.arange(11) < np.random.default_rng(0).integers(1, 12, 50)[:, None]
 SAMPLED = dict(temperature=1.5, top_k=40)
 # two modules are the harder case; one more compiles for ten seconds
 modules = pytest.mark.parametrize("num_mtp", [pytest.param(1, marks=pytest.mark.slow), 2])
+# experts are in the modules; a router that is quick to compile
+PLAIN = dict(num_dense=2, routing=Routing(4, 2))
 
 
 @functools.cache
 def model_with(num_mtp):
-    return with_modules(drafting_model(2), num_mtp)
+    return with_modules(drafting_model(2, **PLAIN), num_mtp)
 
 
 def plain(tokens, mask=None, *, stop=NOWHERE, **settings):
@@ -119,29 +122,6 @@ def test_modules_draft_from_the_whole_text_however_it_was_accepted():
         np.testing.assert_allclose(state.probs_BMV[:, m], jax.nn.softmax(shaped), atol=1e-5)
 
 
-def test_a_rows_draws_do_not_depend_on_its_neighbours():
-    settings = dict(seed=5, **SAMPLED)
-    tokens = drafted(2, PROMPTS[:3], MASK[:3], **settings)[0]
-    assert len({tuple(row) for row in tokens}) == 3
-    for row in range(3):
-        copies = np.repeat(PROMPTS[row : row + 1], 3, axis=0), np.repeat(MASK[row : row + 1], 3, 0)
-        np.testing.assert_array_equal(drafted(2, *copies, **settings)[0][row], tokens[row])
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 100])
-def test_a_stream_is_the_text_in_pieces_and_reports_at_its_end(chunk):
-    expected, _, account = drafted(2, PROMPTS[:3], MASK[:3], **SAMPLED)
-    settings = dict(max_new_tokens=NEW, stop_ids=[NOWHERE], draft="mtp", **SAMPLED)
-    found = []
-    pieces = stream_tokens(
-        model_with(2), PROMPTS[:3], MASK[:3], chunk=chunk, report=found.append, **settings
-    )
-    pieces = list(pieces)
-    assert [piece.shape[1] for piece in pieces[:-1]] == [chunk] * (len(pieces) - 1)
-    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), expected)
-    assert str(found) == str([account])
-
-
 @functools.cache
 def exact_probabilities(settings, new):
     """Of every text of `new` tokens after the prompt [0, 1], from forward passes."""
@@ -157,26 +137,69 @@ def exact_probabilities(settings, new):
 
 @functools.cache
 def small(num_mtp):
-    return with_modules(drafting_model(2, layers=0.5, vocab_size=4, num_layers=1), num_mtp)
+    fields = dict(PLAIN, vocab_size=4, num_layers=1, num_dense=1)
+    return with_modules(drafting_model(2, layers=0.5, **fields), num_mtp)
+
+
+@pytest.fixture
+def few_slots(monkeypatch):
+    """Room for prompts of 4 tokens and 8 more, in which the small model's programs are shared."""
+    monkeypatch.setattr(engine, "MIN_PROMPT", 4)
+    monkeypatch.setattr(engine, "MIN_SLOTS", 32)
+
+
+ROWS, TRUNCATED = 500, dict(temperature=2.0, top_k=3, top_p=0.95)
+SMALL_PROMPTS = np.random.default_rng(1).integers(0, 4, (ROWS, 3), np.int32)
+SMALL_MASK = np.arange(3) < np.random.default_rng(2).integers(1, 4, ROWS)[:, None]
+
+
+def small_drafted(tokens=SMALL_PROMPTS, **settings):
+    """What the small model draws after ragged rows, with drafts."""
+    settings = dict(max_new_tokens=8, draft="mtp", seed=5) | TRUNCATED | settings
+    return np.asarray(generate_tokens(small(2), tokens, SMALL_MASK, **settings))
+
+
+def test_a_rows_draws_do_not_depend_on_its_neighbours(few_slots):
+    tokens = small_drafted()
+    others = np.where(np.arange(ROWS)[:, None] % 3, SMALL_PROMPTS, 3 - SMALL_PROMPTS)
+    found = small_drafted(others)
+    stays = np.arange(ROWS) % 3 > 0
+    np.testing.assert_array_equal(found[stays], tokens[stays])
+    assert np.mean(np.any(found != tokens, axis=1)[~stays]) > 0.3
+    assert len({tuple(row) for row in small_drafted(0 * SMALL_PROMPTS)}) > ROWS / 2
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_a_stream_is_the_text_in_pieces_and_reports_at_its_end(few_slots, chunk):
+    found, settings = [], dict(max_new_tokens=8, draft="mtp", seed=5)
+    expected = small_drafted(report=found.append)
+    pieces = stream_tokens(
+        small(2), SMALL_PROMPTS, SMALL_MASK, chunk=chunk, report=found.append,
+        **settings, **TRUNCATED,
+    )  # fmt: skip
+    pieces = list(pieces)
+    assert [piece.shape[1] for piece in pieces[:-1]] == [chunk] * (len(pieces) - 1)
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), expected)
+    assert str(found[0]) == str(found[1])
 
 
 @pytest.mark.parametrize(
     ("num_mtp", "settings"),
     [
-        (2, dict(temperature=2.0, top_k=3, top_p=0.95)),
+        (2, TRUNCATED),
         # compiles for seconds what the other covers but for the truncation
         pytest.param(1, dict(temperature=1.2, min_p=0.1), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_sampled_texts_have_the_models_own_probabilities(monkeypatch, num_mtp, settings):
-    monkeypatch.setattr(engine, "MIN_PROMPT", 4)
-    monkeypatch.setattr(engine, "MIN_SLOTS", 4)
-    rows, new, account = 8000, 4, []
-    prompts = np.tile(np.array([[0, 1]], np.int32), (rows, 1))
-    settings_ = dict(max_new_tokens=new, draft="mtp", report=account.append, seed=3)
-    tokens = np.asarray(generate_tokens(small(num_mtp), prompts, **settings_, **settings))
-    assert 0.3 < account[0].rate < 0.9
+def test_sampled_texts_have_the_models_own_probabilities(few_slots, num_mtp, settings):
+    seeds, new, account = range(16), 4, []
+    prompts = np.tile(np.array([[0, 1]], np.int32), (ROWS, 1))
+    settings_ = dict(max_new_tokens=new, draft="mtp", report=account.append, **settings)
+    draw = functools.partial(generate_tokens, small(num_mtp), prompts, **settings_)
+    tokens = np.concatenate([np.asarray(draw(seed=seed)) for seed in seeds])
+    rows = len(tokens)
+    assert all(0.3 < each.rate < 0.9 for each in account)
     p = exact_probabilities(tuple(settings.items()), new)
     counts = np.bincount(tokens @ 4 ** np.arange(new - 1, -1, -1), minlength=len(p))
     assert not counts[p == 0].any()
@@ -188,7 +211,7 @@ def test_sampled_texts_have_the_models_own_probabilities(monkeypatch, num_mtp, s
 
 
 def test_right_drafts_are_all_accepted_and_counted(monkeypatch):
-    right = drafting_model(2, layers=0.0)
+    right = drafting_model(2, layers=0.0, **PLAIN)
     monkeypatch.setitem(globals(), "model_with", lambda num_mtp: right)
     _, _, account = drafted(2, PROMPTS, MASK)
     # one token, seven times three, and two
@@ -203,7 +226,7 @@ def test_right_drafts_are_all_accepted_and_counted(monkeypatch):
     [
         (lambda: make_model("gemma3"), "mtp", "this one has none; leave draft out"),
         (lambda: model_with(0), "mtp", "this one has none; leave draft out"),
-        (lambda: model_with(1), "eagle", "draft is 'eagle'; it must be \"mtp\" or None"),
+        (lambda: model_with(2), "eagle", "draft is 'eagle'; it must be \"mtp\" or None"),
     ],
 )
 def test_a_draft_that_there_is_not_is_refused_on_one_line(model, draft, problem):
@@ -214,5 +237,7 @@ def test_a_draft_that_there_is_not_is_refused_on_one_line(model, draft, problem)
 
 def test_the_caches_of_a_lone_row_are_the_power_of_two_above_its_text(monkeypatch):
     monkeypatch.setattr(engine, "MIN_SLOTS", 1)
-    state = Engine(model_with(1)).start(PROMPTS[:1], None, Sampling(), 60, 0, 0, "mtp")
-    assert [cache.num_slots for cache in state.cache] == [128] * 2  # of 32 + 59 + 2
+    lone, prompt = Engine(model_with(1)), (PROMPTS[:1], None, Sampling(), 60, 0, 0, "mtp")
+    found = []
+    jax.eval_shape(lambda: found.extend(c.num_slots for c in lone.start(*prompt).cache))
+    assert found == [128, 128]  # of 32 + 59 + 2
