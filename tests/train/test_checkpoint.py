@@ -2,6 +2,7 @@
 
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,8 +63,7 @@ def test_a_state_comes_back_bit_for_bit_with_its_data_state(tmp_path, ema):
         back, data = checkpoints.restore(3, abstract_of(other))
     assert data == {"files": [1, {"row": 7}]}
     assert jax.tree.structure(back) == jax.tree.structure(state)
-    for now, was in zip(numbers(back), numbers(state), strict=True):
-        np.testing.assert_array_equal(now, was)
+    chex.assert_trees_all_equal(numbers(back), numbers(state))
 
 
 def test_a_state_is_saved_as_it_was_though_its_arrays_are_donated_at_once(tmp_path):
@@ -96,8 +96,7 @@ def test_a_checkpoint_restores_onto_another_mesh(tmp_path):
     assert "fsdp" in str(back.params["head"]["w"].sharding)
     with Checkpoints(tmp_path, KEEP, {}) as checkpoints:  # and back to one device
         again, _ = checkpoints.restore(4, abstract_of(make_state(seed=1)))
-    for now, was in zip(numbers(at_step(again, 2)), numbers(state), strict=True):
-        np.testing.assert_array_equal(now, was)
+    chex.assert_trees_all_equal(numbers(at_step(again, 2)), numbers(state))
 
 
 def test_the_last_and_every_so_many_are_kept(tmp_path):

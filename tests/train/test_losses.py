@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,9 +78,7 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(chunk):
     whole, grads = loss_and_gradients(None)
     chunked, chunked_grads = loss_and_gradients(chunk)
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, chunked_grads
-    )
+    chex.assert_trees_all_close(grads, chunked_grads, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

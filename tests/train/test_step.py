@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,11 +68,7 @@ def test_accumulation_is_the_whole_batch_with_uneven_token_counts(accumulate):
     whole, state, _ = run(3, batch=batch)
     parts, state_of_parts, _ = run(3, accumulate, batch=batch)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
-        state.params,
-        state_of_parts.params,
-    )
+    chex.assert_trees_all_close(state.params, state_of_parts.params, atol=2e-5, rtol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +86,8 @@ def test_a_mesh_trains_like_one_device(axes, accumulate):
         sharded, sharded_state, _ = run(4, accumulate, batch=batch, mesh=str(axes))
         assert "fsdp" in str(jax.typeof(sharded_state.params["head"]["w"]))
     np.testing.assert_allclose(sharded, alone, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), sharded_state.params, state.params
-    )
+    found, expected = jax.device_get((sharded_state.params, state.params))
+    chex.assert_trees_all_close(found, expected, atol=2e-5, rtol=1e-7)
 
 
 def test_adapters_train_and_the_base_stays_bit_for_bit():
@@ -149,7 +145,7 @@ def test_a_non_finite_step_changes_nothing(value):
     state, metrics = step(state, split.frozen, place_batch(poisoned, accumulate))
     assert not bool(metrics["finite"])
     after = jax.device_get((state.step, state.params, state.opt_state, state.ema))
-    jax.tree.map(np.testing.assert_array_equal, before, after)
+    chex.assert_trees_all_equal(before, after)
     state, metrics = step(state, split.frozen, place_batch(make_batch(), accumulate))
     assert bool(metrics["finite"])
     assert int(state.step) == 2
@@ -161,7 +157,7 @@ def test_a_batch_without_targets_moves_nothing_but_the_step():
     empty = make_batch() | {"loss_mask": np.zeros((8, 12), np.float32)}
     state, metrics = step(state, split.frozen, place_batch(empty))
     assert (float(metrics["loss"]), float(metrics["tokens"]), int(state.step)) == (0.0, 0.0, 1)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
+    chex.assert_trees_all_equal(before, jax.device_get(state.params))
 
 
 def test_the_state_is_donated_and_the_step_compiles_once():
