@@ -26,9 +26,15 @@ def model_of(**sizes) -> nnx.Module:
     return registry.build(Config(**{**SIZES, **HEADS, **sizes}), rngs=nnx.Rngs(0))
 
 
+@functools.cache
+def abstract_model() -> nnx.Module:
+    return jax.eval_shape(model_of)
+
+
+@functools.cache
 def decoding_flops(method) -> float:
     """Of one token, of a model with the adapter as an engine settles it."""
-    abstract = jax.eval_shape(lambda: settle(lp.peft.inject(model_of(), method)))
+    abstract = jax.eval_shape(lambda model: settle(lp.peft.inject(model, method)), abstract_model())
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     run = jax.jit(lambda model, tokens: model(tokens).logits)
     return run.lower(abstract, tokens).cost_analysis()["flops"]

@@ -62,8 +62,9 @@ def test_every_layer_and_every_key_drops_its_own():
 
 @pytest.mark.parametrize("kind", [LoRA, DoRA])
 def test_only_a_model_in_training_with_a_key_drops(kind):
-    model = adapted(kind(rank=4, alpha=8, dropout=0.3))
-    plain = logits_of(adapted(kind(rank=4, alpha=8)), jax.random.key(0))
+    settings = dict(rank=4, alpha=8, targets=("q_proj", "o_proj", "down_proj"))
+    model = adapted(kind(**settings, dropout=0.3))
+    plain = logits_of(adapted(kind(**settings)), jax.random.key(0))
     np.testing.assert_array_equal(logits_of(model, None), plain)
     one, two, again = [logits_of(model, jax.random.key(seed)) for seed in (0, 1, 0)]
     np.testing.assert_array_equal(one, again)
@@ -72,7 +73,7 @@ def test_only_a_model_in_training_with_a_key_drops(kind):
 
 
 def test_a_key_alone_changes_nothing_where_nothing_is_dropped():
-    model = adapted(LoRA(rank=4, alpha=8))
+    model = adapted(LoRA(rank=4, alpha=8, targets=("q_proj",)))
     assert lp.peft.train_mode(model, jax.random.key(0)) is model
 
 

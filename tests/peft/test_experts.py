@@ -1,6 +1,7 @@
 """Adapters of layers that hold many experts: one for each expert, by every method."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,9 @@ from llmprep_jax.nn.param import AdapterParam, Compute
 from llmprep_jax.nn.stack import scan, stack, unstack
 from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr, LoRA
 from llmprep_jax.peft.layout import axes_of, dims, shape_of
+from llmprep_jax.peft.method import Method
 from llmprep_jax.sharding import has_mesh, make_mesh, spec, use_mesh
+from tests.grids import cases
 from tests.peft.test_methods import QUICK, assert_near, scattered
 from tests.random_modules import random_module
 
@@ -80,6 +83,16 @@ def base() -> nnx.Module:
     return random_module(lambda: Model(rngs=nnx.Rngs(0)))
 
 
+@functools.cache
+def fresh(method: Method) -> nnx.Module:
+    return lp.peft.inject(base(), method)
+
+
+@functools.cache
+def trained(method: Method) -> nnx.Module:
+    return scattered(fresh(method))
+
+
 INPUTS = np.arange(TOKENS)
 
 
@@ -108,7 +121,7 @@ def test_a_letter_in_all_three_is_neither_input_nor_output():
 
 @each_method
 def test_each_expert_has_its_own_adapter_that_starts_as_identity(method):
-    model = lp.peft.inject(base(), method)
+    model = fresh(method)
     np.testing.assert_array_equal(forward(model), forward(base()))
     trainable, _ = lp.peft.split(model)
     assert {x.shape[:2] for x in jax.tree.leaves(trainable)} == {(LAYERS, E)}
@@ -120,8 +133,7 @@ def test_each_expert_has_its_own_adapter_that_starts_as_identity(method):
 
 @each_method
 def test_a_token_moves_its_own_experts_adapter_alone_and_a_merge_says_the_same(method):
-    model = scattered(lp.peft.inject(base(), method))
-    y_TD, grads, merged = run(model)
+    y_TD, grads, merged = run(trained(method))
     assert np.abs(y_TD - forward(base())).max() > 0.01
     for path, grad in nnx.to_flat_state(grads):
         moved = np.any(np.asarray(grad[...]) != 0, axis=tuple(range(2, grad.ndim)))
@@ -132,17 +144,23 @@ def test_a_token_moves_its_own_experts_adapter_alone_and_a_merge_says_the_same(m
 
 @each_method
 def test_an_expert_computes_what_a_layer_of_its_own_would(method):
-    adapted = scattered(lp.peft.inject(base(), method)).layers.up
-    layer = jax.tree.map(lambda x: x[1], adapted)
-    x_ECD = jnp.asarray(np.random.default_rng(1).normal(size=(E, 3, D)), jnp.float32)
-    found = np.asarray(layer(x_ECD))
-    make = functools.partial(Einsum, compute=COMPUTE, rngs=nnx.Rngs(0))
-    alone = make("CD,DGF->CGF", (D, 2, F), (None, None, None), (None, None, None))
-    for e in range(E):
-        one = alone.with_weight(layer.base.w[...][e])
-        params = {name: x[e] for name, x in layer.params().items()}
-        expected = layer.method.forward(params, one, x_ECD[e])
-        np.testing.assert_allclose(found[e], expected, atol=1e-5)
+    adapted = trained(method).layers.up
+    layer = jax.tree.map(lambda x: np.asarray(x)[1], adapted)
+    x_ECD = np.random.default_rng(1).normal(size=(E, 3, D)).astype(np.float32)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def outputs(layer: nnx.Module, x_ECD: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        make = functools.partial(Einsum, compute=COMPUTE, rngs=nnx.Rngs(0))
+        alone = make("CD,DGF->CGF", (D, 2, F), (None, None, None), (None, None, None))
+        expected = []
+        for e in range(E):
+            one = alone.with_weight(layer.base.w[...][e])
+            params = {name: x[e] for name, x in layer.params().items()}
+            expected.append(layer.method.forward(params, one, x_ECD[e]))
+        return layer(x_ECD), expected
+
+    found, expected = outputs(layer, x_ECD)
+    np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
 
 
 @pytest.mark.slow  # compiles for eight devices
@@ -172,7 +190,7 @@ def test_a_mesh_without_an_axis_for_experts_changes_nothing():
 
 
 def test_experts_adapters_are_born_on_their_experts_devices():
-    expected = nnx.state(lp.peft.inject(base(), METHODS["lora"]), AdapterParam)
+    expected = nnx.state(fresh(METHODS["lora"]), AdapterParam)
     with use_mesh(make_mesh({"expert": 4, "tensor": 2})):
         model = lp.peft.inject(random_module(lambda: Model(rngs=nnx.Rngs(0))), METHODS["lora"])
         found = nnx.state(model, AdapterParam)
@@ -188,17 +206,22 @@ def test_experts_adapters_are_born_on_their_experts_devices():
 
 @each_method
 def test_experts_adapters_combine_merge_by_weight_and_come_out_again(method):
-    model = scattered(lp.peft.inject(base(), method))
-    both = lp.peft.combine({"a": model, "b": lp.peft.inject(base(), METHODS["lora"])})
-    assert_near(lp.peft.merge(both, {"a": 1, "b": 2}), lp.peft.merge(model), 1e-6)
+    model = trained(method)
+    both, merged = lp.peft.combine({"a": model, "b": fresh(METHODS["lora"])}), lp.peft.merge(model)
+    assert_near(lp.peft.merge(both, {"a": 1, "b": 2}), merged, 1e-6)
     with pytest.raises(ValueError, match="ECF,FDE->ECD keeps no rows of a batch; select one"):
         lp.peft.select(both, ["a", "b"])
     if not isinstance(method, DoRA):
-        assert_near(lp.peft.unmerge(lp.peft.merge(model), model), base(), 1e-5)
+        assert_near(lp.peft.unmerge(merged, model), base(), 1e-5)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("down_proj",)], ids=["both", "down"])
-@pytest.mark.parametrize("as_list", [False, True], ids=["stack", "list"])
+@pytest.mark.parametrize(
+    ("targets", "as_list"),
+    cases(
+        itertools.product(["all-linear", ("down_proj",)], [False, True]),
+        fast=[("all-linear", False), (("down_proj",), True)],
+    ),
+)
 def test_a_folder_holds_the_loras_of_experts_as_peft_does_and_opens_again(
     targets, as_list, tmp_path
 ):
@@ -217,7 +240,8 @@ def test_a_folder_holds_the_loras_of_experts_as_peft_does_and_opens_again(
     assert_near(forward(again), forward(model))
     b = tensors[f"{module}.lora_B.weight"].reshape(D, 2, E)
     a = tensors[f"{module}.lora_A.weight"].reshape(E, 2, F)
-    delta = lp.peft.merge(again).layers.down.w[...][1] - base().layers.down.w[...][1]
+    weights = [np.asarray(x.layers.down.w)[1] for x in (lp.peft.merge(again), base())]
+    delta = weights[0] - weights[1]
     np.testing.assert_allclose(delta, 2 * np.einsum("ore,eri->ioe", b, a), atol=1e-6)
 
 
@@ -231,7 +255,7 @@ class Apart(Model):
 
 
 def test_what_peft_has_no_format_for_is_refused_in_one_line(tmp_path):
-    model = scattered(lp.peft.inject(base(), METHODS["ia3"]))
+    model = trained(METHODS["ia3"])
     with pytest.raises(ValueError, match="holds experts, and PEFT has a format for LoRA alone"):
         lp.peft.save(model, tmp_path / "adapter")
     apart = random_module(lambda: Apart(rngs=nnx.Rngs(0)))

@@ -1,6 +1,5 @@
 """PiSSA and OLoRA train a part of the weight itself and keep the rest: laws, and their folders."""
 
-import functools
 import json
 
 import jax
@@ -13,7 +12,15 @@ import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import DoRA, LoRA
 from llmprep_jax.sharding import make_mesh, use_mesh
-from tests.peft.test_methods import assert_near, base, logits_of, run, scattered, small
+from tests.peft.test_methods import (
+    assert_near,
+    base,
+    fresh,
+    logits_of,
+    run,
+    small,
+    trained,
+)
 from tests.random_modules import random_module
 
 SETTINGS = dict(rank=4, alpha=2, targets=("q_proj", "down_proj"))
@@ -23,11 +30,6 @@ METHODS = {
     "dora": DoRA(**SETTINGS, init_weights="pissa"),
 }
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-
-
-@functools.cache
-def fresh(method: LoRA) -> nnx.Module:
-    return lp.peft.inject(base(), method)
 
 
 def delta(q, a: str, b: str) -> np.ndarray:
@@ -77,8 +79,9 @@ def test_it_starts_as_identity_to_rounding_on_a_base_that_is_shared(method):
 
 @each_method
 def test_a_step_moves_what_is_trained_alone_and_a_merge_says_the_same(method):
-    model = scattered(fresh(method))
-    logits, grads, merged = run(model)
+    model = trained(method)
+    _, grads, merged = run(model)
+    logits = logits_of(model)
     names = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(model, AdapterParam))}
     assert names - {"magnitude"} == {"lora_a", "lora_b"}
     assert all(np.any(np.asarray(grad) != 0) for grad in jax.tree.leaves(grads))
@@ -89,7 +92,7 @@ def test_a_step_moves_what_is_trained_alone_and_a_merge_says_the_same(method):
 
 @each_method
 def test_its_folder_is_a_lora_of_twice_the_rank_on_the_base_as_it_was(method, tmp_path):
-    model = scattered(fresh(method))
+    model = trained(method)
     folder = lp.peft.save(model, tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["init_lora_weights"]) == (8, True)

@@ -10,11 +10,13 @@ import llmprep_jax as lp
 from llmprep_jax.peft import LoRA, QLoRA
 from llmprep_jax.peft.adapter import methods
 from llmprep_jax.quant import packed_layers, quantize_model
-from tests.peft.test_methods import base, logits_of, scattered
+from tests.peft.test_methods import base, fresh, logits_of, trained
+
+METHOD = QLoRA(4, 8, targets=("q_proj", "down_proj"))
 
 
 def test_a_model_starts_as_its_packed_base_bit_for_bit():
-    model = lp.peft.inject(base(), QLoRA(4, 8, targets=("q_proj", "down_proj")))
+    model = fresh(METHOD)
     packed = quantize_model(base(), "nf4")
     assert packed_layers(model).keys() == packed_layers(packed).keys()  # whatever is adapted
     assert set(methods(model).values()) == {LoRA(4, 8, targets=())}
@@ -40,7 +42,7 @@ def test_a_base_that_is_packed_as_asked_says_nothing(recwarn):
 
 
 def test_its_folder_is_that_of_lora_and_opens_on_a_dense_base(tmp_path):
-    model = scattered(lp.peft.inject(base(), QLoRA(4, 8, targets=("q_proj",))))
+    model = trained(METHOD)
     folder = lp.peft.save(model, tmp_path / "adapter")
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
     dense = lp.peft.load(base(), folder)

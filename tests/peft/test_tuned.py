@@ -46,7 +46,9 @@ def test_modules_go_by_our_names_by_hugging_faces_and_by_regex(names, expected):
 
 def test_the_copy_is_its_own_and_in_the_adapters_dtype():
     base = make_model(TIED, param_dtype="bfloat16")
-    model = lp.peft.inject(base, LoRA(rank=2, modules_to_save=["norm", "embed"]))
+    model = lp.peft.inject(
+        base, LoRA(rank=2, targets=("q_proj",), modules_to_save=["norm", "embed"])
+    )
     assert model.norm.base.scale[...] is base.norm.scale[...]
     for module, name in ((model.norm, "scale"), (model.embed, "w")):
         copy, kept = getattr(module.trained, name), getattr(module.base, name)
