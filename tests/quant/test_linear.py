@@ -19,7 +19,7 @@ from tests.random_modules import random_module
 
 EQUATIONS = {
     "BTD,DF->BTF": ((40, 24), ("embed", "mlp"), ("batch", "seq", "mlp")),
-    "BTD,DNH->BTNH": ((40, 4, 6), ("embed", "heads", "head"), ("batch", "seq", "heads", "head")),
+    "BTD,DNH->BTNH": ((40, 2, 13), ("embed", "heads", "head"), ("batch", "seq", "heads", "head")),
     "BTNH,NHD->BTD": ((5, 8, 24), ("heads", "head", "embed"), ("batch", "seq", "act_embed")),
 }
 # how a weight is made a matrix and how that is packed know nothing of each other: each once here
@@ -37,7 +37,7 @@ def grid(some, cells):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Several tiles even of small layers, and for a block of 64 a rest."""
+    """Several tiles even of small layers, and for a block of 64 a rest of 26 rows."""
     monkeypatch.setattr(product, "TILE", 320)
 
 
@@ -186,7 +186,10 @@ def test_targets_are_a_regex_of_whole_paths():
 # arrays of one dimension and two, rows of a scale each and of a block; int8 is in test_load
 @pytest.mark.parametrize(
     ("eqn", "kind"),
-    grid([("BTNH,NHD->BTD", "nf4"), ("BTD,DF->BTF", "int4"), ("BTD,DF->BTF", "fp8")], ALL),
+    grid(
+        [("BTNH,NHD->BTD", "nf4"), ("BTD,DF->BTF", "int4"), ("BTD,DF->BTF", "fp8")],
+        [cell for cell in ALL if cell[0] != "BTD,DNH->BTNH"],  # whose rows devices do not divide
+    ),
 )
 def test_a_mesh_parts_the_rows_of_packed_weights_and_computes_the_same(eqn, kind):
     x, layer = make_input(eqn), nnx.List([make_layer(eqn)])
