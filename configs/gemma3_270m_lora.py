@@ -28,7 +28,6 @@ def get_config() -> RunConfig:
         steps=120,
         eval_every=60,
         eval_batches=8,
-        loss_chunk=64,
         checkpoint=CheckpointConfig(every=40),
         out=pathlib.Path("runs/gemma3_270m_lora"),
     )

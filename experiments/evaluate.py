@@ -53,7 +53,6 @@ class EvaluateConfig:
       dtype: of weights and activations, or a packed kind, as of `load_model`; None: as stored.
       mesh: a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`.
       max_batches: at most so many; None: all.
-      loss_chunk: positions of each row whose logits exist at one time; None: all.
       processes: where this process stands among several; as of experiments.train.
       out: the JSON file; None: beside the model.
     """
@@ -67,7 +66,6 @@ class EvaluateConfig:
     dtype: Dtype | None = None
     mesh: str | MeshSizes | None = None
     max_batches: int | None = None
-    loss_chunk: int | None = None
     processes: Processes = dataclasses.field(default_factory=Processes)
     out: AnyPath | None = None
 
@@ -135,7 +133,7 @@ def measure(cfg: EvaluateConfig):
     tokenizer.check_vocab(model.cfg.vocab_size)
     if cfg.adapter is not None:
         model = lp.peft.load(model, cfg.adapter)
-    return perplexity(model, batches, cfg.loss_chunk, max_batches=cfg.max_batches, console=console)
+    return perplexity(model, batches, max_batches=cfg.max_batches, console=console)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evalu
     )
 
     def evaluate(model: nnx.Module) -> dict[str, float]:
-        result = perplexity(model, held_out, max_batches=cfg.eval_batches, chunk=cfg.loss_chunk)
+        result = perplexity(model, held_out, max_batches=cfg.eval_batches)
         return {"eval_loss": result.nll, "eval_perplexity": result.perplexity}
 
     return batches, evaluate
@@ -180,4 +180,4 @@ def describe_model(cfg: RunConfig, model: nnx.Module, method: AnyMethod | None) 
 
 def make_trainer(cfg: RunConfig, model: nnx.Module) -> Trainer:
     """The model's weights or its adapters, ready to be trained."""
-    return Trainer(model, cfg=cfg, loss_fn=make_loss(cfg.loss_chunk, cfg.z_loss))
+    return Trainer(model, cfg=cfg, loss_fn=make_loss(cfg.z_loss))

@@ -6,7 +6,6 @@ mean over the tokens of the whole set, not of batch means, and only models with 
 compare by it.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -34,7 +33,6 @@ class Perplexity(NamedTuple):
 def perplexity(
     model: Any,
     batches: Iterable[Mapping[str, np.ndarray]],
-    chunk: int | None = None,
     *,
     max_batches: int | None = None,
     console: rich.console.Console | None = None,
@@ -43,7 +41,6 @@ def perplexity(
 
     Args:
       batches: numpy dicts as of `data.evaluation_batches`.
-      chunk: positions of each row whose logits exist at one time; None: all.
       max_batches: how many of them; None: all.
       console: shows progress on it; None: none is shown.
 
@@ -53,7 +50,7 @@ def perplexity(
     total = tokens = 0.0  # Python floats: float32 sums lose tokens beyond 2^24
     for batch in _shown(itertools.islice(batches, max_batches), console, max_batches):
         arrays = {name: x[0] for name, x in place_batch(batch).items()}
-        loss = jax.device_get(_loss(model, arrays, chunk))
+        loss = jax.device_get(_loss(model, arrays))
         total, tokens = total + float(loss.total), tokens + float(loss.count)
     if not tokens:
         raise ValueError("nothing to evaluate: no token of the data counts for the loss")
@@ -61,9 +58,9 @@ def perplexity(
     return Perplexity(nll, math.exp(nll) if nll < 700 else math.inf, round(tokens))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _loss(model: Any, batch: Mapping[str, jax.Array], chunk: int | None) -> LossSum:
-    return next_token_loss(model, batch, chunk=chunk)
+@jax.jit
+def _loss(model: Any, batch: Mapping[str, jax.Array]) -> LossSum:
+    return next_token_loss(model, batch)
 
 
 def _shown(

@@ -8,8 +8,10 @@ single device does.
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
 
+from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.sharding import on_own_mesh
 from llmprep_jax.types import Array, Bool, Int
 
@@ -19,6 +21,21 @@ class Output(NamedTuple):
 
     logits: Array
     cache: Any = None
+
+
+class Unembedding(NamedTuple):
+    """An output head that is one matrix.
+
+    Attributes:
+      w: [D, V], or [V, D] where `is_table`: of an embedding that is the head too.
+      dtype: of the product's operands.
+      soft_cap: of the logits, None for none.
+    """
+
+    w: Array
+    is_table: bool
+    dtype: jnp.dtype
+    soft_cap: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +60,12 @@ class LanguageModel(nnx.Module):
 
     Attributes:
       source: of the weights.
+      embed, head: the table of embeddings, and the output head; None where that is the table.
     """
 
     source: Source
+    embed: Any
+    head: Any
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     within: tuple[tuple[str, str], ...] = ()
@@ -73,6 +93,21 @@ class LanguageModel(nnx.Module):
             tokens, positions=positions, segment_ids=segment_ids, mask=mask, cache=cache
         )
         return Output(self.unembed(x_BTD), cache)
+
+    @property
+    def logits_soft_cap(self) -> float | None:
+        """c of logits c tanh(l / c); None: plain ones."""
+        return None
+
+    def unembedding(self) -> Unembedding | None:
+        """The head as the matrix that `unembed` multiplies by, so that a loss need not form all
+        logits at once; None where it has an adapter, or is packed."""
+        layer = self.embed if self.head is None else self.head
+        if not isinstance(layer, Embed | Head):
+            return None
+        return Unembedding(
+            layer.w[...], isinstance(layer, Embed), layer.dtype, self.logits_soft_cap
+        )
 
 
 def without_source(model: nnx.Module) -> nnx.Module:

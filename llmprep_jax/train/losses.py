@@ -1,10 +1,11 @@
 """Next-token cross-entropy in float32, as a sum and the number of tokens it is over.
 
 Sums and counts add up over microbatches, hosts and mesh axes where means do not: the caller divides
-once, so every token weighs the same however the batch is cut. With `chunk`, logits exist only for
-`chunk` positions of each row at a time, forward and backward (a checkpointed scan). The target's
-logit is a masked sum over the vocabulary and no gather, since that is what stays local where the
-mesh shards the vocabulary.
+once, so every token weighs the same however the batch is cut. Logits of all tokens and words exist
+only where they are small (`kernels.cross_entropy`); of a head that is no plain matrix, because it
+has an adapter or is packed, they exist for some positions of each row at a time, forward and
+backward. There the target's logit is a masked sum over the vocabulary and no gather, since that is
+what stays local where the mesh shards the vocabulary.
 """
 
 import functools
@@ -14,10 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llmprep_jax.kernels.cross_entropy import linear_cross_entropy
+from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.sharding import has_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float, Int
 
 Batch = Mapping[str, Array]
+LOGITS_AT_A_TIME = 2**24  # of a head that is no plain matrix
 
 
 class LossSum(NamedTuple):
@@ -49,27 +53,22 @@ def cross_entropy(
     return loss_BT + z_loss * jnp.square(lse_BT) if z_loss else loss_BT
 
 
-def next_token_loss(
-    model: Any, batch: Batch, *, chunk: int | None = None, z_loss: float = 0.0
-) -> LossSum:
+def next_token_loss(model: Any, batch: Batch, *, z_loss: float = 0.0) -> LossSum:
     """The loss of a language model on a batch.
 
     Args:
       model: `features(tokens, positions=, segment_ids=) -> (x_BTD, cache)` and `unembed(x_BTD)`.
       batch: tokens, targets, loss_mask; positions and segment_ids where rows are packed; [B, T].
-      chunk: positions of each row whose logits exist at one time; None: all.
       z_loss: weight of the squared logsumexp; 0: none.
     """
     places = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
     x_BTD, _ = model.features(batch["tokens"], **places)
     weights_BT = batch["loss_mask"].astype(jnp.float32)
-    total = _sum_losses(model, chunk, z_loss, x_BTD, batch["targets"], weights_BT)
+    total = _sum_losses(model, z_loss, x_BTD, batch["targets"], weights_BT)
     return LossSum(total, jnp.sum(weights_BT))
 
 
-def training_loss(
-    model: Any, batch: Batch, *, chunk: int | None = None, z_loss: float = 0.0
-) -> LossSum:
+def training_loss(model: Any, batch: Batch, *, z_loss: float = 0.0) -> LossSum:
     """What a model is trained by: `next_token_loss`, or its own `training_terms` with that in them.
 
     Such a model has `training_terms(batch, sum_losses) -> (total, count, stats)`, where sum_losses
@@ -78,23 +77,55 @@ def training_loss(
     (`train.step`); "dropped" the choices of experts that were not computed.
     """
     if not hasattr(model, "training_terms"):
-        return next_token_loss(model, batch, chunk=chunk, z_loss=z_loss)
-    return LossSum(
-        *model.training_terms(batch, functools.partial(_sum_losses, model, chunk, z_loss))
+        return next_token_loss(model, batch, z_loss=z_loss)
+    return LossSum(*model.training_terms(batch, functools.partial(_sum_losses, model, z_loss)))
+
+
+def _sum_losses(model, z_loss, x_BTD, targets_BT, weights_BT):
+    """The weighted sum of cross-entropies."""
+    head = model.unembedding() if isinstance(model, LanguageModel) else None
+    if head is None:
+        return _sum_by_positions(model, z_loss, x_BTD, targets_BT, weights_BT)
+    tokens = (x_BTD, jnp.where(weights_BT != 0, targets_BT, -1), weights_BT)
+    x_ND, targets_N, weights_N = map(_merge_rows, tokens)
+    losses_N = linear_cross_entropy(
+        x_ND,
+        head.w,
+        targets_N,
+        soft_cap=head.soft_cap,
+        z_loss=z_loss,
+        is_table=head.is_table,
+        dtype=head.dtype,
     )
+    if has_mesh():  # a mesh may share tokens out among more devices than share the rows
+        losses_N = jax.reshard(losses_N, jax.typeof(weights_N).sharding.spec)
+    return jnp.sum(losses_N * weights_N)
 
 
-def _sum_losses(model, chunk, z_loss, x_BTD, targets_BT, weights_BT):
-    """The weighted sum of cross-entropies, `chunk` positions at a time."""
+def _merge_rows(x: Array) -> Array:
+    """[B, T, ...] to [B * T, ...]; whole rows on each device."""
+    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    if not has_mesh():
+        return x.reshape(shape)
+    rest = (None,) * (x.ndim - 1)
+    x = jax.reshard(x, spec("batch", *rest, shape=x.shape))
+    return jax.lax.reshape(x, shape, out_sharding=jax.P(jax.typeof(x).sharding.spec[0], *rest[1:]))
+
+
+def _sum_by_positions(model, z_loss, x_BTD, targets_BT, weights_BT):
+    """The same of any model that unembeds, so many positions of each row at a time that their
+    logits take 64 MiB."""
 
     def loss_of(x_BTD, targets_BT, weights_BT):
         losses_BT = cross_entropy(model.unembed(x_BTD), targets_BT, z_loss)
         # where, not a product alone: a masked token whose loss is infinite must not make a NaN
         return jnp.sum(jnp.where(weights_BT != 0, losses_BT, 0.0) * weights_BT)
 
+    num_rows, num_positions, _ = x_BTD.shape
+    vocab_size = jax.eval_shape(model.unembed, x_BTD).shape[-1]
+    chunk = max(1, LOGITS_AT_A_TIME // (num_rows * vocab_size))
     tokens = (x_BTD, targets_BT, weights_BT)
-    num_positions = x_BTD.shape[1]
-    if chunk is None or chunk >= num_positions:
+    if chunk >= num_positions:
         return loss_of(*tokens)
     pad = -num_positions % chunk
 

@@ -33,7 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # checkpoint's arrays are, nor which data it is at
 FREE = ("out", "steps", "schedule_steps", "epochs", "accumulate", "log_every", "skip_nonfinite")
 FREE = (*FREE, "eval_every", "eval_batches", "eval_data", "checkpoint", "mesh", "peak_flops")
-FREE = (*FREE, "loss_chunk", "compute.remat", "compute.unroll", "optim")
+FREE = (*FREE, "compute.remat", "compute.unroll", "optim")
 FREE = (*FREE, "data.paths", "data.prefetch", "data.threads", "data.num_epochs")
 FIXED = ("optim.optimizer", "optim.moment_dtype")  # by them the moments are other arrays
 OURS = ("run.json", "run.tmp", "metrics.jsonl", "metrics.tmp", "tensorboard", "tokenizer")
@@ -62,7 +62,6 @@ class RunConfig(FitConfig):
       compute: dtypes, rematerialisation and unrolling. Weights are float32 masters with compute in
         bf16 for `dtype="bfloat16", param_dtype="float32"`.
       mesh: a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`; None: one device.
-      loss_chunk: positions of each row whose logits exist at one time; None: all.
       z_loss: weight of the squared logsumexp.
       processes: where this process stands among several; not saved with the run.
       out: the run's folder.
@@ -79,7 +78,6 @@ class RunConfig(FitConfig):
     eval_batches: int | None = None
     compute: Compute = dataclasses.field(default_factory=Compute)
     mesh: str | MeshSizes | None = None
-    loss_chunk: int | None = None
     z_loss: float = 0.0
     processes: Processes = dataclasses.field(default_factory=Processes)
     out: AnyPath
@@ -100,7 +98,7 @@ class RunConfig(FitConfig):
         if str(self.out) == ".":
             raise ValueError("out is the working folder; give a folder of its own: out=runs/NAME")
         _check_compute(self.compute)
-        for name in ("eval_batches", "loss_chunk", "epochs"):
+        for name in ("eval_batches", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")

@@ -153,17 +153,17 @@ class Trainer:
         return merge(self.split.graphdef, params, self.split.frozen)
 
 
-def make_loss(chunk: int | None = None, z_loss: float = 0.0) -> LossFn:
+def make_loss(z_loss: float = 0.0) -> LossFn:
     """The loss of a model, with dropout and shifts where its adapters have them.
 
     Args:
-      chunk, z_loss: as of `next_token_loss`.
+      z_loss: as of `next_token_loss`.
     """
 
     def loss_fn(model, batch, key):
         # an adapter learns from the next token alone: no further ones, and no balance of experts
         loss_of = next_token_loss if is_adapted(model) else training_loss
-        return loss_of(train_mode(model, key), batch, chunk=chunk, z_loss=z_loss)
+        return loss_of(train_mode(model, key), batch, z_loss=z_loss)
 
     return loss_fn
 

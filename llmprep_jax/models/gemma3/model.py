@@ -176,11 +176,15 @@ class Model(LanguageModel):
             Kind(rope_angles(place.positions_BT, *full), None),
         )
 
+    @property
+    def logits_soft_cap(self) -> float | None:
+        return self.cfg.logits_soft_cap
+
     @on_own_mesh
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Hidden states to logits, float32."""
         logits_BTV = self.embed.unembed(x_BTD) if self.head is None else self.head(x_BTD)
-        cap = self.cfg.logits_soft_cap
+        cap = self.logits_soft_cap
         return logits_BTV if cap is None else jnp.tanh(logits_BTV / cap) * cap
 
     @on_own_mesh
