@@ -220,14 +220,14 @@ def test_a_document_longer_than_the_context_is_named_where_that_is_an_error(
 
 @pytest.mark.parametrize(
     ("command", "message"),
-    [(train, "unknown key stesp; did you mean steps?"), (evaluate, "did you mean loss_chunk?")],
+    [(train, "unknown key stesp; did you mean steps?"), (evaluate, "did you mean max_batches?")],
     ids=["train", "evaluate"],
 )
 def test_an_unknown_key_lists_its_near_misses(files, capsys, command, message):
     if command is train:
         error = error_of(capsys, train, files / "config.py", "stesp=3", code=2)
     else:
-        error = evaluate_error(capsys, files, files / "model", "loss_chnk=1", code=2)
+        error = evaluate_error(capsys, files, files / "model", "max_batchs=1", code=2)
     assert message in error
     assert "see --help" in error
 

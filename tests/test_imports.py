@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "peft": {"nn", "quant", "weights", *BASE},
     "text": {"weights", *BASE},
     "data": {"text", "config", *BASE},
-    "train": {"nn", "peft", "data", "config", "interrupts", *BASE},
+    "train": {"kernels", "nn", "peft", "data", "config", "interrupts", *BASE},
     "generate": {"nn", "text", *BASE},
     "evaluate": {"train", "generate", "data", *BASE},
     "pretrained": {"models", "nn", "peft", "quant", "text", "train", "weights", "config", *BASE},

@@ -173,5 +173,9 @@ def test_shapes_that_do_not_fit_are_named(shapes, message):
     x, w, targets = map(jnp.zeros, shapes)
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(x, w, targets.astype(jnp.int32))
+
+
+def test_an_unknown_form_is_named():
+    x, w, targets, _ = make_inputs()
     with pytest.raises(ValueError, match="unknown impl 'fast'; there are chunked, whole, ref"):
-        linear_cross_entropy(x, w, targets.astype(jnp.int32), impl="fast")
+        linear_cross_entropy(x, w, targets, impl="fast")

@@ -43,7 +43,7 @@ def trace(preset: str, **changes) -> tuple[jax.stages.Traced, nnx.State]:
     step = make_train_step(
         parts.graphdef,
         tx,
-        lambda model, batch, key: training_loss(model, batch, chunk=512),
+        lambda model, batch, key: training_loss(model, batch),
         make_schedule(OPTIM, 100),
         bias_rate=make_bias_schedule(OPTIM, 100),
     )

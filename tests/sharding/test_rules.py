@@ -71,9 +71,9 @@ def model_alone(name: str) -> nnx.Module:
     return random_model(CONFIGS[name])
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def loss_and_grads(model, batch, chunk):
-    loss_of = lambda model: training_loss(model, batch, chunk=chunk).total  # noqa: E731
+@jax.jit
+def loss_and_grads(model, batch):
+    loss_of = lambda model: training_loss(model, batch).total  # noqa: E731
     return jax.value_and_grad(loss_of)(model)
 
 
@@ -98,10 +98,10 @@ PAIRS = cases(
 
 @pytest.mark.parametrize(("name", "rules"), PAIRS)
 def test_other_rules_give_the_numbers_of_one_device(name, rules):
-    batch, chunk = make_batch(), 4
-    loss, grads = loss_and_grads(model_alone(name), batch, chunk)
+    batch = make_batch()
+    loss, grads = loss_and_grads(model_alone(name), batch)
     with use_mesh(make_mesh(AXES), ShardingRules(**RULES[rules])):
-        found_loss, found = loss_and_grads(random_model(CONFIGS[name]), batch, chunk)
+        found_loss, found = loss_and_grads(random_model(CONFIGS[name]), batch)
     assert float(found_loss) == pytest.approx(float(loss), rel=1e-6)
     for (path, ours), (_, expected) in zip(
         *[nnx.to_flat_state(nnx.state(x)) for x in (found, grads)], strict=True

@@ -1,5 +1,6 @@
-"""The loss: literal values, chunks equal to the whole, and memory that chunks save."""
+"""The loss: literal values, all kinds of heads, meshes, and memory that parts save."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llmprep_jax.nn.param import Param
+from llmprep_jax import peft
+from llmprep_jax.nn.param import AdapterParam, Param
 from llmprep_jax.sharding import make_mesh, use_mesh
+from llmprep_jax.train import losses
 from llmprep_jax.train.losses import cross_entropy, next_token_loss
 from llmprep_jax.train.state import merge, split_model
-from tests.train.toy import make_batch, toy
+from tests.models.tiny import ODD_CONFIGS, forward, random_model
+from tests.random_modules import random_module
+from tests.train.toy import VOCAB, make_batch, toy
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary():
@@ -62,41 +67,70 @@ class _Broken:
         return jnp.where(late_T[None, :, None], jnp.inf, self._head(x_BTD))
 
 
-@functools.cache
-def loss_and_gradients(chunk):
-    batch, split = make_batch(), split_model(toy(), Param)
+def loss_and_gradients(model, kind=Param, **options):
+    batch, split = make_batch(), split_model(model, kind)
+    del batch["doc_ids"]
 
     def loss(params):
         model = merge(split.graphdef, params, split.frozen)
-        return next_token_loss(model, batch, chunk=chunk, z_loss=1e-2).total
+        return next_token_loss(model, batch, **options).total
 
     return jax.jit(jax.value_and_grad(loss))(split.params)
 
 
-@pytest.mark.parametrize("chunk", [5, 6, 100])
-def test_chunks_give_the_loss_and_gradients_of_the_whole(chunk):
-    whole, grads = loss_and_gradients(None)
-    chunked, chunked_grads = loss_and_gradients(chunk)
-    np.testing.assert_allclose(chunked, whole, rtol=1e-6)
-    chex.assert_trees_all_close(grads, chunked_grads, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("num_positions", [5, 6])  # of 12: the last part of 5 is padded
+def test_a_head_that_is_no_matrix_gives_the_same_some_positions_at_a_time(
+    num_positions, monkeypatch
+):
+    expected = loss_and_gradients(toy(), z_loss=1e-2)
+    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 8 * VOCAB * num_positions)
+    found = loss_and_gradients(toy(), z_loss=1e-2)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("axes", "chunk"), [({"fsdp": 8}, None), ({"fsdp": 4, "tensor": 2}, 5)], ids=str
-)
-def test_a_mesh_gives_the_loss_of_one_device(axes, chunk):
+# the head is the table of embeddings
+CAPPED = dataclasses.replace(ODD_CONFIGS["gemma3-all-global"], logits_soft_cap=2.0)
+
+
+@functools.cache
+def capped():
+    return random_model(CAPPED)
+
+
+def test_the_loss_of_a_language_model_is_that_of_its_logits():
+    batch = make_batch()
+    loss = jax.jit(next_token_loss)(capped(), {k: batch[k] for k in batch if k != "doc_ids"})
+    logits = forward(capped(), batch["tokens"])
+    expected = np.asarray(cross_entropy(logits, batch["targets"])) * batch["loss_mask"]
+    np.testing.assert_allclose(loss.total, expected.sum(), rtol=1e-5)
+
+
+def test_an_adapted_head_has_the_loss_of_the_merged_one(monkeypatch):
+    method = peft.LoRA(rank=2, targets=("embed",))
+    adapted = random_module(lambda: peft.inject(random_model(CAPPED), method))
+    merged = loss_and_gradients(peft.merge(adapted))
+    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 8 * 96 * 5)
+    loss, gradients = loss_and_gradients(adapted, AdapterParam)
+    np.testing.assert_allclose(loss, merged[0], rtol=1e-5)
+    assert all(np.any(gradient) for gradient in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_a_mesh_gives_the_loss_of_one_device(axes, monkeypatch):
     batch = {name: x for name, x in make_batch().items() if name != "doc_ids"}
-    loss = jax.jit(next_token_loss, static_argnames="chunk")
-    alone = loss(toy(), batch, chunk=chunk)
+    if "tensor" in axes:
+        monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 8 * VOCAB * 5)
+    loss = jax.jit(lambda model, batch: next_token_loss(model, batch))
+    alone = loss(toy(), batch)
     with use_mesh(make_mesh(axes)):
         model = toy()
         rows = {name: jax.device_put(x, jax.P(("fsdp",))) for name, x in batch.items()}
-        sharded = loss(model, rows, chunk=chunk)
+        sharded = loss(model, rows)
     np.testing.assert_allclose(sharded.total, alone.total, rtol=1e-6)
     assert float(sharded.count) == float(alone.count)
 
 
-def test_chunks_keep_the_logits_out_of_memory():
+def test_positions_keep_the_logits_of_an_adapted_head_out_of_memory(monkeypatch):
     vocab, length = 4096, 512
 
     class Wide(nnx.Module):
@@ -115,11 +149,12 @@ def test_chunks_keep_the_logits_out_of_memory():
         "loss_mask": jnp.ones((1, length)),
     }
 
-    def temporary_bytes(chunk):
-        grad = jax.grad(lambda model: next_token_loss(model, batch, chunk=chunk).total)
+    def temporary_bytes():
+        grad = jax.grad(lambda model: next_token_loss(model, batch).total)
         memory = jax.jit(grad).lower(Wide()).compile().memory_analysis()
         return memory.temp_size_in_bytes
 
     logits = vocab * length * 4
-    assert temporary_bytes(None) >= logits
-    assert temporary_bytes(32) < logits / 4
+    assert temporary_bytes() >= logits
+    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", vocab * 32)
+    assert temporary_bytes() < logits / 4

@@ -18,8 +18,8 @@ from llmprep_jax.kernels.cross_entropy.head import Head, Tokens
 from llmprep_jax.kernels.cross_entropy.layout import Layout, layout_of, sizes_here
 
 IMPLS = ("chunked", "whole", "reference")
-_AT_A_TIME = 2**24  # logits of a chunk: 64 MiB in float32
-_KEPT = 2**25  # logits that are kept, at most: 128 MiB
+AT_A_TIME = 2**24  # logits of a chunk: 64 MiB in float32
+KEPT = 2**25  # logits that are kept, at most: 128 MiB
 
 
 def linear_cross_entropy(
@@ -68,7 +68,7 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(x.astype(dtype), w_DV, targets, **terms)
     layout = layout_of(x, w, w_axis)
     num_tokens, num_words = sizes_here(x, w, layout)
-    if impl is None and chunk is None and num_tokens * num_words <= _KEPT:
+    if impl is None and chunk is None and num_tokens * num_words <= KEPT:
         impl = "whole"
     if impl != "whole":
         chunk = min(num_words, chunk or default_chunk(num_tokens))
@@ -80,7 +80,7 @@ def linear_cross_entropy(
 
 def default_chunk(num_tokens: int) -> int:
     """Words whose logits of so many tokens take 64 MiB: a multiple of 128, and 1,024 at least."""
-    return max(1024, _AT_A_TIME // max(num_tokens, 1) // 128 * 128)
+    return max(1024, AT_A_TIME // max(num_tokens, 1) // 128 * 128)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
