@@ -117,7 +117,7 @@ def test_what_activations_need_of_other_devices_crosses_the_network_in_bf16():
     sums = [x for x in activations if x.op == "all-reduce"]
     # forward of o, down and the table; backward of q, k, v, gate and up
     assert len(sums) >= 6
-    # backward of the head, of the 80 tokens of a device; no logits, and two numbers a token in float32
+    # backward of the head, of a device's 80 tokens; no logits, but numbers by token in float32
     of_tokens = [x for x in sent if x.shape and x.shape[0] == 4 * length]
     assert {(x.op, x.dtype, x.shape) for x in of_tokens} == {
         ("all-reduce", "bf16", (80, 32)),
