@@ -26,12 +26,11 @@ def test_the_device_loss_takes_mean_loads_and_summed_scores_of_groups():
     np.testing.assert_allclose(load.loss, (f * p).sum(), rtol=1e-6)
 
 
-def test_the_communication_loss_counts_a_token_once_a_device():
-    load = measure(
-        EXPERTS, SCORES, None, Balance(communication=1.0), num_groups=2, num_active_groups=2
-    )
+@pytest.mark.parametrize("num_active", [1, 2])
+def test_the_communication_loss_counts_a_token_once_a_device(num_active):
+    load = measure(EXPERTS, SCORES, None, Balance(communication=1.0), 2, num_active)
     # the first token's two experts are on one device
-    f, p = np.array([3, 2]) * 2 / (2 * 3), np.array([2.0, 1.0]) / 3
+    f, p = np.array([3, 2]) * 2 / (num_active * 3), np.array([2.0, 1.0]) / 3
     np.testing.assert_allclose(load.loss, (f * p).sum(), rtol=1e-6)
 
 

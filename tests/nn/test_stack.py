@@ -63,6 +63,13 @@ def test_every_way_to_run_layers_is_a_loop_over_them(unroll, remat, listed):
     np.testing.assert_allclose(run(layers, x, unroll=unroll, remat=remat), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("unroll", "layers_a_step"), [(1, 1), (2, 2), (0, 4)])
+def test_unrolling_by_zero_leaves_no_loop(unroll, layers_a_step):
+    jaxpr = jax.make_jaxpr(lambda x: run(make_layers(), x, unroll=unroll))(draw()).jaxpr
+    (loop,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
+    assert loop.params["unroll"] == layers_a_step
+
+
 def test_layers_in_a_list_get_plain_numbers_whatever_is_rematerialised():
     seen = []
 
