@@ -93,6 +93,7 @@ assert "tensorflow" not in sys.modules and "torch" not in sys.modules
 """
 
 
+@pytest.mark.slow  # imports in a process of its own
 def test_there_is_no_network_no_tensorflow_and_no_noise_at_the_end(tmp_path):
     path = write_texts(tmp_path / "a.jsonl", 9, "a")
     ran = subprocess.run(

@@ -73,6 +73,7 @@ def in_layout(model, tokens, is_laid_out=True, new=NEW):
 
 
 grid = functools.partial(pytest.param, marks=pytest.mark.grid)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ grid = functools.partial(pytest.param, marks=pytest.mark.grid)
         # each family; a head of its own and the table as one; whole products, or two and more
         ("llama-tied-9-3-heads", 2048),
         grid("llama-tied-9-3-heads", 20),
-        ("qwen2-window", 2048),
+        slow("qwen2-window", 2048),
         grid("qwen2-window", 20),
         grid("gemma3", 2048),
         ("gemma3", 20),

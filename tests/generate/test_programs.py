@@ -16,6 +16,7 @@ import llmprep_jax as lp
 from llmprep_jax.generate import engine, speculative
 from llmprep_jax.models import registry
 from tests.generate.drafting import drafting_model
+from tests.grids import cases
 from tests.models.tiny import CONFIGS, make_model, make_tokens, random_model
 from tests.random_modules import random_module
 
@@ -51,6 +52,9 @@ def test_temperatures_and_lengths_share_programs(traces):
             model, tokens[:, :length], max_new_tokens=new, stop_ids=range(new % 8), **settings
         )
         assert found.shape == (1, new)
+    # hot: what is drawn is as good as noise, which is another one at each step
+    hot = lp.generate_tokens(model, tokens, max_new_tokens=200, temperature=1e3, top_k=95)
+    assert len({*np.asarray(hot)[0].tolist()}) > 50
     assert traces == {"read": 3, "step": 2}  # prompts of up to 32, 64 and 128; 256 slots, or 512
 
 
@@ -81,7 +85,7 @@ def build(adapter):
 ADAPTED = {"DoRA": lp.peft.DoRA(rank=2, targets=("q_proj", "down_proj")), "none": None}
 
 
-@pytest.mark.parametrize("adapter", ADAPTED)
+@pytest.mark.parametrize("adapter", cases(ADAPTED, fast=["DoRA"], slow=["none"]))
 def test_nothing_of_a_model_is_kept_when_it_is_gone(adapter):
     engine._engines.clear()  # of another test's model
     before = live_bytes()

@@ -207,7 +207,7 @@ def test_gradients_are_the_same_rematerialised(name):
     assert_near(run(again)[1], run(plain)[1])
 
 
-@on_kinds(*KINDS[2:])
+@on_kinds(*KINDS[1:], fast=KINDS[:1])
 def test_a_mesh_changes_nothing(name):
     make = lambda: lp.peft.inject(small(), METHODS[name])  # noqa: E731
     logits, grads, merged = run(random_module(make))

@@ -82,6 +82,7 @@ def bytes_of_a_device(tree) -> int:
     )
 
 
+@pytest.mark.slow  # traces and lowers for ten seconds
 @pytest.mark.parametrize("mesh", ["v5p_8x64"])
 def test_the_671_b_step_lowers_for_512_devices(mesh):
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):

@@ -23,9 +23,9 @@ KEPT = 2**25  # logits that are kept, at most: 128 MiB
 
 
 def linear_cross_entropy(
-    x: jax.Array,
-    w: jax.Array,
-    targets: jax.Array,
+    x: jax.typing.ArrayLike,
+    w: jax.typing.ArrayLike,
+    targets: jax.typing.ArrayLike,
     *,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
@@ -53,6 +53,7 @@ def linear_cross_entropy(
     Raises:
       ValueError: shapes that do not fit each other, or an unknown `impl`.
     """
+    x, w, targets = jnp.asarray(x), jnp.asarray(w), jnp.asarray(targets)
     w_axis = 1 if is_table else 0
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[w_axis] or targets.shape != x.shape[:1]:
         raise ValueError(
