@@ -90,7 +90,7 @@ def test_a_fact_survives_merging_saving_and_opening(name, base, processor, tmp_p
     method = METHODS[name]
     kind = Param if method.settings is None else AdapterParam
     # LongLoRA trains in groups of a row: half of its heads see one copy whole
-    batch = lesson(processor, copies=getattr(method.settings, "groups", 1))
+    batch = lesson(processor, copies=getattr(method.settings, "groups", None) or 1)
     taught = teach(method.apply(base, 0), batch, kind, LR.get(name, 2e-3))
     merged = lp.peft.merge(taught) if lp.peft.is_adapted(taught) else taught
     lp.save_model(merged, tmp_path / "taught", processor=processor)
