@@ -53,7 +53,8 @@ def drafted(num_mtp, tokens, mask=None, *, stop=NOWHERE, **settings):
     return *map(np.asarray, result), *found
 
 
-@modules
+@pytest.mark.slow  # compiles for seven seconds; the small model's draws are in the fast suite
+@pytest.mark.parametrize("num_mtp", [1, 2])
 def test_fifty_ragged_prompts_are_answered_as_without_drafts(num_mtp):
     expected, expected_logprobs = plain(PROMPTS, MASK)
     tokens, logprobs, account = drafted(num_mtp, PROMPTS, MASK)

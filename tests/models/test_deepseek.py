@@ -83,6 +83,7 @@ def further_of(weights: np.ndarray | None = None) -> tuple[jax.Array, ...]:
     return further(model(), batch, next_BTD, weights)
 
 
+@pytest.mark.slow  # compiles for three seconds
 def test_a_further_token_depends_on_the_token_before_it_and_on_none_later():
     # of the first row's first document
     weights = np.zeros((5, 4, 12), np.float32)
@@ -140,7 +141,7 @@ def biases(params) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-@pytest.mark.parametrize("accumulate", cases([1, 2], fast=[2]))
+@pytest.mark.parametrize("accumulate", cases([1, 2], slow=[2]))
 def test_a_step_moves_each_bias_by_the_rate_towards_experts_with_little_load(accumulate):
     parts, tx, step = make_step(0.01)
     batch = make_batch()

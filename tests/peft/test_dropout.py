@@ -103,6 +103,7 @@ def test_layers_in_a_list_remat_and_a_mesh_drop_the_same():
         assert_near(grads_of(make()), (grads, logits), 2e-5)
 
 
+@pytest.mark.slow  # compiles for three seconds
 def test_a_step_taken_again_from_its_state_is_the_same_to_the_bit_and_steps_differ():
     parts, tokens = split_model(adapted(), AdapterParam), make_tokens()
     batch = {"tokens": tokens, "targets": tokens, "loss_mask": np.ones(tokens.shape, np.float32)}

@@ -51,7 +51,15 @@ METHODS = {
     "dora-biases": DoRA(4, 8, targets=("k_proj", "up_proj"), modules_to_save=("v",), bias="all"),
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+# of a method above, each of which compiles its programs again
+VARIANTS = ("dora-rslora", "oft-exact", "oft-coft", "ia3-outputs", "dora-head", "dora-biases")
+each_method = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=pytest.mark.slow if name in VARIANTS else ())
+        for name, method in METHODS.items()
+    ],
+)
 # where variants would compile for seconds and show no more: DoRA keeps something of its base's
 # weights, VeRA has arrays that all layers share
 KINDS = ("dora", "vera", "loha", "lokr", "ia3", "adalora", "whole", "tables")

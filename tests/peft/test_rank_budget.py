@@ -133,6 +133,7 @@ def adapted() -> nnx.Module:
     return lp.peft.inject(jax.jit(lambda: Deep(rngs=nnx.Rngs(0)))(), method)
 
 
+@pytest.mark.slow  # a whole run
 def test_a_run_ends_with_the_target_rank_and_more_orthogonal_factors(tmp_path):
     cfg = FitConfig(
         steps=8,

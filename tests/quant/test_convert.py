@@ -80,6 +80,7 @@ def run(folder):
     return folder / "run"
 
 
+@pytest.mark.slow  # trains for a step and compiles for four seconds
 def test_a_runs_adapter_is_merged_before_its_base_is_packed(run, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -108,7 +108,10 @@ def test_looking_at_the_metrics_seldom_changes_no_number(tmp_path, whole):
     assert losses(tmp_path) == losses(whole()[1])
 
 
-@pytest.mark.parametrize(("trainable", "ema_decay"), [(Param, None), (AdapterParam, 0.9)])
+@pytest.mark.parametrize(
+    ("trainable", "ema_decay"),
+    [pytest.param(Param, None, marks=pytest.mark.slow), (AdapterParam, 0.9)],
+)
 def test_sigterm_saves_and_the_same_call_goes_on_to_the_bit(tmp_path, whole, trainable, ema_decay):
     cfg = dataclasses.replace(CFG, ema_decay=ema_decay)
     unstopped, out = whole(cfg, trainable)
