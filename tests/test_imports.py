@@ -47,7 +47,8 @@ MESH_AXES = {"data", "fsdp", "tensor", "expert"}
 CONTEXTS = {"_rules.value"}  # of jax.make_user_context, no Variable
 NAMES_AXES = {"llmprep_jax/sharding.py", "configs/meshes.py"}
 FOREIGN = {"pickle", "torch", "transformers", "tensorflow", "peft"}  # of tests, or of nobody
-ALLOWED_EXPERIMENTAL = {"jax.experimental.multihost_utils"}  # has no other home yet
+# have no other home yet
+ALLOWED_EXPERIMENTAL = {"jax.experimental.multihost_utils", "jax.experimental.topologies"}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import adapters, moe_balance, mtp
+from experiments import adapters, bench_cross_entropy, moe_balance, mtp
 
 pytestmark = pytest.mark.slow  # each compiles several training steps
 
@@ -33,3 +33,13 @@ def test_the_study_of_further_tokens_drafts_the_same_text(tmp_path):
     results = json.loads(outputs["numbers"].read_text())["results"]
     assert results["none"]["tokens_per_pass"] == []
     assert 1 <= results["one"]["tokens_per_pass"][0] <= 2
+
+
+def test_the_forms_of_the_loss_are_compiled_timed_and_written_down(tmp_path):
+    sizes = ["tokens=256", "words=8192", "width=16", "dtype=float32", "rounds=1"]
+    bench_cross_entropy.main([*sizes, f"out={tmp_path / 'loss.json'}"])
+    numbers = json.loads((tmp_path / "loss.json").read_text())
+    assert all(numbers[form]["seconds"] > 0 for form in ("in parts", "whole", "plain"))
+    assert numbers["whole"]["temporaries_mib"] > 256 * 8192 * 4 / 2**20
+    with pytest.raises(ValueError, match="target=v9:1x1: .*; install libtpu, and give a topology"):
+        bench_cross_entropy.main([*sizes, "target=v9:1x1"])
