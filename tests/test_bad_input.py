@@ -248,6 +248,7 @@ def test_an_output_that_cannot_be_written_is_named(files, tmp_path, capsys, name
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.slow  # trains, and runs again
 # Orbax's other writes find its event loop closed; the command hides that, pytest tells of it
 @pytest.mark.filterwarnings("ignore:(?s).*Event loop is closed")
 def test_a_full_disk_during_a_checkpoint_keeps_the_one_before(files, tmp_path, capsys, monkeypatch):

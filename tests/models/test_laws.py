@@ -120,7 +120,15 @@ def test_unrolled_layers_agree_with_scanned_ones(name):
     np.testing.assert_allclose(found, logits_of(name), atol=1e-5)
 
 
-@families
+# lists of layers compile for seconds; what generation on a CPU runs is in tests/generate too
+LISTED = cases(
+    CONFIGS,
+    fast=["llama-tied-9-3-heads", "qwen2-window"],
+    slow=["gemma3", "deepseek-v3"],
+)
+
+
+@pytest.mark.parametrize("name", LISTED)
 def test_listed_layers_agree_with_scanned_ones(name):
     found = jax.jit(lambda model, tokens: listed(model)(tokens).logits)(
         model_of(name), make_tokens()
@@ -186,7 +194,7 @@ def test_decoding_from_the_cache_equals_the_full_forward(name, blocks):
     np.testing.assert_allclose(found, logits_of(name), atol=1e-5)
 
 
-@families
+@pytest.mark.parametrize("name", LISTED)
 def test_listed_layers_decode_from_a_cache_of_one_buffer_a_layer(name):
     found = decode(model_of(name), make_tokens(), FIVES, is_listed=True)
     np.testing.assert_allclose(found, logits_of(name), atol=1e-5)

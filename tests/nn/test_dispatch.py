@@ -223,7 +223,7 @@ def gradients_in_float32():
     return gradients_of_layers(every_expert, *tokens)
 
 
-@pytest.mark.parametrize("transport", ["emulated", "ring"])
+@pytest.mark.parametrize("transport", cases(["emulated", "ring"], fast=["ring"], slow=["emulated"]))
 def test_layers_are_scanned_and_rematerialised_in_bf16(transport):
     x, experts, weights, params = draw_in_bf16()
     with use_mesh(mesh_of("expert2")):

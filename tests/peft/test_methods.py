@@ -190,9 +190,16 @@ def test_layers_in_a_list_say_the_same_and_save_the_same(name, tmp_path):
     ("name", "num_rows"),
     cases(
         itertools.product(KINDS, (1, 2)),
-        fast=[("dora", 1)],
         slow=[
-            *[("vera", 1), ("loha", 1), ("lokr", 2), ("ia3", 1), ("adalora", 2), ("whole", 2)],
+            *[
+                ("dora", 1),
+                ("vera", 1),
+                ("loha", 1),
+                ("lokr", 2),
+                ("ia3", 1),
+                ("adalora", 2),
+                ("whole", 2),
+            ],
             ("tables", 1),
         ],
     ),

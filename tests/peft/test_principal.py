@@ -29,7 +29,13 @@ METHODS = {
     "olora": LoRA(**SETTINGS, init_weights="olora", rslora=True),
     "dora": DoRA(**SETTINGS, init_weights="pissa"),
 }
-each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+each_method = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=pytest.mark.slow if name == "dora" else ())
+        for name, method in METHODS.items()
+    ],
+)
 
 
 def delta(q, a: str, b: str) -> np.ndarray:
