@@ -114,16 +114,18 @@ def _merge_rows(x: Array) -> Array:
 
 def _sum_by_positions(model, z_loss, x_BTD, targets_BT, weights_BT):
     """The same of any model that unembeds, so many positions of each row at a time that their
-    logits take 64 MiB."""
+    logits take 64 MiB of a device."""
 
     def loss_of(x_BTD, targets_BT, weights_BT):
         losses_BT = cross_entropy(model.unembed(x_BTD), targets_BT, z_loss)
         # where, not a product alone: a masked token whose loss is infinite must not make a NaN
         return jnp.sum(jnp.where(weights_BT != 0, losses_BT, 0.0) * weights_BT)
 
-    num_rows, num_positions, _ = x_BTD.shape
-    vocab_size = jax.eval_shape(model.unembed, x_BTD).shape[-1]
-    chunk = max(1, LOGITS_AT_A_TIME // (num_rows * vocab_size))
+    num_positions, logits_BTV = x_BTD.shape[1], jax.eval_shape(model.unembed, x_BTD)
+    shape = logits_BTV.shape
+    if has_mesh():  # of one device
+        shape = logits_BTV.sharding.shard_shape(shape)
+    chunk = max(1, LOGITS_AT_A_TIME // (shape[0] * shape[2]))
     tokens = (x_BTD, targets_BT, weights_BT)
     if chunk >= num_positions:
         return loss_of(*tokens)

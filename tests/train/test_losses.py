@@ -130,6 +130,16 @@ def test_a_mesh_gives_the_loss_of_one_device(axes, monkeypatch):
     assert float(sharded.count) == float(alone.count)
 
 
+@pytest.mark.parametrize("axes", [None, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_positions_are_counted_by_what_one_device_holds(axes, monkeypatch):
+    # of 8 rows and 12 positions, one row's logits: enough for all where 8 devices share them
+    monkeypatch.setattr(losses, "LOGITS_AT_A_TIME", 12 * VOCAB)
+    batch = {name: x for name, x in make_batch().items() if name != "doc_ids"}
+    with use_mesh(axes and make_mesh(axes)):
+        program = str(jax.make_jaxpr(lambda model: next_token_loss(model, batch).total)(toy()))
+    assert ("scan[" in program) == (axes is None)
+
+
 def test_positions_keep_the_logits_of_an_adapted_head_out_of_memory(monkeypatch):
     vocab, length = 4096, 512
 
