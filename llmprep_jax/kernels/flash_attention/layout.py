@@ -1,0 +1,104 @@
+"""Where queries and keys lie on a mesh, and which key heads a device's query heads need.
+
+Rows and heads are laid over devices, tokens and head widths are whole. Fewer key heads than devices
+are on each device whole, and every device takes those of its own query heads; what these owe the
+copies is summed in float32.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The mesh axes of rows, of query heads and of key heads; of none without a mesh.
+
+    Attributes:
+      shares_keys: whether query heads are laid over devices and key heads are not.
+    """
+
+    rows: Axes = ()
+    heads: Axes = ()
+    shares_keys: bool = False
+    is_mesh: bool = False
+
+    def specs(self) -> dict[str, jax.P]:
+        rows, heads = self.rows or None, self.heads or None
+        return dict(
+            queries=jax.P(rows, None, heads, None),
+            keys=jax.P(rows, None, None if self.shares_keys else heads, None),
+            rows=jax.P(rows, None, heads),
+            places=jax.P(rows, None),
+        )
+
+    def place(self, q: jax.Array, k: jax.Array, v: jax.Array, places: Any) -> tuple:
+        """The arrays as `on_devices` takes them."""
+        if not self.is_mesh:
+            return q, k, v, places
+        specs = self.specs()
+        q, k, v = [
+            jax.reshard(x, specs[name]) for x, name in ((q, "queries"), (k, "keys"), (v, "keys"))
+        ]
+        return q, k, v, jax.tree.map(lambda x: jax.reshard(x, specs["places"]), places)
+
+    def on_devices(self, function: Callable[..., Any], outs: tuple[str, ...]) -> Callable[..., Any]:
+        """`function` of (q, k, v, places, and what there is by query) on each device's part."""
+        if not self.is_mesh:
+            return function
+        specs = self.specs()
+
+        def call(q, k, v, places, *by_query):
+            others = [specs["queries" if x.ndim == 4 else "rows"] for x in by_query]
+            ins = (specs["queries"], specs["keys"], specs["keys"], specs["places"], *others)
+            # unchecked: the sum over copies of key heads is written out below
+            return jax.shard_map(
+                function, in_specs=ins, out_specs=tuple(specs[x] for x in outs), check_vma=False
+            )(q, k, v, places, *by_query)
+
+        return call
+
+    def own_heads(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The keys and values [B, S, K, ...] that this device's query heads see."""
+        if not self.shares_keys or k.shape[2] == 1:
+            return k, v
+        heads = self._own(q, k)
+        return k[:, :, heads], v[:, :, heads]
+
+    def sum_heads(
+        self, dk: jax.Array, dv: jax.Array, q: jax.Array, k: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Gradients of all key heads, out of those of each device's own."""
+        if not self.shares_keys:
+            return dk, dv
+        if k.shape[2] > 1:
+            heads, shape = self._own(q, k), (*dk.shape[:2], k.shape[2])
+            dk, dv = [
+                jnp.zeros((*shape, x.shape[3]), x.dtype).at[:, :, heads].add(x) for x in (dk, dv)
+            ]
+        return jax.lax.psum((dk, dv), self.heads)
+
+    def _own(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        """The key head of each query head here; one alone where all see the same."""
+        sizes, num_own = dict(jax.sharding.get_abstract_mesh().shape), q.shape[2]
+        group = num_own * math.prod(sizes[axis] for axis in self.heads) // k.shape[2]
+        first = jax.lax.axis_index(self.heads) * num_own
+        return (first + jnp.arange(1 if group % num_own == 0 else num_own)) // group
+
+
+def layout_of(q: jax.Array, k: jax.Array, splits_heads: bool) -> Layout:
+    """The layout for queries as they lie; none without a mesh, and inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return Layout()
+    spec = (*jax.typeof(q).sharding.spec, *[None] * 4)[:4]
+    rows, heads = [(x,) if isinstance(x, str) else tuple(x or ()) for x in (spec[0], spec[2])]
+    heads = heads if splits_heads else ()
+    num_shards = math.prod(mesh.shape[axis] for axis in heads)
+    return Layout(rows, heads, bool(heads) and k.shape[2] % num_shards > 0, True)
