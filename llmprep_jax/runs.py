@@ -130,7 +130,7 @@ def open_adapter(adapter: AnyMethod | str | None) -> tuple[pathlib.Path | None, 
 
 def load_data(
     processor: Processor, paths: str | pathlib.Path | Sequence[str | pathlib.Path], **settings: Any
-) -> data.Batches:
+) -> "data.Batches":
     """Batches of text and conversations for a training loop: numpy arrays [B, T] by name.
 
     Args:
@@ -146,7 +146,7 @@ def load_data(
     return data.build(cfg, **cfg.encoders(processor.tokenizer), rows=own_rows(cfg.batch_size))
 
 
-def open_data(cfg: RunConfig, processor: Processor) -> tuple[data.Batches, Evaluate | None]:
+def open_data(cfg: RunConfig, processor: Processor) -> "tuple[data.Batches, Evaluate | None]":
     """The training batches, and a function that evaluates a model on the held-out ones."""
     tokenizer = processor.tokenizer
     encoders = cfg.data.encoders(tokenizer)

@@ -1,12 +1,11 @@
-"""Data: documents from files to batches of packed token rows, on Grain."""
+"""Data: documents from files to batches of packed token rows, on Grain.
+
+Grain is imported when a pipeline is asked for: models load, generate and train on arrays without.
+"""
+
+from typing import Any
 
 from llmprep_jax.data.config import DataConfig
-from llmprep_jax.data.pipeline import (
-    Batches,
-    EvaluationBatches,
-    build,
-    evaluation_batches,
-)
 from llmprep_jax.data.sources import SourceOptions, open_source
 
 __all__ = [
@@ -18,3 +17,11 @@ __all__ = [
     "evaluation_batches",
     "open_source",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llmprep_jax.data import pipeline
+
+    return getattr(pipeline, name)

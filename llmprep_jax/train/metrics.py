@@ -24,8 +24,6 @@ from typing import Any
 import jax
 import rich.console
 import rich.progress
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from llmprep_jax.remote import AnyPath, is_remote, reached, upload_file, write_text
 from llmprep_jax.train.state import path_name
@@ -225,6 +223,11 @@ class TensorBoard:
     """Scalars in TensorBoard's event files, written without TensorFlow."""
 
     def __init__(self, folder: AnyPath, step: int):
+        # here: a step of training needs no TensorBoard
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         # read in the order of their names, so the time leads, finer than a second
         self._file = _File(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}")
         # written here and now: TensorBoard's own thread prints a traceback when it cannot
@@ -235,17 +238,17 @@ class TensorBoard:
         self._add(step + 1, session_log=start)
 
     def _add(self, step: int, **fields: Any) -> None:
-        event = event_pb2.Event(wall_time=time.time(), step=step, **fields)
+        event = self._event(wall_time=time.time(), step=step, **fields)
         self._writer.write(event.SerializeToString())
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes the numbers of a record under their names."""
         values = [
-            summary_pb2.Summary.Value(tag=key, simple_value=value)
+            self._summary.Value(tag=key, simple_value=value)
             for key, value in record.items()
             if key != "step" and isinstance(value, (int, float))
         ]
-        self._add(record["step"], summary=summary_pb2.Summary(value=values))
+        self._add(record["step"], summary=self._summary(value=values))
 
     def close(self) -> None:
         self._file.close()
