@@ -126,7 +126,8 @@ def test_no_file_imports_what_belongs_to_tests_or_to_nobody():
         for module in imports(path):
             foreign = module.split(".")[0] in FOREIGN
             # benchmarks time transformers and peft beside us
-            if foreign and not path.name.startswith("bench"):
+            is_benchmark = path.name.startswith("bench") or path.parent.name == "bench"
+            if foreign and not is_benchmark:
                 yield module
             if module.startswith("jax.experimental") and module not in ALLOWED_EXPERIMENTAL:
                 yield module

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import adapters, bench_cross_entropy, moe_balance, mtp
+from experiments import adapters, bench_attention, bench_cross_entropy, moe_balance, mtp
 
 pytestmark = pytest.mark.slow  # each compiles several training steps
 
@@ -35,11 +35,31 @@ def test_the_study_of_further_tokens_drafts_the_same_text(tmp_path):
     assert 1 <= results["one"]["tokens_per_pass"][0] <= 2
 
 
+def rows_of(outputs):
+    return [json.loads(line) for line in outputs["numbers"].read_text().splitlines()]
+
+
 def test_the_forms_of_the_loss_are_compiled_timed_and_written_down(tmp_path):
     sizes = ["tokens=256", "words=8192", "width=16", "dtype=float32", "rounds=1"]
-    bench_cross_entropy.main([*sizes, f"out={tmp_path / 'loss.json'}"])
-    numbers = json.loads((tmp_path / "loss.json").read_text())
-    assert all(numbers[form]["seconds"] > 0 for form in ("in parts", "whole", "plain"))
-    assert numbers["whole"]["temporaries_mib"] > 256 * 8192 * 4 / 2**20
+    rows = rows_of(bench_cross_entropy.main([*sizes, f"out={tmp_path}"]))
+    forms = {row["form"]: row for row in rows}
+    assert all(forms[form]["ms"] > 0 for form in ("chunked", "whole", "reference"))
+    assert forms["whole"]["temporaries, MiB"] > 256 * 8192 * 4 / 2**20
     with pytest.raises(ValueError, match="target=v9:1x1: .*; install libtpu, and give a topology"):
         bench_cross_entropy.main([*sizes, "target=v9:1x1"])
+
+
+def test_attention_is_timed_by_backend_and_what_cannot_be_done_is_said(tmp_path):
+    sizes = ["shapes=gemma-3-4b-local,llama-3-8b-decode", "size=tiny", "rounds=1"]
+    rows = rows_of(bench_attention.main([*sizes, f"out={tmp_path}"]))
+    works = [("forward", "gemma-3-4b-local"), ("backward", "gemma-3-4b-local")]
+    works += [("decode", "llama-3-8b-decode")]
+    for work, shape in works:
+        own = [row for row in rows if (row["section"], row.get("shape")) == (work, shape)]
+        times = {row["contender"]: row.get("ms") for row in own}
+        assert times["chunked"] > 0
+        assert times["reference"] > 0
+    tables = (tmp_path / "attention.md").read_text()
+    assert "| llama-3-8b-decode | 2 256 8 2 | chunked |" in tables
+    with pytest.raises(ValueError, match="unknown shapes .*; there are d128, llama-3-8b"):
+        bench_attention.main(["shapes=llama"])
