@@ -28,7 +28,7 @@ BACKENDS = {
     "gpu": ("chunked",),
     None: ("chunked",),  # a mesh without devices
 }
-IMPLS = ("reference", "chunked")
+IMPLS = ("reference", "chunked", "pallas_tpu")
 
 Array = jax.Array
 Factors = tuple[Array, Array]

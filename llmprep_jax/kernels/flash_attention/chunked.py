@@ -7,7 +7,6 @@ of keys that the queries may see by their values, with the online softmax (Milak
 2018). Both read the same tile of scores from `_scores`.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -267,10 +266,7 @@ def _loop(
     size = min(Q_BLOCK, max(16, WHOLE // (B * N * k_size) // 16 * 16), T)
     q, k = places
     if S % k_size and k.segments is None:  # the keys that are added are padding
-        q, k = [
-            dataclasses.replace(side, segments=jnp.ones((1, n), jnp.int32))
-            for side, n in ((q, T), (k, S))
-        ]
+        q, k = [side._replace(segments=jnp.ones((1, n), jnp.int32)) for side, n in ((q, T), (k, S))]
     seen_IJ = jnp.any(may_see(ranges(q, T, size), ranges(k, S, k_size), rule), axis=0)
     any_I = jnp.any(seen_IJ, axis=1)
     low_I = jnp.where(any_I, jnp.argmax(seen_IJ, axis=1), 0)

@@ -10,7 +10,6 @@ memory need not be its order in time.
 Letters of this file: I blocks of queries, J blocks of keys.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,9 +39,7 @@ class Rule(NamedTuple):
     bias: Bias | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Where the tokens of one side stand: int32 [B, T] each, or None.
 
     Attributes:

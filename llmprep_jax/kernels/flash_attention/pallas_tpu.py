@@ -1,0 +1,111 @@
+"""Attention by Pallas kernels on a TPU (Dao et al. 2022; Dao 2023), forward and backward.
+
+Blocks of keys are the innermost axis of the grid, and only those are fetched that a block of
+queries may see by its values. Query heads of a group read the same keys, which are never repeated:
+few queries (a step of decoding) are folded, the heads of a group one after the other into one block
+of rows, so that keys are read once for all of them. On a CPU the kernels are interpreted.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from llmprep_jax.kernels.flash_attention import tpu_backward, tpu_forward, tpu_tiles
+from llmprep_jax.kernels.flash_attention.masks import Places, Rule
+
+Q_BLOCK, K_BLOCK = 512, 1024  # tokens; half the keys where heads are wide
+WIDE = 128
+WIDEST = 1024
+
+Array = jax.Array
+Sides = tuple[Places, Places]
+
+
+def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: bool) -> str | None:
+    """Why the kernels cannot do it; None: they can."""
+    if q_BNTH.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it multiplies float32 and bfloat16, not {q_BNTH.dtype}"
+    if max(q_BNTH.shape[3], v_BKSU.shape[3]) > WIDEST:
+        return f"a head may be {WIDEST} wide, not {max(q_BNTH.shape[3], v_BKSU.shape[3])}"
+    if 0 in (*q_BNTH.shape, *k_BKSH.shape, *v_BKSU.shape):
+        return "an array is empty"
+    return None
+
+
+def forward(
+    q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: Sides, rule: Rule
+) -> tuple[Array, Array]:
+    """(o, lse), as `reference.forward`."""
+    spec, (q, k) = _plan(q_BNTH, k_BKSH, v_BKSU, places, rule)
+    table, values = tpu_tiles.table_of(q, k, spec), tpu_tiles.values_of(q, k, spec)
+    arrays = _fold(q_BNTH, spec), k_BKSH, v_BKSU
+    o, lse = tpu_forward.forward(*arrays, values, table, spec, _interprets())
+    return tuple(x.reshape(*q_BNTH.shape[:3], *x.shape[3:]) for x in (o, lse))
+
+
+def backward(
+    q_BNTH: Array,
+    k_BKSH: Array,
+    v_BKSU: Array,
+    lse_BNT: Array,
+    do_BNTU: Array,
+    delta_BNT: Array,
+    places: Sides,
+    rule: Rule,
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv), as `reference.backward`."""
+    spec, (q, k) = _plan(q_BNTH, k_BKSH, v_BKSU, places, rule)
+    table, values = tpu_tiles.table_of(q, k, spec), tpu_tiles.values_of(q, k, spec)
+    q, do, lse, delta = [_fold(x, spec) for x in (q_BNTH, do_BNTU, lse_BNT, delta_BNT)]
+    rest = q, k_BKSH, v_BKSU, do.astype(q.dtype), lse, delta, values, table, spec, _interprets()
+    dq = tpu_backward.query_gradients(*rest)
+    return dq.reshape(q_BNTH.shape), *tpu_backward.key_gradients(*rest)
+
+
+def _plan(
+    q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: Sides, rule: Rule
+) -> tuple[tpu_tiles.Spec, Sides]:
+    """Statics, and places as the kernels see them."""
+    (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
+    group, folded = N // K, 1
+    if group > 1 and group * T <= Q_BLOCK:
+        group, folded = 1, group
+        places = _fold_places(places, (B, T, S), folded, rule)
+    q, _ = places
+    names = tuple(name for name, x in q._asdict().items() if x is not None)
+    k_block = _block(S, K_BLOCK if max(H, v_BKSU.shape[-1]) <= WIDE else K_BLOCK // 2)
+    by_row = bool(names)
+    T *= folded
+    return (
+        tpu_tiles.Spec(rule, T, S, _block(T, Q_BLOCK), k_block, group, folded, names, by_row),
+        places,
+    )
+
+
+def _fold_places(places: Sides, sizes: tuple[int, int, int], folded: int, rule: Rule) -> Sides:
+    """Of the tokens of all heads of a group, one head after the other."""
+    (q, k), (B, T, S) = places, sizes
+    if q.positions is None and (rule.causal or rule.window is not None or rule.bias is not None):
+        columns = [jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (B, n)) for n in (T, S)]
+        q, k = [Places(x, *side[1:]) for x, side in zip(columns, (q, k), strict=True)]
+    return jax.tree.map(lambda x: jnp.tile(x, (1, folded)), q), k
+
+
+def _fold(x_BNT: Array, spec: tpu_tiles.Spec) -> Array:
+    if spec.folded == 1:
+        return x_BNT
+    B, N, T, *rest = x_BNT.shape
+    return x_BNT.reshape(B, N // spec.folded, spec.folded * T, *rest)
+
+
+def _block(length: int, limit: int) -> int:
+    """Tokens of a block: the most that divide the length, if half the limit at least does."""
+    if length <= limit:
+        return length
+    sizes = [n for n in range(limit, limit // 2 - 1, -128) if length % n == 0]
+    return max(sizes, default=limit)
+
+
+def _interprets() -> bool:
+    from llmprep_jax.kernels.flash_attention.api import platform  # it imports backends by name
+
+    return platform() not in ("tpu", None)

@@ -1,0 +1,284 @@
+"""What the TPU kernels share: which tiles of queries and keys are computed, and their scores.
+
+A grid steps over blocks of keys (or of queries) from the first to the last that a block may see by
+its values; both ends, and for each tile whether all of it is seen, lie in scalar memory. Values by
+token travel as rows [values, tokens], which HBM does not pad; where a kernel needs them as a column
+it turns them once a block and keeps them over all lanes.
+
+Letters of this file: I blocks of queries, J blocks of keys, W words of 16 tiles.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from llmprep_jax.kernels.flash_attention.masks import Places, Rule, may_see, ranges
+
+LANES = 128
+HIDDEN, PARTLY, WHOLLY = 0, 1, 2  # how much of a tile is seen
+
+Array = jax.Array
+
+
+class Spec(NamedTuple):
+    """Statics of a call.
+
+    Attributes:
+      T, S: tokens of a row of queries and of keys. q_block, k_block: tokens of a tile.
+      group: query heads that share a key head on the grid. folded: query heads that share one and
+        lie one after the other in a row of queries, T / folded tokens each.
+      names: values by token that both sides have, in order.
+      by_row: whether rows differ in what they see.
+    """
+
+    rule: Rule
+    T: int
+    S: int
+    q_block: int
+    k_block: int
+    group: int
+    folded: int
+    names: tuple[str, ...]
+    by_row: bool
+
+    @property
+    def num_q_blocks(self) -> int:
+        return pl.cdiv(self.T, self.q_block)
+
+    @property
+    def num_k_blocks(self) -> int:
+        return pl.cdiv(self.S, self.k_block)
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether queries carry their head as one more value."""
+        return self.folded > 1 and self.rule.bias is not None
+
+
+class Table(NamedTuple):
+    """Scalars by block, flat: of rows and blocks of queries [B I], of keys [B J], of tiles [B I W].
+
+    Attributes:
+      q_low, q_high: the blocks of keys that a block of queries may see. k_low, k_high: the
+        reverse. kinds: 2 bits a tile.
+    """
+
+    q_low: Array
+    q_high: Array
+    k_low: Array
+    k_high: Array
+    kinds: Array
+
+
+def table_of(q: Places, k: Places, spec: Spec) -> Table:
+    """Of B rows, or of one where they do not differ."""
+    q_ends, k_ends = ranges(q, spec.T, spec.q_block), ranges(k, spec.S, spec.k_block)
+    seen_BIJ = may_see(q_ends, k_ends, spec.rule)
+    all_BIJ = seen_BIJ & _all_seen(q, k, q_ends.positions, k_ends.positions, spec)
+    rows = [x for x in jax.tree.leaves(q)[:1] if spec.by_row]
+    shape = (len(rows[0]) if rows else 1, spec.num_q_blocks, spec.num_k_blocks)
+    seen_BIJ, all_BIJ = jnp.broadcast_to(seen_BIJ, shape), jnp.broadcast_to(all_BIJ, shape)
+    kinds_BIJ = seen_BIJ.astype(jnp.int32) + all_BIJ
+    kinds_BIJ = jnp.pad(kinds_BIJ, ((0, 0), (0, 0), (0, -kinds_BIJ.shape[2] % 16)))
+    kinds_BIWX = kinds_BIJ.reshape(*kinds_BIJ.shape[:2], -1, 16)
+    words_BIW = jnp.sum(kinds_BIWX << (2 * jnp.arange(16)), axis=3, dtype=jnp.int32)
+    ends = *_first_and_last(seen_BIJ, 2), *_first_and_last(seen_BIJ, 1)
+    return Table(*[x.reshape(-1) for x in (*ends, words_BIW)])
+
+
+def _all_seen(q: Places, k: Places, q_ends, k_ends, spec: Spec) -> Array:
+    """Where each query of a block sees each key of another, [B or 1, I, J]."""
+    q_low, q_high = [x[:, :, None] for x in q_ends]
+    k_low, k_high = [x[:, None] for x in k_ends]
+    rule = spec.rule
+    # tokens past the end of a row are hidden by the mask
+    whole = (jnp.arange(spec.num_q_blocks) < spec.T // spec.q_block)[:, None]
+    seen = (whole & (jnp.arange(spec.num_k_blocks) < spec.S // spec.k_block))[None]
+    if rule.causal:
+        seen &= k_high <= q_low
+    if rule.window is not None:
+        seen &= q_high - k_low < rule.window
+        if not rule.causal:
+            seen &= k_high - q_low < rule.window
+    if q.segments is not None:  # as positions: then padding counts
+        i_low, i_high = ranges(Places(q.segments), spec.T, spec.q_block).positions
+        j_low, j_high = ranges(Places(k.segments), spec.S, spec.k_block).positions
+        same = (i_low == i_high)[:, :, None] & (j_low == j_high)[:, None]
+        seen &= same & (i_low[:, :, None] == j_low[:, None]) & (j_low[:, None] > 0)
+    return seen
+
+
+def _first_and_last(seen_BIJ: Array, axis: int) -> tuple[Array, Array]:
+    """The first block that is seen along an axis, and the one after the last; 0 and 0: none is."""
+    some = jnp.any(seen_BIJ, axis)
+    low = jnp.argmax(seen_BIJ, axis)
+    high = seen_BIJ.shape[axis] - jnp.argmax(jnp.flip(seen_BIJ, axis), axis)
+    return tuple(jnp.where(some, x, 0).astype(jnp.int32) for x in (low, high))
+
+
+def num_steps(low: Array, high: Array) -> Array:
+    """Steps of a grid that the longest range needs; one at least, which writes the output."""
+    return jnp.maximum(jnp.max(high - low), 1)
+
+
+def values_of(q: Places, k: Places, spec: Spec) -> tuple[Array, ...]:
+    """int32 [B, values, T] and [B, values, S]; none where masks are by column."""
+    q_values, k_values = ([getattr(x, name) for name in spec.names] for x in (q, k))
+    if spec.has_heads:
+        heads = jnp.arange(spec.T, dtype=jnp.int32) // (spec.T // spec.folded)
+        q_values.append(jnp.broadcast_to(heads, q_values[0].shape))
+    return tuple(jnp.stack(x, axis=1) for x in (q_values, k_values) if x)
+
+
+# --- inside a kernel ---
+
+
+def index(ref: jax.Ref, b: Array, i: Array, count: int, spec: Spec) -> Array:
+    """The scalar of a row and a block, of `count` blocks a row."""
+    return ref[b * count + i if spec.by_row else i]
+
+
+def at_step(
+    low: jax.Ref, high: jax.Ref, b: Array, i: Array, step: Array, count: int, spec: Spec
+) -> Array:
+    """The block of a step; after the last it stays the same, which is not fetched again."""
+    first, end = index(low, b, i, count, spec), index(high, b, i, count, spec)
+    return jnp.minimum(first + step, jnp.maximum(end - 1, first))
+
+
+def kind(kinds: jax.Ref, b: Array, i: Array, j: Array, spec: Spec) -> Array:
+    words = pl.cdiv(spec.num_k_blocks, 16)
+    row = b * spec.num_q_blocks + i if spec.by_row else i
+    return (kinds[row * words + (j >> 4)] >> ((j & 15) * 2)) & 3
+
+
+def lanes(x: Array, width: int) -> Array:
+    """A column that lies over all lanes, [rows, 128], over `width` of them."""
+    x = x if width <= LANES else jnp.concatenate([x] * pl.cdiv(width, LANES), axis=1)
+    return x if width == x.shape[1] else x[:, :width]
+
+
+def to_column(row: Array) -> Array:
+    """[1, tokens] as a column over all lanes, [tokens, 128]."""
+    return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
+
+
+def columns(values: tuple[Array, ...], size: int) -> list:
+    """Scratch for values by token as columns, of one side or of none."""
+    return [pltpu.VMEM((x.shape[1], size, LANES), jnp.int32) for x in values]
+
+
+def fill(columns_ref: jax.Ref | None, values_ref: jax.Ref | None) -> None:
+    if columns_ref is not None:
+        for c in range(columns_ref.shape[0]):
+            columns_ref[c] = to_column(values_ref[c : c + 1])
+
+
+def to_row(column: Array) -> Array:
+    """The reverse of `to_column`."""
+    return jnp.transpose(column)[:1]
+
+
+def within(x: Array, start: Array, end: int, axis: int, size: int) -> Array:
+    """x with 0 where it was read past the end of an array, which blocks need not divide."""
+    if end % size == 0:
+        return x
+    return jnp.where(start + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < end, x, 0)
+
+
+def multiply(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """A product of matrices, summed in float32."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    # a precision in force is for float32: Mosaic refuses it for bfloat16
+    precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
+
+
+class Tile(NamedTuple):
+    """Where a tile of scores stands.
+
+    Attributes:
+      q_start, k_start: the first columns. head: query head. q_axis: which axis queries are along.
+      q_values, k_values: by token, in shapes that broadcast to the tile's.
+    """
+
+    q_start: Array
+    k_start: Array
+    head: Array
+    q_axis: int
+    shape: tuple[int, int]
+    q_values: tuple[Array, ...] = ()
+    k_values: tuple[Array, ...] = ()
+
+
+def scores(a: Array, b: Array, tile: Tile, spec: Spec) -> Array:
+    """Of the tile, before the mask: rows of `a` times rows of `b`."""
+    rule = spec.rule
+    s = multiply(a, b, (1, 1)) * rule.scale
+    if rule.bias is not None:
+        head = jnp.full((1, 1), tile.head, jnp.int32)
+        if spec.has_heads:
+            head = tile.head + tile.q_values[-1]
+        s += rule.bias(head, *_positions(tile, spec))
+    if rule.soft_cap is not None:
+        s = jnp.tanh(s / rule.soft_cap) * rule.soft_cap
+    return s
+
+
+def seen(tile: Tile, spec: Spec) -> Array:
+    """Which of a tile's scores count: `masks.visible`, and that both tokens are there."""
+    rule, parts = spec.rule, []
+    if rule.causal or rule.window is not None:
+        i, j = _positions(tile, spec)
+        if rule.causal:
+            earlier = j <= i
+            if "spans" in spec.names:
+                q_span, k_span = _values(tile, spec, "spans")
+                earlier |= (q_span == k_span) & (k_span > 0)
+            parts.append(earlier)
+        if rule.window is not None:
+            parts.append(i - j < rule.window)
+            if not rule.causal:
+                parts.append(j - i < rule.window)
+    if "segments" in spec.names:
+        q_segment, k_segment = _values(tile, spec, "segments")
+        parts += [q_segment == k_segment, k_segment > 0]
+    if spec.S % spec.k_block:
+        parts.append(_columns(tile, 1 - tile.q_axis) < spec.S)
+    if spec.T % spec.q_block:
+        parts.append(_columns(tile, tile.q_axis) < spec.T)
+    parts = [jnp.broadcast_to(x, tile.shape) for x in parts]
+    return functools.reduce(jnp.logical_and, parts) if parts else jnp.ones(tile.shape, bool)
+
+
+def _positions(tile: Tile, spec: Spec) -> tuple[Array, Array]:
+    if "positions" in spec.names:
+        return _values(tile, spec, "positions")
+    return _columns(tile, tile.q_axis), _columns(tile, 1 - tile.q_axis)
+
+
+def _values(tile: Tile, spec: Spec, name: str) -> tuple[Array, Array]:
+    at = spec.names.index(name)
+    return tile.q_values[at], tile.k_values[at]
+
+
+def _columns(tile: Tile, axis: int) -> Array:
+    start = tile.q_start if axis == tile.q_axis else tile.k_start
+    return start + jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis)
+
+
+def slope(s: Array, spec: Spec) -> Array | float:
+    """Of the cap, by capped scores, times the scale."""
+    cap = spec.rule.soft_cap
+    return spec.rule.scale if cap is None else (1 - jnp.square(s / cap)) * spec.rule.scale
+
+
+def params(*semantics: str) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
+
+
+VMEM = 48 * 2**20  # of 128 MiB, and of 64 on a TPU7x

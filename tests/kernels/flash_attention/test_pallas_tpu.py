@@ -1,0 +1,117 @@
+"""The TPU kernels against the reference, interpreted on a CPU, and what of the keys they read."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from llmprep_jax.kernels.flash_attention import pallas_tpu, tpu_tiles
+from llmprep_jax.kernels.flash_attention.masks import Places, Rule
+from tests.grids import cases
+from tests.kernels.flash_attention.problems import Problem, assert_close, run
+
+FAST = [
+    Problem(values="psi", window=9, soft_cap=3.0, bias="function"),
+    Problem(T=37, S=61, H=24, U=8, values="r", sinks=True, bias="factors"),
+    Problem(T=3, S=40, N=8, K=2, values="pe", bias="function"),  # heads folded into rows
+    Problem(T=45, N=2, causal=False, window=5, dtype="bfloat16"),
+]
+REST = [
+    Problem(),
+    Problem(T=50, K=4, soft_cap=2.0),
+    Problem(K=1, N=8, values="s", window=20, sinks=True),
+    Problem(T=64, values="i"),
+    Problem(T=64, values="ri", window=17, dtype="bfloat16"),
+    Problem(T=41, causal=False, values="e", bias="function"),
+    Problem(causal=False, values="psi", window=7, bias="factors"),
+    Problem(S=96, values="pse", soft_cap=4.0, dtype="bfloat16"),
+    Problem(T=1, S=70, N=8, K=1, H=36, U=32, values="pe", sinks=True),
+    Problem(T=1, S=70, N=4, K=4, values="p", window=11),
+    Problem(T=2, S=70, N=6, K=2, window=30, bias="function", dtype="bfloat16"),
+    Problem(T=65, S=33, H=12, U=8, window=40, bias="factors", sinks=True),
+    Problem(T=16, S=16, N=2, H=8, U=24, soft_cap=1.0, bias="function"),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Of which short rows have several, and which divide few lengths."""
+    monkeypatch.setattr(pallas_tpu, "Q_BLOCK", 16)
+    monkeypatch.setattr(pallas_tpu, "K_BLOCK", 32)
+    monkeypatch.setattr(pallas_tpu, "WIDE", 16)  # half the keys for wider heads
+
+
+@pytest.mark.parametrize("problem", cases([*FAST, *REST], fast=FAST), ids=str)
+def test_it_computes_what_the_reference_does(problem):
+    tolerance = 2e-2 if problem.dtype == "bfloat16" else 1e-5
+    assert_close(run(problem, "pallas_tpu"), run(problem, "reference"), tolerance)
+
+
+@pytest.mark.slow  # each step of the grid by itself, in Python: 20 s
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(values="psi", window=20, soft_cap=3.0),
+        Problem(T=37, S=61, K=1, H=24, U=8),
+        Problem(T=3, S=40, N=8, K=2, values="pe", bias="function"),
+    ],
+    ids=str,
+)
+def test_no_step_of_the_grid_races_with_another(problem, capfd):
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(params):
+        found = run(problem, "pallas_tpu")
+    assert "race" not in capfd.readouterr().out.lower()
+    assert_close(found, run(problem, "reference"), 1e-5)
+
+
+def ranges_of(q_positions, k_positions, window=None, segments=(None, None)):
+    """(first, after the last) block of keys, of 32, by block of 16 queries, and the table."""
+    q, k = [
+        Places(jnp.array(x), None if s is None else jnp.array(s))
+        for x, s in zip((q_positions, k_positions), segments, strict=True)
+    ]
+    T, S = len(q_positions[0]), len(k_positions[0])
+    names = ("positions", "segments")[: 1 + (segments[0] is not None)]
+    spec = tpu_tiles.Spec(Rule(window=window), T, S, min(T, 16), 32, 1, 1, names, True)
+    table = tpu_tiles.table_of(q, k, spec)
+    steps = tpu_tiles.num_steps(table.q_low, table.q_high)
+    return list(zip(*map(np.asarray, (table.q_low, table.q_high)), strict=True)), int(steps), table
+
+
+def test_only_blocks_that_may_be_seen_are_fetched():
+    columns = np.arange(128)[None]
+    assert ranges_of(columns, columns)[:2] == (
+        [(0, 1), (0, 1), (0, 2), (0, 2), (0, 3), (0, 3), (0, 4), (0, 4)],
+        4,
+    )
+    assert ranges_of(columns, columns, window=20)[:2] == (
+        [(0, 1), (0, 1), (0, 2), (0, 2), (1, 3), (1, 3), (2, 4), (2, 4)],
+        2,
+    )
+    # a row of decoding reads its own length, however long the cache
+    lengths = [[40], [5], [0]]
+    segments = np.array([[1], [1], [0]]), (np.arange(128) <= np.array(lengths)).astype(int)
+    found, steps, _ = ranges_of(lengths, columns.repeat(3, 0), segments=segments)
+    assert (found, steps) == ([(0, 2), (0, 1), (0, 0)], 2)
+
+
+def test_tiles_that_are_seen_whole_need_no_mask():
+    columns = np.arange(64)[None]
+    words = np.asarray(ranges_of(columns, columns)[2].kinds)
+    assert words.tolist() == [1, 1, 2 + 4, 2 + 4]  # 1: partly, 2: wholly, 4: the next one partly
+    segments = np.where(columns < 40, 1, 0), np.where(columns < 40, 1, 0)
+    words = np.asarray(ranges_of(columns, columns, segments=segments)[2].kinds)
+    assert words.tolist() == [1, 1, 1 + 4, 0]
+
+
+def test_what_it_cannot_do_it_says():
+    def reason(width=16, dtype="float32", tokens=4):
+        x = jnp.zeros((1, 2, tokens, width), dtype)
+        return pallas_tpu.refusal(x, x, x, Rule(), False)
+
+    assert reason() is None
+    assert reason(dtype="bfloat16") is None
+    assert reason(dtype="float16") == "it multiplies float32 and bfloat16, not float16"
+    assert reason(width=1100) == "a head may be 1024 wide, not 1100"
+    assert reason(tokens=0) == "an array is empty"
