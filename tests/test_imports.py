@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "text": {"weights", *BASE},
     "data": {"text", "config", *BASE},
     "train": {"kernels", "nn", "peft", "data", "config", "interrupts", *BASE},
-    "generate": {"nn", "text", *BASE},
+    "generate": {"kernels", "nn", "text", *BASE},
     "evaluate": {"train", "generate", "data", *BASE},
     "pretrained": {"models", "nn", "peft", "quant", "text", "train", "weights", "config", *BASE},
     "runs": {

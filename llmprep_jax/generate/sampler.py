@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Key
 
-from llmprep_jax.nn.attention import NEG_INF
+from llmprep_jax.kernels.flash_attention.masks import NEG_INF
 from llmprep_jax.types import Array, Bool, Float, Int
 
 Number = int | float | np.number

@@ -1,19 +1,19 @@
 """Grouped-query attention (Ainslie et al. 2023): MHA when K = N, MQA when K = 1.
 
-What may see what is described by values, not by a dense mask: each query and key has a position and
-a segment (0 = padding or an empty cache slot), and a key is visible when it is of the same segment,
-not later and within the window. Packing, padding, ring caches and sliding windows are this one
-rule. Query heads of one group are neighbours (heads 0..G-1 share key head 0), as every checkpoint
-has it. Softmax is float32.
+Projections, norms of queries and keys, rotation, cache; the softmax itself is one function of
+`kernels.flash_attention`. What may see what is described by values, not by a dense mask: each token
+has a position and a segment (0 = padding or an empty cache slot), and a key is visible when it is
+of the same segment, not later and within the window. Packing, padding, ring caches and sliding
+windows are this one rule.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llmprep_jax.kernels.flash_attention import attention
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.norm import RMSNorm
@@ -22,10 +22,6 @@ from llmprep_jax.nn.rope import apply_rope
 from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Bool, Float, Int
 
-NEG_INF = -2.3819763e38  # finite, so that a row that sees nothing is uniform and not NaN
-MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 128, 8  # of `attend_in_order`; more blocks compile longer
-NO_WINDOW = 2**31 - 1  # a window that hides nothing, where the window is a value
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +29,15 @@ class Tokens:
     """Where a block of tokens stands.
 
     Attributes:
-      positions_BT: index of each token in its segment, for RoPE and causality; the tokens of a
-        segment stand in order, so no token of a row sees one further right.
+      positions_BT: index of each token in its segment, for RoPE and causality.
       segments_BT: which document a token is of; 0 is padding; None: all of one document.
+      in_order: whether the tokens of each segment stand in the order of their positions, which
+        are then known to grow along a row before they have values.
     """
 
     positions_BT: Int[Array, "B T"]
     segments_BT: Int[Array, "B T"] | None = None
-
-    def block(self, start: int, end: int) -> "Tokens":
-        """The tokens in columns `start` to `end`."""
-        segments_BT = None if self.segments_BT is None else self.segments_BT[:, start:end]
-        return type(self)(self.positions_BT[:, start:end], segments_BT)
+    in_order: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 def place_tokens(
@@ -66,6 +59,7 @@ def place_tokens(
         raise ValueError("give mask or segment_ids, not both: segment 0 is the padding")
     if mask_BT is not None:
         segments_BT = mask_BT.astype(jnp.int32)
+    in_order = positions_BT is None
     if positions_BT is None:
         real_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT > 0
         positions_BT = jnp.cumsum(real_BT.astype(jnp.int32), axis=1) - 1
@@ -75,7 +69,7 @@ def place_tokens(
     # whole rows, whatever "seq" says: every query is held against every key
     positions_BT, segments_BT = [_whole_rows(x) for x in (positions_BT, segments_BT)]
     if cache is None:
-        return Tokens(positions_BT, segments_BT), None
+        return Tokens(positions_BT, segments_BT, in_order), None
     num_used = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
     if num_used + tokens_BT.shape[1] > cache.num_slots:
         raise ValueError(
@@ -83,7 +77,7 @@ def place_tokens(
             f" {num_used} of them taken; give init_cache a greater max_len"
         )
     segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
-    return Tokens(positions_BT, segments_BT), cache.begin(positions_BT, segments_BT)
+    return Tokens(positions_BT, segments_BT, in_order), cache.begin(positions_BT, segments_BT)
 
 
 def _whole_rows(x_BT: Array | None) -> Int[Array, "B T"] | None:
@@ -92,113 +86,35 @@ def _whole_rows(x_BT: Array | None) -> Int[Array, "B T"] | None:
     return jax.reshard(x_BT, spec("batch", None, shape=x_BT.shape))
 
 
-def visible(
-    queries: Tokens, keys: Tokens, window: int | Int[Array, ""] | None = None, causal: bool = True
-) -> Bool[Array, "B T S"]:
-    """True where a query may see a key; `window` counts the query itself."""
-    ahead_BTS = queries.positions_BT[:, :, None] - keys.positions_BT[:, None, :]
-    seen_BTS = ahead_BTS >= 0 if causal else jnp.ones_like(ahead_BTS, bool)
-    if window is not None:
-        seen_BTS &= jnp.abs(ahead_BTS) < window
-    if keys.segments_BT is not None:
-        segments_BT = queries.segments_BT
-        segments_BT = jnp.ones_like(queries.positions_BT) if segments_BT is None else segments_BT
-        seen_BTS &= segments_BT[:, :, None] == keys.segments_BT[:, None, :]
-        seen_BTS &= keys.segments_BT[:, None, :] > 0
-    return seen_BTS
-
-
 def attend(
     q_BTNH: Float[Array, "B T N H"],
-    k_BKSH: Float[Array, "B K S H"],
-    v_BKSU: Float[Array, "B K S U"],
-    seen_BTS: Bool[Array, "B T S"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKU: Float[Array, "B S K U"],
+    queries: Tokens,
+    keys: Tokens | None = None,
     *,
-    scale: float,
-    soft_cap: float | None = None,
-    dtype: jnp.dtype | None = None,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B T N U"]:
-    """softmax(scale * q k^T) v over the visible keys, in float32 between the two products.
-
-    Keys and values are laid out [B, K, S, H], as the cache holds them: one head's keys are one
-    matrix. Values may be of another width U. `dtype` is that of the products' operands; None
-    keeps q's.
-    """
-    dtype = dtype or q_BTNH.dtype
-    B, T, N, H = q_BTNH.shape
-    heads = spec("batch", "kv_heads", shape=k_BKSH.shape[:2])
-    split = spec("heads", shape=(N,)) or (None,)
-    if k_BKSH.shape[1] == 1:
-        heads = heads and jax.P(heads[0], None)  # all query heads see the one, wherever they are
-    elif has_mesh() and heads[1] is None and split[0] is not None:
-        # the mesh splits query heads but not the fewer key heads: each query head gets a copy
-        heads = spec("batch", "heads", shape=(B, N))
-        # in float32, as the gradients of the copies are summed
-        copies = [jnp.repeat(x.astype(jnp.float32), N // x.shape[1], 1) for x in (k_BKSH, v_BKSU)]
-        k_BKSH, v_BKSU = [jax.reshard(x.astype(dtype), jax.P(*heads, None, None)) for x in copies]
-    K, U = k_BKSH.shape[1], v_BKSU.shape[-1]
-    head_axes = jax.P(*heads, split[0] if K == 1 else None, None) if has_mesh() else None
-    q_BKGTH = q_BTNH.swapaxes(1, 2).astype(dtype)
-    q_BKGTH = jax.lax.reshape(q_BKGTH, (B, K, N // K * T, H), out_sharding=head_axes)
-    s_BKGTS = jnp.einsum(
-        "bkgh,bksh->bkgs", q_BKGTH, k_BKSH.astype(dtype), preferred_element_type=jnp.float32
-    ).reshape(B, K, N // K, T, -1)
-    s_BKGTS = s_BKGTS * scale
-    if soft_cap is not None:
-        s_BKGTS = jnp.tanh(s_BKGTS / soft_cap) * soft_cap
-    s_BKGTS = jnp.where(seen_BTS[:, None, None], s_BKGTS, NEG_INF)
-    max_BKGT1 = jax.lax.stop_gradient(jnp.max(s_BKGTS, axis=-1, keepdims=True))
-    e_BKGTS = jnp.exp(s_BKGTS - max_BKGT1).reshape(B, K, N // K * T, -1)
-    o_BKGTU = jnp.einsum(
-        "bkgs,bksu->bkgu",
-        e_BKGTS.astype(dtype),
-        v_BKSU.astype(dtype),
-        preferred_element_type=jnp.float32,
+    """Causal attention of tokens to others, or to themselves where `keys` is None."""
+    at_Q, at_K = queries.positions_BT, (queries if keys is None else keys).positions_BT
+    if keys is None and queries.in_order:
+        # a window is of positions, and padding inside a row stands between them
+        if window is not None and window >= q_BTNH.shape[1]:
+            window = None
+        if window is None or queries.segments_BT is None:
+            at_Q = at_K = None
+    return attention(
+        q_BTNH,
+        k_BSKH,
+        v_BSKU,
+        window=window,
+        scale=scale,
+        q_positions=at_Q,
+        k_positions=at_K,
+        q_segments=queries.segments_BT,
+        k_segments=(queries if keys is None else keys).segments_BT,
     )
-    # divided after the product: H quotients a query, not S
-    sum_BKGT1 = jnp.sum(e_BKGTS, axis=-1, keepdims=True)
-    if B * T == 1 and not has_mesh():
-        return _divide_flat(o_BKGTU, sum_BKGT1).astype(q_BTNH.dtype).reshape(B, T, N, U)
-    o_BKGTU = o_BKGTU / sum_BKGT1
-    sharding = jax.P(heads[0], split[0] if K == 1 else heads[1], None, None) if has_mesh() else None
-    o_BNTU = jax.lax.reshape(o_BKGTU, (B, N, T, U), out_sharding=sharding)
-    return o_BNTU.swapaxes(1, 2).astype(q_BTNH.dtype)
-
-
-def _divide_flat(o_BKGTU: Array, sum_BKGT1: Array) -> Float[Array, "1 D"]:
-    """One token's quotients as one vector.
-
-    Else XLA's CPU compiler takes heads apart in the inner loop of the product that follows: 187 us
-    a layer against 40 in SmolLM2.
-    """
-    sums = jnp.broadcast_to(sum_BKGT1, o_BKGTU.shape).reshape(1, -1)
-    return jnp.divide(*jax.lax.optimization_barrier((o_BKGTU.reshape(1, -1), sums)))
-
-
-def attend_in_order(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BKTH: Float[Array, "B K T H"],
-    v_BKTU: Float[Array, "B K T U"],
-    tokens: Tokens,
-    window: int | Int[Array, ""] | None = None,
-    **options: Any,
-) -> Float[Array, "B T N U"]:
-    """Causal attention of a block of tokens to itself; `options` as `attend`.
-
-    Queries go in blocks, each to the keys up to its end alone: what is masked is not computed,
-    which halves a training step's attention on a CPU (7.0 ms against 14.1 forward and backward,
-    SmolLM2-135M, 2 x 256). A window leaves no keys out: it is of positions, and with padding inside
-    a row a key of the window may stand any number of columns before it.
-    """
-    T = q_BTNH.shape[1]
-    size = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS))
-    outs = []
-    for start in range(0, T, size):
-        end = min(start + size, T)
-        seen_BTS = visible(tokens.block(start, end), tokens.block(0, end), window)
-        k_BKSH, v_BKSU = k_BKTH[:, :, :end], v_BKTU[:, :, :end]
-        outs.append(attend(q_BTNH[:, start:end], k_BKSH, v_BKSU, seen_BTS, **options))
-    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
 class Attention(nnx.Module):
@@ -227,10 +143,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.scale = head_dim**-0.5 if scale is None else scale
-        # not matmul_dtype: XLA's CPU compiler has no batched bf16 product, and would keep the
-        # probabilities for the backward pass in bf16 and in float32 (5 % of a step)
-        self.dtype = jnp.dtype(compute.dtype)
-        self.within = attend_in_order  # how a block attends to itself; LongLoRA trains with another
+        self.within = attend  # how tokens attend to themselves; LongLoRA trains with another
 
         def project(heads: int, axis: str) -> Einsum:
             return Einsum(
@@ -268,8 +181,8 @@ class Attention(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         tokens: Tokens,
-        rope: tuple[Array, Array],
-        window: int | Int[Array, ""] | None = None,
+        rope: tuple[Array, Array] | None = None,
+        window: int | None = None,
         cache: KVCache | None = None,
         layer: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -277,7 +190,7 @@ class Attention(nnx.Module):
 
         Args:
           tokens: positions and segments of x.
-          rope: cos and sin of x's positions.
+          rope: cos and sin of x's positions; None: no rotation, as in encoders.
           window: sliding window, None for all.
           cache: keys and values so far; it has `begin` called on it for these tokens.
           layer: which layer's slots of the cache are meant.
@@ -285,11 +198,10 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
-        k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        options = dict(scale=self.scale, dtype=self.dtype)
+        if rope is not None:
+            q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
+        options = dict(window=window, scale=self.scale)
         if cache is None:
-            return self.o(self.within(q_BTNH, k_BKTH, v_BKTH, tokens, window, **options)), None
-        cache, k_BKSH, v_BKSH, slots = cache.update(layer, k_BKTH, v_BKTH)
-        seen_BTS = visible(tokens, Tokens(*slots), window)
-        return self.o(attend(q_BTNH, k_BKSH, v_BKSH, seen_BTS, **options)), cache
+            return self.o(self.within(q_BTNH, k_BTKH, v_BTKH, tokens, **options)), None
+        cache, k_BSKH, v_BSKH, slots = cache.update(layer, k_BTKH, v_BTKH)
+        return self.o(attend(q_BTNH, k_BSKH, v_BSKH, tokens, Tokens(*slots), **options)), cache

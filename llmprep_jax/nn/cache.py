@@ -119,14 +119,15 @@ class KVCache:
         return jnp.where(jnp.any(hit_BST, axis=2), jnp.argmax(hit_BST, axis=2), -1)
 
     def update(
-        self, layer: int | Int[Array, ""], k_BKTH: Float[Array, "B K T H"], v_BKTH: Array
+        self, layer: int | Int[Array, ""], k_BTKH: Float[Array, "B T K H"], v_BTKH: Array
     ) -> tuple["KVCache", Array, Array, tuple[Array, Array]]:
         """Writes one layer's new keys and values.
 
         Returns:
-          the cache, then the keys, the values, and the (positions, segments) that the new tokens
-          may attend to, in slot order.
+          the cache, then the keys and the values [B, S, K, ...], and the (positions, segments) that
+          the new tokens may attend to, in slot order.
         """
+        k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
         positions_BT, segments_BT, _, fits = self.block
         if not self.is_ring:  # a clamped write would be over tokens that are seen
             k_BKTH, v_BKTH = jnp.where(fits, k_BKTH, jnp.nan), jnp.where(fits, v_BKTH, jnp.nan)
@@ -136,14 +137,15 @@ class KVCache:
         if self.is_ring and positions_BT.shape[1] > 1:
             return (
                 new,
-                jnp.concatenate([old_k, k_BKTH], axis=2),
-                jnp.concatenate([old_v, v_BKTH], axis=2),
+                jnp.concatenate([old_k, k_BKTH], axis=2).swapaxes(1, 2),
+                jnp.concatenate([old_v, v_BKTH], axis=2).swapaxes(1, 2),
                 (
                     jnp.concatenate([self.positions_BS, positions_BT], axis=1),
                     jnp.concatenate([self.segments_BS, segments_BT], axis=1),
                 ),
             )
-        return new, *new._layer(layer), self._places()
+        k_BKSH, v_BKSH = new._layer(layer)
+        return new, k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2), self._places()
 
     def _places(self) -> tuple[Array, Array]:
         """Positions and segments with the announced tokens' in them."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmprep_jax.nn.attention import Tokens, attend, attend_in_order, visible
+from llmprep_jax.nn.attention import Tokens, attend
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.norm import RMSNorm
@@ -104,14 +104,11 @@ class MLA(nnx.Module):
         q_BTNH, q_BTNR = self.queries(x_BTD, rope)
         z_BTZ = self.latents(x_BTD, rope)
         if cache is None:
-            k_BNTH, v_BNTU = self.expand(z_BTZ)
-            q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
-            options = dict(scale=self.scale, dtype=self.dtype)
-            return self.o(attend_in_order(q_BTNH, k_BNTH, v_BNTU, tokens, **options)), None
-        z_B1TZ = z_BTZ[:, None]
-        cache, z_B1SZ, _, slots = cache.update(layer, z_B1TZ, z_B1TZ[..., :0])
-        seen_BTS = visible(tokens, Tokens(*slots))
-        return self.attend(q_BTNH, q_BTNR, z_B1SZ[:, 0].astype(x_BTD.dtype), seen_BTS), cache
+            return self.attend(q_BTNH, q_BTNR, z_BTZ, tokens, absorbed=False), None
+        z_BT1Z = z_BTZ[:, :, None]
+        cache, z_BS1Z, _, slots = cache.update(layer, z_BT1Z, z_BT1Z[..., :0])
+        z_BSZ = z_BS1Z[:, :, 0].astype(x_BTD.dtype)
+        return self.attend(q_BTNH, q_BTNR, z_BSZ, tokens, Tokens(*slots)), cache
 
     def queries(self, x_BTD: Float[Array, "B T D"], rope: tuple[Array, Array]) -> tuple:
         """(q_BTNH, q_BTNR): the parts of every head's query without and with rotation."""
@@ -130,19 +127,19 @@ class MLA(nnx.Module):
         q_BTNH: Float[Array, "B T N H"],
         q_BTNR: Float[Array, "B T N R"],
         z_BSZ: Float[Array, "B S Z"],
-        seen_BTS: Array,
+        queries: Tokens,
+        keys: Tokens | None = None,
         *,
         absorbed: bool | None = None,
     ) -> Float[Array, "B T D"]:
         """Attention over latents and the output projection; None takes the cheaper form."""
-        options = dict(scale=self.scale, dtype=self.dtype)
         if absorbed is None:  # adapters by row leave no one matrix to absorb
             cheaper = self.absorbed_is_cheaper(q_BTNH.shape[1], z_BSZ.shape[1])
             absorbed = cheaper and not self.kv_b.is_by_row
         if not absorbed:
-            k_BNSH, v_BNSU = self.expand(z_BSZ)
+            k_BSNH, v_BSNU = self.expand(z_BSZ)
             q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
-            return self.o(attend(q_BTNH, k_BNSH, v_BNSU, seen_BTS, **options))
+            return self.o(attend(q_BTNH, k_BSNH, v_BSNU, queries, keys, scale=self.scale))
         w = self.kv_b.weight().astype(self.dtype)
         if has_mesh():
             w = jax.reshard(w, spec(None, "heads", None, shape=w.shape))
@@ -150,13 +147,14 @@ class MLA(nnx.Module):
         sums = dict(preferred_element_type=jnp.float32)
         q_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_BTNH.astype(self.dtype), w_CNH, **sums)
         q_BTNZ = jnp.concatenate([q_BTNC.astype(q_BTNR.dtype), q_BTNR], axis=-1)
-        k_B1SZ, v_B1SC = z_BSZ[:, None], z_BSZ[:, None, :, : self.kv_rank]
-        o_BTNC = attend(q_BTNZ, k_B1SZ, v_B1SC, seen_BTS, **options).astype(self.dtype)
+        k_BS1Z, v_BS1C = z_BSZ[:, :, None], z_BSZ[:, :, None, : self.kv_rank]
+        o_BTNC = attend(q_BTNZ, k_BS1Z, v_BS1C, queries, keys, scale=self.scale)
+        o_BTNC = o_BTNC.astype(self.dtype)
         o_BTNU = jnp.einsum("BTNC,CNU->BTNU", o_BTNC, w_CNU, **sums)
         return self.o(o_BTNU.astype(q_BTNR.dtype))
 
     def expand(self, z_BSZ: Float[Array, "B S Z"]) -> tuple[Array, Array]:
-        """(k_BNSZ, v_BNSU): every head's keys, H + R wide, and values, out of latents."""
+        """(k_BSNH, v_BSNU): every head's keys, H + R wide, and values, out of latents."""
         c_BSC, k_BSR = jnp.split(z_BSZ, [self.kv_rank], axis=-1)
         k_BSNH, v_BSNU = jnp.split(self.kv_b(c_BSC), [self.nope_dim], axis=-1)
         shape = (*k_BSNH.shape[:3], self.rope_dim)
@@ -165,7 +163,7 @@ class MLA(nnx.Module):
             k_BSR.astype(jnp.float32), shape, (0, 1, 3), out_sharding=sharding_of(k_BSNH)
         )
         k_BSNH = jnp.concatenate([k_BSNH, k_BSNR.astype(k_BSNH.dtype)], axis=-1)
-        return k_BSNH.swapaxes(1, 2), v_BSNU.swapaxes(1, 2)
+        return k_BSNH, v_BSNU
 
     def absorbed_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
         """Whether T queries over S keys take fewer products absorbed than naive.

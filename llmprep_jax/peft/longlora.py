@@ -8,14 +8,13 @@ authors' flash-attention code; rolled rows would let early tokens see the last o
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llmprep_jax.nn.attention import Tokens, attend_in_order
+from llmprep_jax.nn.attention import Tokens, attend
 from llmprep_jax.peft.lora import LoRA
 from llmprep_jax.peft.targets import Number, Targets
 from llmprep_jax.sharding import has_mesh, spec
@@ -48,10 +47,10 @@ class LongLoRA(LoRA):
 
 @dataclasses.dataclass(frozen=True)
 class ShiftedAttention:
-    """S2-Attn in place of `attend_in_order`, for queries and keys that are rotated already.
+    """S2-Attn in place of `attend`, for queries and keys that are rotated already.
 
-    A row that does not part into groups of an even size is padded at its end, which causal
-    attention does not see.
+    A group is a row of its own. Rows of tokens are padded at the end to whole groups, and for the
+    shifted heads by half a group at both ends.
 
     Attributes:
       groups: T / G; G is rounded up to an even size.
@@ -62,41 +61,44 @@ class ShiftedAttention:
     def __call__(
         self,
         q_BTNH: Float[Array, "B T N H"],
-        k_BKTH: Float[Array, "B K T H"],
-        v_BKTH: Float[Array, "B K T H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKH: Float[Array, "B T K H"],
         tokens: Tokens,
-        window: int | Int[Array, ""] | None = None,
         **options: Any,
     ) -> Float[Array, "B T N H"]:
         T = q_BTNH.shape[1]
         half = -(-T // (2 * self.groups))
-        pad = 2 * half * self.groups - T
-        if pad:
-            q_BTNH, k_BKTH, v_BKTH = (
-                _pad(q_BTNH, 1, pad),
-                _pad(k_BKTH, 2, pad),
-                _pad(v_BKTH, 2, pad),
-            )
-            tokens = _pad_tokens(tokens, pad)
-        places = tokens.positions_BT, tokens.segments_BT
-        straight, shifted = [(*qkv, *places) for qkv in _halves(q_BTNH, k_BKTH, v_BKTH)]
-        attend = functools.partial(_attend_in_groups, window=window, **options)
-        ends = attend(_cut(_ends, shifted, half), half)
-        inner = attend(_cut(_inner, shifted, half), 2 * half)
-        shifted_BTNH = jnp.concatenate([ends[:, :half], inner, ends[:, half:]], axis=1)
-        out_BTNH = jnp.concatenate([attend(straight, 2 * half), shifted_BTNH], axis=2)
-        return _lay(out_BTNH[:, :T], "heads")
+        end = 2 * half * self.groups - T
+        straight, shifted = _halves(q_BTNH, k_BTKH, v_BTKH)
+        outs = []
+        for qkv, start, stop in ((straight, 0, end), (shifted, half, end + half)):
+            rows = [_fold(x, start, stop, 2 * half) for x in (*qkv, *_places(tokens))]
+            out = attend(*rows[:3], Tokens(*rows[3:], tokens.in_order), **options)
+            B, _, N, _ = qkv[0].shape
+            outs.append(_reshape(out, (B, -1, N, out.shape[-1]))[:, start : start + T])
+        return _lay(jnp.concatenate(outs, axis=2), "heads")
 
 
-def _pad(x: Array, axis: int, size: int) -> Array:
-    return jnp.pad(x, [(0, size if dim == axis else 0) for dim in range(x.ndim)])
-
-
-def _pad_tokens(tokens: Tokens, size: int) -> Tokens:
-    """Tokens of segment 0 at the end, which nothing sees."""
+def _places(tokens: Tokens) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Positions, and segments of which the padding has none."""
     segments_BT = tokens.segments_BT
-    segments_BT = jnp.ones_like(tokens.positions_BT) if segments_BT is None else segments_BT
-    return Tokens(_pad(tokens.positions_BT, 1, size), _pad(segments_BT, 1, size))
+    return tokens.positions_BT, (
+        jnp.ones_like(tokens.positions_BT) if segments_BT is None else segments_BT
+    )
+
+
+def _fold(x: Array, start: int, end: int, size: int) -> Array:
+    """Each row of tokens as rows of `size`, zeros before and behind it."""
+    x = jnp.pad(x, [(0, 0), (start, end), *[(0, 0)] * (x.ndim - 2)])
+    return _reshape(x, (-1, size, *x.shape[2:]))
+
+
+def _reshape(x: Array, shape: tuple[int, ...]) -> Array:
+    """A reshape that leaves rows where they lie on a mesh."""
+    known = math.prod(size for size in shape if size != -1)
+    shape = tuple(x.size // known if size == -1 else size for size in shape)
+    rows = jax.P(jax.typeof(x).sharding.spec[0]) if has_mesh() else None
+    return jax.lax.reshape(x, shape, out_sharding=rows)
 
 
 def _halves(*qkv: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -104,55 +106,15 @@ def _halves(*qkv: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
 
     Key heads are repeated where a half of the queries would share one with the other.
     """
-    q_BTNH, k_BKTH, v_BKTH = qkv
-    N, K = q_BTNH.shape[2], k_BKTH.shape[1]
+    q_BTNH, k_BTKH, v_BTKH = map(_lay, qkv)  # on a mesh halves need not part over it
+    N, K = q_BTNH.shape[2], k_BTKH.shape[2]
     if K % 2:
-        k_BKTH, v_BKTH = (jnp.repeat(_lay(x), N // K, axis=1) for x in (k_BKTH, v_BKTH))
-        K = N
-    # on a mesh all heads come together first, since halves need not part over it
-    q_BTNH, k_BKTH, v_BKTH = _lay(q_BTNH), _lay(k_BKTH), _lay(v_BKTH)
-    n, k = N // 2, K // 2
-    first = q_BTNH[:, :, :n], k_BKTH[:, :k], v_BKTH[:, :k]
-    return first, (q_BTNH[:, :, n:], k_BKTH[:, k:], v_BKTH[:, k:])
+        k_BTKH, v_BTKH = (jnp.repeat(x, N // K, axis=2) for x in (k_BTKH, v_BTKH))
+    arrays = [(x, x.shape[2] // 2) for x in (q_BTNH, k_BTKH, v_BTKH)]
+    first = tuple(x[:, :, :half] for x, half in arrays)
+    return first, tuple(x[:, :, half:] for x, half in arrays)
 
 
 def _lay(x: Array, heads: str | None = None) -> Array:
     """The array with its heads, of [B, T, N, H], over the mesh as told."""
     return jax.reshard(x, spec("batch", None, heads, None, shape=x.shape)) if has_mesh() else x
-
-
-_AXES = (1, 2, 2, 1, 1)  # the tokens' axes of queries, keys, values, positions and segments
-
-
-def _cut(how: Callable[..., Array], arrays: tuple[Array | None, ...], *sizes: int) -> tuple:
-    """`how(array, axis, *sizes)` of each array and its axis of tokens."""
-    pairs = zip(arrays, _AXES, strict=True)
-    return tuple(None if x is None else how(x, axis, *sizes) for x, axis in pairs)
-
-
-def _ends(x: Array, axis: int, half: int) -> Array:
-    """The first and the last half of a group."""
-    cut = functools.partial(jax.lax.slice_in_dim, x, axis=axis)
-    return jnp.concatenate([cut(0, half), cut(x.shape[axis] - half, x.shape[axis])], axis=axis)
-
-
-def _inner(x: Array, axis: int, half: int) -> Array:
-    """What lies between these."""
-    return jax.lax.slice_in_dim(x, half, x.shape[axis] - half, axis=axis)
-
-
-def _part(x: Array, axis: int, size: int) -> Array:
-    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-
-
-def _attend_in_groups(
-    arrays: tuple[Array | None, ...], size: int, window: Any, **options
-) -> Float[Array, "B T N H"]:
-    """Attention within groups of `size` neighbours; `arrays` as `_AXES` lists them."""
-
-    def attend(q_BTNH, k_BKTH, v_BKTH, positions_BT, segments_BT):
-        tokens = Tokens(positions_BT, segments_BT)
-        return attend_in_order(q_BTNH, k_BKTH, v_BKTH, tokens, window, **options)
-
-    out = jax.vmap(attend, in_axes=_AXES, out_axes=1)(*_cut(_part, arrays, size))
-    return _lay(out.reshape(arrays[0].shape))

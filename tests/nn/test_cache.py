@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmprep_jax.nn.attention import Tokens, attend, visible
+from llmprep_jax.nn.attention import Tokens, attend
 from llmprep_jax.nn.cache import KVCache
 from tests.grids import cases
 
@@ -19,7 +19,7 @@ LAYERS, ROWS, HEADS, WIDTH, TOTAL = 2, 1, 1, 1, 12
 def keys_of(positions, layer):
     """Keys that tell the position and the layer of their token; values are their negatives."""
     numbers = jnp.asarray(positions, jnp.float32) + 100 * layer
-    return numbers.reshape(ROWS, HEADS, -1, WIDTH)
+    return numbers.reshape(ROWS, -1, HEADS, WIDTH)
 
 
 @jax.jit
@@ -102,7 +102,7 @@ def test_the_layer_may_be_a_traced_number():
     def run(cache, layer):
         positions = jnp.arange(3)[None]
         cache = cache.begin(positions, jnp.ones_like(positions))
-        keys = jnp.full((ROWS, HEADS, 3, WIDTH), 7.0)
+        keys = jnp.full((ROWS, 3, HEADS, WIDTH), 7.0)
         return cache.update(layer, keys, keys)[0].end()
 
     cache = run(KVCache.create(LAYERS, ROWS, 4, HEADS, WIDTH), 1)
@@ -118,7 +118,7 @@ def test_a_donated_cache_is_updated_in_place():
     def run(leaves):
         cache = structure.unflatten(leaves)
         positions = jnp.zeros((1, 1), jnp.int32)
-        keys = jnp.ones((ROWS, HEADS, 1, 64))
+        keys = jnp.ones((ROWS, 1, HEADS, 64))
         cache = cache.begin(positions, positions + 1)
         for layer in range(LAYERS):
             cache, *_ = cache.update(layer, keys, keys)
@@ -147,7 +147,7 @@ def test_what_no_row_keeps_is_written_again_and_what_one_row_keeps_is_not(per_la
     def write_and_keep(cache, kept):
         # places count what a row has kept so far
         positions = jnp.sum(cache.segments_BS > 0, axis=1)[:, None] + jnp.arange(3)
-        keys = positions[:, None, :, None].astype(jnp.float32)
+        keys = positions[:, :, None, None].astype(jnp.float32)
         cache = cache.begin(positions, jnp.ones_like(positions))
         cache, *_ = cache.update(0, keys, keys)
         return cache.end().keep(kept, 3)
@@ -179,25 +179,26 @@ def dense(q, k, v, window):
     for b, t in np.argwhere(SEGMENTS > 0):
         ahead = POSITIONS[b, t] - POSITIONS[b]
         seen = (SEGMENTS[b] == SEGMENTS[b, t]) & (ahead >= 0) & (ahead < window)
-        scores = np.einsum("nh,nsh->ns", q[b, t], k[b][:, seen])
+        scores = np.einsum("nh,snh->ns", q[b, t], k[b, seen])
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[b, t] = np.einsum("ns,nsh->nh", weights / weights.sum(-1, keepdims=True), v[b][:, seen])
+        out[b, t] = np.einsum("ns,snh->nh", weights / weights.sum(-1, keepdims=True), v[b, seen])
     return out
 
 
 @functools.cache
 def qkv():
     q, k, v = np.random.default_rng(0).normal(size=(3, 2, COLUMNS, 2, 4)).astype(np.float32)
-    return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return q, k, v
 
 
 @jax.jit
-def read_block(cache, q_BTNH, k_BKTH, v_BKTH, positions, segments):
+def read_block(cache, q_BTNH, k_BTKH, v_BTKH, positions, segments):
     found, cache = [], cache.begin(positions, segments)
     for layer in range(LAYERS):
-        cache, k, v, slots = cache.update(layer, k_BKTH * (1 + layer), v_BKTH)
-        seen = visible(Tokens(positions, segments), Tokens(*slots), WINDOW)
-        found.append(attend(q_BTNH, k / (1 + layer), v, seen, scale=1.0))
+        cache, k, v, slots = cache.update(layer, k_BTKH * (1 + layer), v_BTKH)
+        tokens = Tokens(positions, segments)
+        options = dict(window=WINDOW, scale=1.0)
+        found.append(attend(q_BTNH, k / (1 + layer), v, tokens, Tokens(*slots), **options))
     return cache.end(), jnp.stack(found)
 
 
@@ -224,7 +225,7 @@ def test_padding_inside_rows_hides_no_token_of_the_window(slots, layout, dtype, 
     for size in sizes:
         part = slice(start, start + size)
         places = [x[:, part].astype(np.int32) for x in (POSITIONS, SEGMENTS)]
-        cache, out = read_block(cache, q[:, part], k[:, :, part], v[:, :, part], *places)
+        cache, out = read_block(cache, q[:, part], k[:, part], v[:, part], *places)
         found.append(np.asarray(out, np.float32))
         start += size
     found, expected = np.concatenate(found, axis=2), dense(*qkv(), WINDOW)

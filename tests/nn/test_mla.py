@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from llmprep_jax.models import registry
-from llmprep_jax.nn.attention import Tokens, visible
+from llmprep_jax.nn.attention import Tokens
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.mla import MLA
 from llmprep_jax.nn.param import Compute
@@ -38,6 +38,10 @@ def draw() -> np.ndarray:
 PLACE = Tokens(np.tile(np.arange(S, dtype=np.int32), (2, 1)), np.ones((2, S), np.int32))
 
 
+def columns(start: int, stop: int) -> Tokens:
+    return jax.tree.map(lambda x: x[:, start:stop], PLACE)
+
+
 @jax.jit
 def run(mla: MLA, x: np.ndarray) -> jax.Array:
     return mla(x, PLACE, rope_of(PLACE.positions_BT))[0]
@@ -48,10 +52,9 @@ def gradients(mla: MLA, x: np.ndarray, absorbed: bool) -> tuple:
     """(result for the last T tokens, gradients of its sum of squares) of one form."""
 
     def loss(mla, x):
-        rope, last = rope_of(PLACE.positions_BT), PLACE.block(S - T, S)
+        rope, last = rope_of(PLACE.positions_BT), columns(S - T, S)
         q = [z[:, S - T :] for z in mla.queries(x, rope)]
-        seen = visible(last, PLACE)
-        out = mla.attend(*q, mla.latents(x, rope), seen, absorbed=absorbed)
+        out = mla.attend(*q, mla.latents(x, rope), last, PLACE, absorbed=absorbed)
         return jnp.square(out).sum(), out
 
     grads, out = jax.grad(loss, argnums=(0, 1), has_aux=True)(mla, x)
@@ -82,7 +85,7 @@ def test_both_forms_over_a_cache_equal_the_whole(monkeypatch, absorbed):
         return y, cache.end()
 
     for start, stop in ((0, 4), (4, 5), (5, S)):
-        y, cache = step(mla, x[:, start:stop], PLACE.block(start, stop), cache)
+        y, cache = step(mla, x[:, start:stop], columns(start, stop), cache)
         found.append(y)
     np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=1e-5)
 

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 import llmprep_jax as lp
-from llmprep_jax.nn.attention import Tokens, attend, attend_in_order, visible
+from llmprep_jax.kernels.flash_attention import attention
+from llmprep_jax.nn.attention import Tokens, attend
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import LongLoRA, LoRA
 from llmprep_jax.peft.longlora import ShiftedAttention
@@ -24,21 +25,25 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 def make(T: int, N: int, K: int, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    shapes = (2, T, N, 8), (2, K, T, 8), (2, K, T, 8)
+    shapes = (2, T, N, 8), (2, T, K, 8), (2, T, K, 8)
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def masked(q_BTNH, k_BKTH, v_BKTH, tokens, groups, window=None):
-    """The same by full attention under a mask, one head at a time."""
+def by_segments(q_BTNH, k_BTKH, v_BTKH, tokens, groups, window=None):
+    """The same one head at a time, with a segment for each group of each document."""
     T, N = q_BTNH.shape[1:3]
     half = -(-T // (2 * groups))
     heads = []
     for n in range(N):
         group = (np.arange(T) + (half if n >= N // 2 else 0)) // (2 * half)
-        seen = visible(tokens, tokens, window) & (group[:, None] == group[None, :])
-        k = n // (N // k_BKTH.shape[1])
-        one = q_BTNH[:, :, n : n + 1], k_BKTH[:, k : k + 1], v_BKTH[:, k : k + 1]
-        heads.append(attend(*one, seen, scale=0.3))
+        documents = 1 if tokens.segments_BT is None else tokens.segments_BT
+        segments = jnp.where(documents > 0, documents * 100 + group, 0) * jnp.ones((2, 1), int)
+        k = n // (N // k_BTKH.shape[2])
+        one = q_BTNH[:, :, n : n + 1], k_BTKH[:, :, k : k + 1], v_BTKH[:, :, k : k + 1]
+        places = tokens.positions_BT, tokens.positions_BT, segments, segments
+        names = ("q_positions", "k_positions", "q_segments", "k_segments")
+        places = dict(zip(names, places, strict=True))
+        heads.append(attention(*one, **places, window=window, scale=0.3, impl="reference"))
     return jnp.concatenate(heads, axis=2)
 
 
@@ -48,7 +53,9 @@ def masked(q_BTNH, k_BKTH, v_BKTH, tokens, groups, window=None):
      (21, 2, 2, 4, None, False), (3, 2, 1, 4, None, True)],
     ids=["gqa-window", "mqa", "odd", "padded", "short"],
 )  # fmt: skip
-def test_shifted_attention_is_full_attention_under_the_groups_mask(T, N, K, groups, window, packed):
+def test_shifted_attention_is_attention_with_a_segment_for_each_group(
+    T, N, K, groups, window, packed
+):
     q, k, v = make(T, N, K)
     places = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
     tokens = Tokens(places)
@@ -56,7 +63,10 @@ def test_shifted_attention_is_full_attention_under_the_groups_mask(T, N, K, grou
         segments = places // 7 + 1
         tokens = Tokens(places % 7, np.where(places < T - 2, segments, 0))
     found, expected = jax.jit(
-        lambda *at: (ShiftedAttention(groups)(*at, window, scale=0.3), masked(*at, groups, window)),
+        lambda *at: (
+            ShiftedAttention(groups)(*at, window=window, scale=0.3),
+            by_segments(*at, groups, window),
+        ),
         compiler_options=QUICK,
     )(q, k, v, tokens)
     real = slice(None, T - 2) if packed else slice(None)
@@ -72,8 +82,8 @@ def test_no_token_sees_ahead_across_the_ends_or_out_of_its_group():
         return ShiftedAttention(groups)(q, k, v, tokens, scale=0.3)[0].sum(-1)
 
     jacobian = jax.jit(jax.jacobian(outputs), compiler_options=QUICK)
-    reach = np.abs(jacobian(v)[:, :, 0]).sum(-1)  # [T, N, K, S]
-    sees = [(reach[:, head, head] > 0).astype(int) for head in (0, 1)]
+    reach = np.abs(jacobian(v)[:, :, 0]).sum(-1)  # [T, N, S, K]
+    sees = [(reach[:, head, :, head] > 0).astype(int) for head in (0, 1)]
     straight, shifted = [np.arange(T) // 4, (np.arange(T) + 2) // 4]
     for found, group in zip(sees, (straight, shifted), strict=True):
         expected = np.tril(group[:, None] == group[None, :])
@@ -84,9 +94,9 @@ def test_no_token_sees_ahead_across_the_ends_or_out_of_its_group():
 
 def test_it_costs_less_than_full_attention():
     T = 2048
-    tokens = Tokens(np.broadcast_to(np.arange(T, dtype=np.int32), (1, T)))
+    tokens = Tokens(np.broadcast_to(np.arange(T, dtype=np.int32), (1, T)), in_order=True)
     qkv = [
-        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, T, 4, 64), (1, 2, T, 64), (1, 2, T, 64))
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, T, 4, 64), (1, T, 2, 64), (1, T, 2, 64))
     ]
 
     def flops(attention):
@@ -94,8 +104,8 @@ def test_it_costs_less_than_full_attention():
         return run.lower(*qkv).cost_analysis()["flops"]
 
     # of T^2 / 2 pairs 1/4, and what blocks of queries compute beyond the diagonal
-    assert flops(ShiftedAttention(4)) < 0.4 * flops(attend_in_order)
-    assert flops(ShiftedAttention(8)) < 0.25 * flops(attend_in_order)
+    assert flops(ShiftedAttention(4)) < 0.4 * flops(attend)
+    assert flops(ShiftedAttention(8)) < 0.25 * flops(attend)
 
 
 @functools.cache
@@ -126,7 +136,7 @@ def test_it_starts_as_identity_and_training_alone_attends_in_groups():
 def test_the_switch_leaves_the_model_alone_and_a_cache_is_never_grouped():
     model, tokens = adapted(), make_tokens()
     switched = lp.peft.train_mode(model)
-    assert model.layers.attn.within is attend_in_order
+    assert model.layers.attn.within is attend
     assert switched.layers.attn.within == ShiftedAttention(4)
     assert switched.layers.attn.q.lora_a is model.layers.attn.q.lora_a
     run = jax.jit(lambda model: model(tokens, cache=model.init_cache(2, 14)).logits)

@@ -31,25 +31,26 @@ BACKENDS = {
 IMPLS = ("reference", "chunked", "pallas_tpu")
 
 Array = jax.Array
-Factors = tuple[Array, Array]
+Factors = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
+Pair = tuple[jax.typing.ArrayLike | None, jax.typing.ArrayLike | None]  # of queries and of keys
 
 
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: jax.typing.ArrayLike,
+    k: jax.typing.ArrayLike,
+    v: jax.typing.ArrayLike,
     *,
     causal: bool = True,
     window: int | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
-    q_positions: Array | None = None,
-    k_positions: Array | None = None,
-    q_segments: Array | None = None,
-    k_segments: Array | None = None,
-    q_spans: Array | None = None,
-    k_spans: Array | None = None,
-    sinks: Array | None = None,
+    q_positions: jax.typing.ArrayLike | None = None,
+    k_positions: jax.typing.ArrayLike | None = None,
+    q_segments: jax.typing.ArrayLike | None = None,
+    k_segments: jax.typing.ArrayLike | None = None,
+    q_spans: jax.typing.ArrayLike | None = None,
+    k_spans: jax.typing.ArrayLike | None = None,
+    sinks: jax.typing.ArrayLike | None = None,
     bias: Bias | Factors | None = None,
     impl: str | None = None,
     return_lse: bool = False,
@@ -113,15 +114,14 @@ def _check(q: Array, k: Array, v: Array, window: int | None) -> None:
 
 def _widen(q: Array, k: Array, bias: Factors, scale: float) -> tuple[Array, Array, float]:
     """Queries and keys whose scores hold a bias a b^T; the scale is then in the queries."""
-    num_heads, width = q.shape[2], bias[0].shape[-1]
-    a = jnp.broadcast_to(bias[0], (*q.shape[:3], width)).astype(q.dtype)
-    if bias[1].shape[2] > k.shape[2]:  # keys differ by query head
-        k = jnp.repeat(k, num_heads // k.shape[2], axis=2)
-    b = jnp.broadcast_to(bias[1], (*k.shape[:3], width)).astype(k.dtype)
+    a, b = [jnp.asarray(x, q.dtype) for x in bias]
+    if b.shape[2] > k.shape[2]:  # keys differ by query head
+        k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    a, b = [jnp.broadcast_to(x, (*y.shape[:3], x.shape[-1])) for x, y in ((a, q), (b, k))]
     return jnp.concatenate([q * scale, a], -1), jnp.concatenate([k, b], -1), 1.0
 
 
-def _places(q: Array, k: Array, *pairs: tuple[Array | None, Array | None]) -> tuple[Places, Places]:
+def _places(q: Array, k: Array, *pairs: Pair) -> tuple[Places, Places]:
     """Both sides with the same values given; missing ones are columns, segment 1, no span."""
     sides = []
     for side, x in enumerate((q, k)):

@@ -17,7 +17,7 @@ from flax import nnx
 
 from llmprep_jax.models.gemma3.config import Config
 from llmprep_jax.models.gemma3.weights import IGNORED, RENAMES, WEIGHTS, WITHIN
-from llmprep_jax.nn.attention import NO_WINDOW, Attention, Tokens, place_tokens
+from llmprep_jax.nn.attention import Attention, Tokens, place_tokens
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.language_model import LanguageModel, Source
 from llmprep_jax.nn.linear import Embed, Head
@@ -40,13 +40,7 @@ class Kind(NamedTuple):
     """What differs between local and global layers: the rotation and the reach."""
 
     rope: tuple[Array, Array]
-    window: int | Array | None
-
-    @classmethod
-    def select(cls, is_local: Array, local: "Kind", full: "Kind") -> "Kind":
-        """One kind by value, for layers that are scanned."""
-        full = full._replace(window=NO_WINDOW)
-        return jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local, full)
+    window: int | None
 
 
 class Block(nnx.Module):
@@ -104,8 +98,6 @@ class Block(nnx.Module):
 
         if not isinstance(is_local, jax.Array):
             return (as_local if is_local else as_full)(x_BTD, caches)
-        if caches is None:
-            return self.attn(x_BTD, tokens, *Kind.select(is_local, local, full))
         return jax.lax.cond(is_local, as_local, as_full, x_BTD, caches)
 
 

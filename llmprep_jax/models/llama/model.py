@@ -8,13 +8,14 @@ pass.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.weights import WEIGHTS
-from llmprep_jax.nn.attention import NO_WINDOW, Attention, Tokens, place_tokens
+from llmprep_jax.nn.attention import Attention, Tokens, place_tokens
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.language_model import LanguageModel, Source
 from llmprep_jax.nn.linear import Embed, Head
@@ -53,7 +54,7 @@ class Block(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         tokens: Tokens,
         rope: tuple[Array, Array],
-        window: int | Int[Array, ""] | None = None,
+        window: int | None = None,
         cache: KVCache | None = None,
         layer: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -94,16 +95,21 @@ class Model(LanguageModel):
         inv_freq, factor = rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
         rope = rope_angles(place.positions_BT, inv_freq, factor)
 
-        def step(block, carry, layer, window):
-            x_BTD, cache = carry
-            window = None if cfg.window is None else window
-            return block(x_BTD, place, rope, window, cache, layer)
+        def step(block, carry, layer, has_window):
+            def run(window, carry):
+                return block(carry[0], place, rope, window, carry[1], layer)
+
+            if len(set(has_window_L)) == 1:
+                return run(cfg.window if has_window_L[0] else None, carry)
+            if not isinstance(has_window, jax.Array):
+                return run(cfg.window if has_window else None, carry)
+            ways = [functools.partial(run, window) for window in (cfg.window, None)]
+            return jax.lax.cond(has_window, *ways, carry)
 
         layers = np.arange(cfg.num_layers)
-        windows = np.where(layers >= cfg.first_window_layer, cfg.window or NO_WINDOW, NO_WINDOW)
-        x_BTD, cache = scan(
-            step, self.layers, (self.embed(tokens), cache), layers, windows, compute=cfg.compute
-        )
+        has_window_L = layers >= (cfg.num_layers if cfg.window is None else cfg.first_window_layer)
+        carry = self.embed(tokens), cache
+        x_BTD, cache = scan(step, self.layers, carry, layers, has_window_L, compute=cfg.compute)
         return self.norm(x_BTD), None if cache is None else cache.end()
 
     @on_own_mesh
