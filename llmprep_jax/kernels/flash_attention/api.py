@@ -173,7 +173,7 @@ def _backward(rule, impl, layout, residuals, cotangents):
         with jax.named_scope("attention_backward"):
             module = backend(impl, *heads, rule, backward=True)
             dq, dk, dv = [x.swapaxes(1, 2) for x in module.backward(*heads, *numbers, places, rule)]
-        dk, dv = layout.sum_heads(dk, dv, q_BTNH, k_BSKH)
+        dk, dv = layout.sum_heads(dk, dv, k_BSKH)
         return dq, dk.astype(k_BSKH.dtype), dv.astype(v_BSKU.dtype)
 
     q, k, v, places, o, lse = residuals

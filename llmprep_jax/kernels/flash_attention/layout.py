@@ -1,8 +1,7 @@
 """Where queries and keys lie on a mesh, and which key heads a device's query heads need.
 
 Rows and heads are laid over devices, tokens and head widths are whole. Fewer key heads than devices
-are on each device whole, and every device takes those of its own query heads; what these owe the
-copies is summed in float32.
+are on each device whole, and every device takes those of its own query heads.
 """
 
 import dataclasses
@@ -71,18 +70,19 @@ class Layout:
         heads = self._own(q, k)
         return k[:, :, heads], v[:, :, heads]
 
-    def sum_heads(
-        self, dk: jax.Array, dv: jax.Array, q: jax.Array, k: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Gradients of all key heads, out of those of each device's own."""
+    def sum_heads(self, dk: jax.Array, dv: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gradients of all key heads out of those of each device's own, which cross the network in
+        k's dtype and are summed in float32."""
         if not self.shares_keys:
             return dk, dv
-        if k.shape[2] > 1:
-            heads, shape = self._own(q, k), (*dk.shape[:2], k.shape[2])
-            dk, dv = [
-                jnp.zeros((*shape, x.shape[3]), x.dtype).at[:, :, heads].add(x) for x in (dk, dv)
-            ]
-        return jax.lax.psum((dk, dv), self.heads)
+
+        def add(x_BSKH: jax.Array) -> jax.Array:
+            x_BSKH = jax.lax.all_gather(x_BSKH.astype(k.dtype), self.heads, axis=2, tiled=True)
+            # copies of one head are neighbours
+            copies = x_BSKH.reshape(*k.shape[:3], -1, x_BSKH.shape[3])
+            return jnp.sum(copies, axis=3, dtype=jnp.float32)
+
+        return add(dk), add(dv)
 
     def _own(self, q: jax.Array, k: jax.Array) -> jax.Array:
         """The key head of each query head here; one alone where all see the same."""
