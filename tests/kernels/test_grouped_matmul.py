@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from llmprep_jax.kernels.grouped_matmul import blocks, reference
-from llmprep_jax.kernels.grouped_matmul.api import IMPLS, grouped_matmul
+from llmprep_jax.kernels.grouped_matmul.api import BACKENDS, IMPLS, backend, grouped_matmul
+from llmprep_jax.kernels.platforms import tell_once
 from llmprep_jax.sharding import make_mesh, use_mesh
 from tests.grids import cases
 
@@ -24,8 +25,9 @@ CASES = {  # rows, sizes of the groups
     "few-rows": (6, (0, 3, 0, 1, 1, 0)),
     "few-rows-full": (16, (10, 0, 6)),
 }
+LAWFUL = ("blocks", "ragged")  # in a checked `jax.shard_map` on CPUs, where Pallas is not
 on_cases = pytest.mark.parametrize("case", CASES)
-on_impls = pytest.mark.parametrize("impl", IMPLS)
+on_impls = pytest.mark.parametrize("impl", cases(IMPLS, fast=LAWFUL))
 
 
 def draw(case, dtype=jnp.float32):
@@ -65,11 +67,11 @@ def test_the_reference_says_what_a_loop_over_groups_does(case):
     np.testing.assert_allclose(found, expect(x, w, sizes, dy)[0], atol=2e-5)
 
 
-# XLA's own product of groups has no blocks and no way for few rows
+# XLA's own product of groups has no blocks and no way for few rows; tiles have a test below
 ANY_IMPL = ("some-empty", "rows-beyond", "all-empty", "few-rows")
 PAIRS = cases(
     itertools.product(CASES, IMPLS),
-    fast=[*itertools.product(ANY_IMPL, IMPLS), *[(case, "blocks") for case in CASES]],
+    fast=[*itertools.product(ANY_IMPL, LAWFUL), *[(case, "blocks") for case in CASES]],
 )
 
 
@@ -108,7 +110,7 @@ def test_few_rows_and_many_are_two_ways_to_one_result(monkeypatch):
     chex.assert_trees_all_close(in_blocks, gathered, atol=1e-5)
 
 
-@on_impls
+@pytest.mark.parametrize("impl", LAWFUL)
 def test_layers_are_scanned_rematerialised_and_mapped_over_devices(impl):
     x, w, sizes, dy = draw("all-in-one")
     w = np.stack([w, -w])
@@ -134,6 +136,21 @@ def test_layers_are_scanned_rematerialised_and_mapped_over_devices(impl):
 
 
 def test_the_default_is_by_platform():
-    run = functools.partial(grouped_matmul, dtype=jnp.float32)
-    jaxpr = str(jax.make_jaxpr(run)(*draw("all-in-one")[:3]))
-    assert ("ragged_dot" in jaxpr) == (jax.default_backend() != "cpu")
+    assert backend(None, *map(jnp.asarray, draw("few-rows")[:2])) is blocks
+    for platform, name in (("tpu", "pallas_tpu"), (None, "ragged")):
+        assert BACKENDS[platform][0] == name
+
+
+def test_another_backend_takes_the_place_of_one_that_cannot(recwarn):
+    x, w = map(jnp.asarray, draw("few-rows")[:2])
+    tell_once.cache_clear()
+    for _ in range(2):
+        assert backend("pallas_tpu", x[:0], w) is blocks
+    assert [str(warning.message) for warning in recwarn] == [
+        "grouped_matmul: pallas_tpu cannot do this (there are no rows); another takes its place"
+    ]
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="unknown impl 'fast'; there are blocks, ragged, pallas"):
+        grouped_matmul(*map(jnp.asarray, draw("few-rows")[:3]), dtype="float32", impl="fast")

@@ -1,0 +1,27 @@
+"""What a kernel is compiled for, how exactly it multiplies, and what takes its place."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+
+def platform() -> str | None:
+    """Of the devices in force; None where a mesh has none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend()
+    return None if mesh.abstract_device is None else mesh.abstract_device.platform
+
+
+@functools.cache
+def tell_once(line: str) -> None:
+    warnings.warn(line, stacklevel=2)
+
+
+def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
+    """Of products in a kernel: Pallas knows no "high", and no "highest" for operands in bf16."""
+    wanted = jax.config.jax_default_matmul_precision
+    is_exact = wanted not in (None, "default", "bfloat16") and jnp.dtype(dtype).itemsize >= 4
+    return jax.lax.Precision.HIGHEST if is_exact else jax.lax.Precision.DEFAULT
