@@ -24,7 +24,7 @@ OUTPUT = "attention"  # the name under which remat policies may keep outputs and
 # each platform's backends, best first; what one refuses falls to the next
 BACKENDS = {
     "cpu": ("chunked",),
-    "tpu": ("chunked",),
+    "tpu": ("pallas_tpu", "chunked"),
     "gpu": ("chunked",),
     None: ("chunked",),  # a mesh without devices
 }
