@@ -28,7 +28,7 @@ BACKENDS = {
     "gpu": ("chunked",),
     None: ("chunked",),  # a mesh without devices
 }
-IMPLS = ("reference", "chunked", "pallas_tpu")
+IMPLS = ("reference", "chunked", "pallas_tpu", "splash")
 
 Array = jax.Array
 Factors = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
@@ -88,8 +88,9 @@ def attention(
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     if isinstance(bias, tuple):
         q, k, scale, bias = *_widen(q, k, bias, scale), None
-    rule = Rule(causal, window, scale, soft_cap, bias)
     places = _places(q, k, (q_positions, k_positions), (q_segments, k_segments), (q_spans, k_spans))
+    given = tuple(name for name, values in places[0]._asdict().items() if values is not None)
+    rule = Rule(causal, window, scale, soft_cap, bias, given)
     layout = layout_of(q, k, splits_heads=bias is None)
     q, k, v, places = layout.place(q, k, v, places)
     o, lse = _attention(q, k, v, places, rule, impl, layout)

@@ -30,6 +30,7 @@ class Rule(NamedTuple):
         c tanh(s / c).
       bias: of (query head, query position, key position), added to the scaled scores before they
         are capped: elementwise over integer arrays that broadcast, so that kernels may call it.
+      given: the fields of `Places` that have values; without positions masks are by column.
     """
 
     causal: bool = True
@@ -37,6 +38,7 @@ class Rule(NamedTuple):
     scale: float = 1.0
     soft_cap: float | None = None
     bias: Bias | None = None
+    given: tuple[str, ...] = ()
 
 
 class Places(NamedTuple):

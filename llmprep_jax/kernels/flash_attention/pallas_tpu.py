@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from llmprep_jax.kernels.flash_attention import tpu_backward, tpu_forward, tpu_tiles
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule
+from llmprep_jax.kernels.platforms import platform
 
 Q_BLOCK, K_BLOCK = 512, 1024  # tokens; half the keys where heads are wide
 WIDE = 128
@@ -106,6 +107,4 @@ def _block(length: int, limit: int) -> int:
 
 
 def _interprets() -> bool:
-    from llmprep_jax.kernels.flash_attention.api import platform  # it imports backends by name
-
     return platform() not in ("tpu", None)

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule, may_see, ranges
+from llmprep_jax.kernels.platforms import precision_of
 
 LANES = 128
 HIDDEN, PARTLY, WHOLLY = 0, 1, 2  # how much of a tile is seen
@@ -193,8 +194,7 @@ def within(x: Array, start: Array, end: int, axis: int, size: int) -> Array:
 def multiply(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     """A product of matrices, summed in float32."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    # a precision in force is for float32: Mosaic refuses it for bfloat16
-    precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    precision = precision_of(a.dtype)
     return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
