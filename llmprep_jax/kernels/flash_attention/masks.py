@@ -63,26 +63,30 @@ def visible(
     q: Places, k: Places, rule: Rule, q_columns_T: jax.Array, k_columns_S: jax.Array
 ) -> jax.Array | None:
     """True where a query may see a key, [B or 1, T, S]; None where all see all."""
-    seen_BTS = None
+    q_position_BT1, k_position_B1S = positions(q, k, q_columns_T, k_columns_S)
+    q_BT1 = jax.tree.map(lambda x: x[:, :, None], q)._replace(positions=q_position_BT1)
+    k_B1S = jax.tree.map(lambda x: x[:, None], k)._replace(positions=k_position_B1S)
+    return sees(q_BT1, k_B1S, rule)
+
+
+def sees(q: Places, k: Places, rule: Rule) -> jax.Array | None:
+    """True where a query may see a key, of values that broadcast; both give positions."""
+    seen = None
 
     def both(a: jax.Array | None, b: jax.Array) -> jax.Array:
         return b if a is None else a & b
 
-    if rule.causal or rule.window is not None:
-        q_BT1, k_B1S = positions(q, k, q_columns_T, k_columns_S)
-        if rule.causal:
-            seen_BTS = k_B1S <= q_BT1
-            if q.spans is not None:
-                q_span_BT1, k_span_B1S = q.spans[:, :, None], k.spans[:, None]
-                seen_BTS |= (q_span_BT1 == k_span_B1S) & (k_span_B1S > 0)
-        if rule.window is not None:
-            seen_BTS = both(seen_BTS, q_BT1 - k_B1S < rule.window)
-            if not rule.causal:
-                seen_BTS &= k_B1S - q_BT1 < rule.window
+    if rule.causal:
+        seen = k.positions <= q.positions
+        if q.spans is not None:
+            seen |= (q.spans == k.spans) & (k.spans > 0)
+    if rule.window is not None:
+        seen = both(seen, q.positions - k.positions < rule.window)
+        if not rule.causal:
+            seen &= k.positions - q.positions < rule.window
     if q.segments is not None:
-        q_BT1, k_B1S = q.segments[:, :, None], k.segments[:, None]
-        seen_BTS = both(seen_BTS, (q_BT1 == k_B1S) & (k_B1S > 0))
-    return seen_BTS
+        seen = both(seen, (q.segments == k.segments) & (k.segments > 0))
+    return seen
 
 
 def positions(
