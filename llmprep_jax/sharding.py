@@ -144,9 +144,11 @@ def _enter(mesh: AnyMesh | None) -> Any:
 def mesh_of(tree: Any) -> AnyMesh | None:
     """The mesh that a tree's arrays lie on; abstract where they are, None on single devices."""
     for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
         if isinstance(leaf, jax.core.Tracer):
+            # not by its attribute, which it has not: the error that says so is the work of ages
             sharding = jax.typeof(leaf).sharding
+        else:
+            sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, jax.sharding.NamedSharding) and not sharding.mesh.empty:
             return sharding.mesh
     return None

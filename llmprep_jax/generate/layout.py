@@ -8,6 +8,7 @@ form for a single row has the weight's outputs first, in bf16 too; with its inpu
 at a tenth.
 """
 
+import functools
 import math
 import pathlib
 import warnings
@@ -118,10 +119,11 @@ def _stacks(model: nnx.Module) -> dict[str, nnx.Module]:
 
 def _unstacked(model: nnx.Module, change: Callable[[tuple, Any], Any]) -> dict[str, nnx.List]:
     """Each stack, and the modules that draft, as a list of nodes that `change` made."""
-    lists = {name: unstack(layers) for name, layers in _stacks(model).items()}
-    if len(getattr(model, "mtp", ())):
-        lists["mtp"] = nnx.merge(*nnx.split(model.mtp))  # another list; theirs is left as it is
-    return {name: nnx.recursive_map(change, layers) for name, layers in lists.items()}
+    change_one = jax.jit(functools.partial(nnx.recursive_map, change))  # one program for all layers
+    lists = {name: unstack(layers, change_one) for name, layers in _stacks(model).items()}
+    if len(getattr(model, "mtp", ())):  # another list; theirs is left as it is
+        lists["mtp"] = nnx.List([change_one(module) for module in model.mtp])
+    return lists
 
 
 def _with(model: nnx.Module, **parts: nnx.Module) -> nnx.Module:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import PRODUCT
 from llmprep_jax.nn.param import Compute, Shared
+from llmprep_jax.types import Array, Int
 
 REMAT_POLICIES = {
     "full": None,
@@ -28,15 +29,17 @@ def stack(make: Callable[..., nnx.Module], num_layers: int, *, rngs: nnx.Rngs) -
     return jax.vmap(lambda rngs: make(rngs=rngs))(rngs.split(num_layers))
 
 
-def unstack(layers: nnx.Module) -> nnx.List:
-    """The same layers as a list of modules; copies the weights once."""
+def unstack(
+    layers: nnx.Module, change: Callable[[nnx.Module], nnx.Module] = lambda layer: layer
+) -> nnx.List:
+    """The same layers as a list of modules, each as `change` makes it; copies the weights once."""
     stacked, build = part(layers)
-    return nnx.List([build(one) for one in _slices(stacked, depth(layers))])
+    return nnx.List([change(build(_slice(stacked, index))) for index in range(depth(layers))])
 
 
-@functools.partial(jax.jit, static_argnums=1)  # one program, not two a shape
-def _slices(stacked: list[Any], num_layers: int) -> list[list[Any]]:
-    return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers)]
+@jax.jit  # one small program for all layers
+def _slice(stacked: list[Any], index: Int[Array, ""]) -> list[Any]:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
 
 
 def part(layers: nnx.Module) -> tuple[list[Any], Callable[[list[Any]], nnx.Module]]:
