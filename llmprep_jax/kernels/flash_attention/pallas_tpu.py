@@ -16,6 +16,7 @@ from llmprep_jax.kernels.platforms import platform
 Q_BLOCK, K_BLOCK = 512, 1024  # tokens; half the keys where heads are wide
 WIDE = 128
 WIDEST = 1024
+FEW = 128  # rows of queries
 
 Array = jax.Array
 Sides = tuple[Places, Places]
@@ -36,7 +37,23 @@ def forward(
     q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: Sides, rule: Rule
 ) -> tuple[Array, Array]:
     """(o, lse), as `reference.forward`."""
-    spec, (q, k) = _plan(q_BNTH, k_BKSH, v_BKSU, places, rule)
+    return _forward(q_BNTH, k_BKSH, v_BKSU, places, rule, None)
+
+
+def latent_forward(
+    q_BNTH: Array, z_BKSH: Array, width: int, places: Sides, rule: Rule
+) -> tuple[Array, Array]:
+    """As `forward` with keys z and values z[..., :width], read once for both.
+
+    DeepSeek-V2 section 2.1.2, with the up-projections absorbed: K is 1, H 576 and the width 512.
+    A width is a multiple of 128, and so should H be, else XLA lays slots out innermost and copies.
+    """
+    return _forward(q_BNTH, z_BKSH, None, places, rule, width)
+
+
+def _forward(q_BNTH, k_BKSH, v_BKSU, places, rule, latent):
+    spec, (q, k) = _plan(q_BNTH, k_BKSH, latent or v_BKSU.shape[-1], places, rule)
+    spec = spec._replace(latent=latent)
     table, values = tpu_tiles.table_of(q, k, spec), tpu_tiles.values_of(q, k, spec)
     arrays = _fold(q_BNTH, spec), k_BKSH, v_BKSU
     o, lse = tpu_forward.forward(*arrays, values, table, spec, _interprets())
@@ -54,7 +71,7 @@ def backward(
     rule: Rule,
 ) -> tuple[Array, Array, Array]:
     """(dq, dk, dv), as `reference.backward`."""
-    spec, (q, k) = _plan(q_BNTH, k_BKSH, v_BKSU, places, rule)
+    spec, (q, k) = _plan(q_BNTH, k_BKSH, v_BKSU.shape[-1], places, rule)
     table, values = tpu_tiles.table_of(q, k, spec), tpu_tiles.values_of(q, k, spec)
     q, do, lse, delta = [_fold(x, spec) for x in (q_BNTH, do_BNTU, lse_BNT, delta_BNT)]
     rest = q, k_BKSH, v_BKSU, do.astype(q.dtype), lse, delta, values, table, spec, _interprets()
@@ -63,7 +80,7 @@ def backward(
 
 
 def _plan(
-    q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: Sides, rule: Rule
+    q_BNTH: Array, k_BKSH: Array, U: int, places: Sides, rule: Rule
 ) -> tuple[tpu_tiles.Spec, Sides]:
     """Statics, and places as the kernels see them."""
     (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
@@ -73,9 +90,11 @@ def _plan(
         places = _fold_places(places, (B, T, S), folded, rule)
     q, _ = places
     names = tuple(name for name, x in q._asdict().items() if x is not None)
-    k_block = _block(S, K_BLOCK if max(H, v_BKSU.shape[-1]) <= WIDE else K_BLOCK // 2)
-    by_row = bool(names)
     T *= folded
+    k_limit = K_BLOCK if max(H, U) <= WIDE else K_BLOCK // 2
+    if T <= FEW:  # a step takes as long as its copy from memory: 1 MiB or half
+        k_limit *= 2
+    k_block, by_row = _block(S, k_limit), bool(names)
     return (
         tpu_tiles.Spec(rule, T, S, _block(T, Q_BLOCK), k_block, group, folded, names, by_row),
         places,

@@ -49,10 +49,12 @@ def query_gradients(
         ],
     )
     arrays = q_BNTH, k_BKSH, v_BKSU, do_BNTU, lse_BNT[:, :, None], delta_BNT[:, :, None]
+    out = jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype)
     return pl.pallas_call(
         functools.partial(_query_kernel, spec=spec),
         grid_spec=grid_spec,
-        out_shape=jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype),
+        out_shape=out,
+        cost_estimate=tiles.cost(spec, 2 * H + U, arrays, [out]),
         compiler_params=tiles.params("parallel", "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="attention_dq",
@@ -136,6 +138,7 @@ def key_gradients(
         functools.partial(_key_kernel, spec=spec),
         grid_spec=grid_spec,
         out_shape=shapes,
+        cost_estimate=tiles.cost(spec, 2 * (H + U), arrays, shapes),
         compiler_params=tiles.params(*["parallel"] * 3, "arbitrary", "arbitrary"),
         interpret=interpret,
         name="attention_dkv",

@@ -23,20 +23,20 @@ Array = jax.Array
 def forward(
     q_BNTH: Array,
     k_BKSH: Array,
-    v_BKSU: Array,
+    v_BKSU: Array | None,
     values: tuple[Array, ...],
     table: Table,
     spec: Spec,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """(o [B, N, T, U], lse [B, N, T])."""
-    (B, N, T, H), U = q_BNTH.shape, v_BKSU.shape[-1]
+    """(o [B, N, T, U], lse [B, N, T]); v is None where `spec.latent` says what values are."""
+    (B, N, T, H), U = q_BNTH.shape, spec.latent or v_BKSU.shape[-1]
     specs = block_specs(spec, H, U, [x.shape[1] for x in values])
     statistic = pltpu.VMEM((spec.q_block, LANES), jnp.float32)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
         grid=(B, N, spec.num_q_blocks, tiles.num_steps(table.q_low, table.q_high)),
-        in_specs=[*specs["values"], specs["q"], specs["k"], specs["v"]],
+        in_specs=[*specs["values"], *[specs[x] for x in ("qk" if v_BKSU is None else "qkv")]],
         out_specs=[specs["o"], specs["row"]],
         scratch_shapes=[
             *tiles.columns(values[:1], spec.q_block),
@@ -45,17 +45,20 @@ def forward(
             pltpu.VMEM((spec.q_block, U), jnp.float32),
         ],
     )
+    arrays = [x for x in (q_BNTH, k_BKSH, v_BKSU) if x is not None]
+    outs = [
+        jax.ShapeDtypeStruct((B, N, T, U), q_BNTH.dtype),
+        jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
+    ]
     o, lse_BN1T = pl.pallas_call(
         functools.partial(_kernel, spec=spec),
         grid_spec=grid_spec,
-        out_shape=[
-            jax.ShapeDtypeStruct((B, N, T, U), q_BNTH.dtype),
-            jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
-        ],
+        out_shape=outs,
+        cost_estimate=tiles.cost(spec, H + U, arrays, outs),
         compiler_params=tiles.params("parallel", "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="attention_forward",
-    )(table.q_low, table.q_high, table.kinds, *values, q_BNTH, k_BKSH, v_BKSU)
+    )(table.q_low, table.q_high, table.kinds, *values, *arrays)
     return o, lse_BN1T[:, :, 0]
 
 
@@ -97,7 +100,11 @@ def _kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
     q_values_ref = k_values_ref = columns_ref = None
     if spec.names:
         q_values_ref, k_values_ref, *refs = refs
-    q_ref, k_ref, v_ref, o_ref, lse_ref, *refs = refs
+    q_ref, k_ref, *refs = refs
+    v_ref = None
+    if spec.latent is None:
+        v_ref, *refs = refs
+    o_ref, lse_ref, *refs = refs
     if spec.names:
         columns_ref, *refs = refs
     max_ref, sum_ref, sums_ref = refs
@@ -123,7 +130,8 @@ def _kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
         shrink = jnp.exp(old_max - new_max)
         max_ref[...] = new_max
         sum_ref[...] = sum_ref[...] * shrink + jnp.sum(e, axis=1, keepdims=True)
-        v = tiles.within(v_ref[...], j * spec.k_block, spec.S, 0, spec.k_block)
+        v = k_ref[:, : spec.latent] if v_ref is None else v_ref[...]
+        v = tiles.within(v, j * spec.k_block, spec.S, 0, spec.k_block)
         sums_ref[...] *= tiles.lanes(shrink, v.shape[1])
         sums_ref[...] += tiles.multiply(e.astype(v.dtype), v, (1, 0))
 

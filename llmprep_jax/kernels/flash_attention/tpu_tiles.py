@@ -9,7 +9,9 @@ Letters of this file: I blocks of queries, J blocks of keys, W words of 16 tiles
 """
 
 import functools
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from llmprep_jax.kernels.flash_attention.masks import Places, Rule, may_see, ran
 from llmprep_jax.kernels.platforms import precision_of
 
 LANES = 128
+VMEM = 48 * 2**20  # of 128 MiB, and of 64 on a TPU7x
 HIDDEN, PARTLY, WHOLLY = 0, 1, 2  # how much of a tile is seen
 
 Array = jax.Array
@@ -34,6 +37,8 @@ class Spec(NamedTuple):
         lie one after the other in a row of queries, T / folded tokens each.
       names: values by token that both sides have, in order.
       by_row: whether rows differ in what they see.
+      latent: values are the first so many numbers of keys, and no array of their own; None: they
+        are one.
     """
 
     rule: Rule
@@ -45,6 +50,7 @@ class Spec(NamedTuple):
     folded: int
     names: tuple[str, ...]
     by_row: bool
+    latent: int | None = None
 
     @property
     def num_q_blocks(self) -> int:
@@ -281,4 +287,17 @@ def params(*semantics: str) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
 
 
-VMEM = 48 * 2**20  # of 128 MiB, and of 64 on a TPU7x
+def cost(spec: Spec, widths: int, arrays: Sequence[Array], outs: Sequence[Any]) -> pl.CostEstimate:
+    """For XLA's scheduler, of masks by column.
+
+    Args:
+      widths: over all products of a pair of tokens, the numbers that each multiplies.
+    """
+    pairs = spec.T * spec.S
+    if spec.rule.causal and spec.folded == 1:
+        pairs //= 2
+    if spec.rule.window is not None:
+        pairs = min(pairs, spec.T * spec.rule.window * (1 if spec.rule.causal else 2))
+    pairs *= arrays[0].shape[0] * arrays[0].shape[1]
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *outs))
+    return pl.CostEstimate(flops=2 * pairs * widths, transcendentals=pairs, bytes_accessed=size)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from llmprep_jax.kernels.flash_attention import pallas_tpu, tpu_tiles
+from llmprep_jax.kernels.flash_attention import pallas_tpu, reference, tpu_tiles
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule
 from tests.grids import cases
 from tests.kernels.flash_attention.problems import Problem, assert_close, run
@@ -39,6 +39,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "Q_BLOCK", 16)
     monkeypatch.setattr(pallas_tpu, "K_BLOCK", 32)
     monkeypatch.setattr(pallas_tpu, "WIDE", 16)  # half the keys for wider heads
+    monkeypatch.setattr(pallas_tpu, "FEW", 4)  # twice the keys for fewer rows
 
 
 @pytest.mark.parametrize("problem", cases([*FAST, *REST], fast=FAST), ids=str)
@@ -63,6 +64,23 @@ def test_no_step_of_the_grid_races_with_another(problem, capfd):
         found = run(problem, "pallas_tpu")
     assert "race" not in capfd.readouterr().out.lower()
     assert_close(found, run(problem, "reference"), 1e-5)
+
+
+@pytest.mark.parametrize("T", cases([1, 9], fast=[1]))
+def test_latents_are_read_for_keys_and_values(T):
+    problem = Problem(T=T, S=70, N=4, K=1, H=36, values="pe")
+    q, z = [problem.arrays()[name].swapaxes(1, 2) for name in "qk"]
+    options = problem.options()
+    sides = tuple(
+        Places(*[jnp.array(options[f"{side}_{name}"]) for name in ("positions", "segments")])
+        for side in "qk"
+    )
+    rule = Rule(scale=0.2)
+    found = pallas_tpu.latent_forward(q, z, 32, sides, rule)
+    wanted = reference.forward(q, z, z[..., :32], sides, rule)
+    names = "o", "lse"
+    found, wanted = [dict(zip(names, x, strict=True)) for x in (found, wanted)]
+    assert_close(found, wanted, 1e-5)
 
 
 def ranges_of(q_positions, k_positions, window=None, segments=(None, None)):
