@@ -4,11 +4,16 @@ Tracing and compiling then cost the same at 2 and at 61 layers. On a CPU a scan 
 slice of the weights before it multiplies (a decode step at half speed), so a model for generation
 can be unrolled: `unstack` gives a list of layers, and `scan` runs it as a Python loop. Variables of
 class `Shared` are the same in every layer and are sliced by neither.
+
+Layers that differ in a static (Gemma 3's five local and one global) stay one flat stack. The loop's
+body is then a super-block, one period of the kinds, and each of its layers picks its weights out of
+the whole stack by number: reshaping to [periods, period, ...] keeps each super-block's weights, or
+all of them, a second time for the backward pass.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +27,7 @@ REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
+LEAST_SAVED = 8  # layers that a further loop must save compiling: it sums all gradients once more
 
 
 def stack(make: Callable[..., nnx.Module], num_layers: int, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -81,8 +87,9 @@ def scan(
     carry: Any,
     *values: Any,
     compute: Compute,
+    kinds: Sequence[Hashable] | None = None,
 ) -> Any:
-    """carry = step(layer, carry, *values[l]) for each layer l.
+    """carry = step(layer, carry, *values[l], kinds[l]) for each layer l.
 
     Args:
       step: the body; it is rematerialised as `compute.remat` says.
@@ -90,31 +97,128 @@ def scan(
       carry: what goes through the layers.
       values: arrays with a leading layer axis; with a list of layers each step gets them as plain
         numbers, so that `if` may branch on them.
+      kinds: what is static of each layer and may differ, such as its window; None: steps get none.
     """
-    remat = _remat(compute.remat)
     if isinstance(layers, nnx.List):
         for index, layer in enumerate(layers):
             # closed over, since jax.checkpoint would make traced values of its arguments
-            numbers = [value[index].item() for value in values]
-            run = remat(lambda layer, carry, numbers=numbers: step(layer, carry, *numbers))
-            carry = run(layer, carry)
+            statics = [value[index].item() for value in values]
+            statics += [] if kinds is None else [kinds[index]]
+            run = lambda layer, carry, statics=statics: step(layer, carry, *statics)  # noqa: E731
+            carry = _remat(run, compute, in_loop=False)(layer, carry)
         return carry
 
+    values = tuple(jnp.asarray(value) for value in values)
+    if kinds is not None and len(set(kinds)) > 1:
+        return _scan_kinds(step, layers, carry, values, tuple(kinds), compute)
+    statics = [] if kinds is None else [kinds[0]]
+    stacked, build = part(layers)
+    unroll = compute.unroll or depth(layers)
+
+    def run(values_of_layer, carry):
+        layer, *numbers = values_of_layer
+        return step(build(layer), carry, *numbers, *statics)
+
+    run = _remat(run, compute, in_loop=unroll < depth(layers))
+    return jax.lax.scan(
+        lambda carry, xs: (run(xs, carry), None), carry, (stacked, *values), unroll=unroll
+    )[0]
+
+
+class Run(NamedTuple):
+    """Layers that are run together, from `start` on: `repeats` times a super-block of `period`."""
+
+    start: int
+    period: int
+    repeats: int
+
+
+@functools.cache
+def plan_runs(kinds: tuple[Hashable, ...], least: int = 1, start: int = 0) -> tuple[Run, ...]:
+    """How layers of these kinds are run, so that few are compiled: by loops and one by one.
+
+    Args:
+      least: layers that a loop must save compiling. start: the number of the first.
+    """
+    best = Run(0, len(kinds), 1)
+    for period in range(1, len(kinds) // 2 + 1):
+        alike = [a == b for a, b in zip(kinds, kinds[period:], strict=False)]
+        for first in range(len(kinds) - period):
+            length = next((i for i, same in enumerate(alike[first:]) if not same), None)
+            length = period + (len(alike) - first if length is None else length)
+            run = Run(first, period, length // period)
+            if run.period * (run.repeats - 1) > best.period * (best.repeats - 1):
+                best = run
+    if best.period * (best.repeats - 1) < least:
+        return (Run(start, len(kinds), 1),) if kinds else ()
+    end = best.start + best.period * best.repeats
+    return (
+        *plan_runs(kinds[: best.start], LEAST_SAVED, start),
+        best._replace(start=start + best.start),
+        *plan_runs(kinds[end:], LEAST_SAVED, start + end),
+    )
+
+
+def _scan_kinds(
+    step: Callable[..., Any],
+    layers: nnx.Module,
+    carry: Any,
+    values: tuple[Array, ...],
+    kinds: tuple[Hashable, ...],
+    compute: Compute,
+) -> Any:
+    """`scan` of layers of several kinds."""
     stacked, build = part(layers)
 
-    def body(carry, layer_and_values):
-        layer, *layer_values = layer_and_values
-        return remat(step)(build(layer), carry, *layer_values), None
+    def run_layer(carry: Any, number: int | Int[Array, ""], kind: Hashable, in_loop: bool) -> Any:
+        # picked inside what is rematerialised, else the backward pass keeps a copy
+        def run(whole, carry):
+            layer, *numbers = jax.tree.map(lambda x: _pick(x, number), whole)
+            return step(build(layer), carry, *numbers, kind)
 
-    arrays = tuple(jnp.asarray(value) for value in values)
-    unroll = compute.unroll or depth(layers)
-    return jax.lax.scan(body, carry, (stacked, *arrays), unroll=unroll)[0]
+        return _remat(run, compute, in_loop, _all_but_weights)((stacked, *values), carry)
+
+    for start, period, repeats in plan_runs(kinds):
+        offsets = range(start, start + period)
+        if repeats == 1:
+            for number in offsets:
+                carry = run_layer(carry, number, kinds[number], in_loop=False)
+            continue
+        unroll = min(-(-compute.unroll // period) or repeats, repeats)
+
+        def super_block(carry, first, offsets=offsets, in_loop=unroll < repeats):
+            for number in offsets:
+                carry = run_layer(carry, first + number, kinds[number], in_loop)
+            return carry, None
+
+        firsts = jnp.arange(0, period * repeats, period)
+        carry, _ = jax.lax.scan(super_block, carry, firsts, unroll=unroll)
+    return carry
 
 
-def _remat(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _pick(x: Array, number: int | Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, number, keepdims=False)
+
+
+def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy that keeps what autodiff would, but for what `_pick` gives."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
+
+
+def _remat(
+    run: Callable[..., Any],
+    compute: Compute,
+    in_loop: bool,
+    policy_of_none: Callable[..., bool] | None = None,
+) -> Callable[..., Any]:
+    """`run` rematerialised as `compute` says; `policy_of_none` is that of remat "none"."""
+    name = compute.remat
     if name == "none":
-        return lambda step: step
+        if policy_of_none is None:
+            return run
+        return jax.checkpoint(run, policy=policy_of_none, prevent_cse=False)
     if name not in REMAT_POLICIES:
         names = ", ".join(["none", *REMAT_POLICIES])
         raise ValueError(f"unknown remat policy {name!r}; the policies are {names}")
-    return functools.partial(jax.checkpoint, policy=REMAT_POLICIES[name])
+    # forward and backward are two loops, of which none can take the other's values
+    return jax.checkpoint(run, policy=REMAT_POLICIES[name], prevent_cse=not in_loop)

@@ -137,7 +137,6 @@ def test_listed_layers_agree_with_scanned_ones(name):
 
 
 def test_padding_inside_a_row_of_several_query_blocks_changes_nothing_in_either_layout():
-    # a listed layer knows its window, and a scanned one has it as a value
     cfg = dataclasses.replace(CONFIGS["gemma3"], window=40, global_every=2, num_layers=2)
     model, tokens = random_model(cfg), make_tokens(1, 290)
     columns = np.r_[:110, 170:350]

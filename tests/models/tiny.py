@@ -46,7 +46,7 @@ CONFIGS = {
         first_window_layer=1,
         model_type="qwen2",
     ),
-    "gemma3": Gemma3Config(**_GEMMA, num_layers=4, global_every=3, num_kv_heads=1),
+    "gemma3": Gemma3Config(**_GEMMA, num_layers=5, global_every=2, num_kv_heads=1),
     "deepseek-v3": DeepSeekConfig(
         **_DEEPSEEK,
         q_rank=20,

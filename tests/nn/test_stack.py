@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from flax import nnx
 
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.param import Compute, Shared
-from llmprep_jax.nn.stack import scan, stack, take, unstack
+from llmprep_jax.nn.stack import Run, plan_runs, scan, stack, take, unstack
 from tests.random_modules import random_module
 
 make_layer = functools.partial(GatedMlp, 8, 16, compute=Compute())
@@ -130,3 +131,91 @@ def test_some_layers_of_a_stack_or_list_are_those_layers():
         found = scan(lambda layer, x: layer(x), some, x, compute=Compute())
         np.testing.assert_allclose(found, expected[1](expected[0](x)), atol=1e-6)
     assert take(layers, 0, 4) is layers
+
+
+L, G = True, False  # a local layer, a global one
+
+
+@pytest.mark.parametrize(
+    ("kinds", "runs"),
+    [
+        (4 * [L, L, L, L, L, G] + [L, L], [(0, 6, 4), (24, 2, 1)]),
+        (3 * [L, L, L, L, L, G], [(0, 6, 3)]),
+        (2 * [L, G] + [G], [(0, 2, 2), (4, 1, 1)]),
+        ([L, G, G], [(0, 1, 1), (1, 1, 2)]),
+        ([L, L, G], [(0, 1, 2), (2, 1, 1)]),
+        ([L, G], [(0, 2, 1)]),
+        (9 * [L] + 9 * [G], [(0, 1, 9), (9, 1, 9)]),
+        (12 * [L] + 9 * [G] + 8 * [L], [(0, 1, 12), (12, 1, 9), (21, 8, 1)]),
+    ],
+    ids=["26", "18", "odd", "first", "last", "two", "halves", "thirds"],
+)
+def test_layers_of_several_kinds_are_run_by_their_longest_repetition(kinds, runs):
+    assert plan_runs(tuple(kinds)) == tuple(Run(*run) for run in runs)
+
+
+KINDS = ("up", "down", "up", "down", "up")
+
+
+def turn(layer, x, scale, kind):
+    """A step that is another function, not another number, by the kind of a layer."""
+    return step(layer, x, scale) if kind == "up" else jnp.sin(step(layer, x, -scale))
+
+
+def run_kinds(layers, x, kinds=KINDS, **compute):
+    scales = np.linspace(1.0, 2.0, 5, dtype=np.float32)
+    return scan(turn, layers, x, scales, kinds=kinds, compute=Compute(**compute))
+
+
+def loop_over_kinds(layers, x, kinds=KINDS):
+    for index, kind in enumerate(kinds):
+        layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
+        x = turn(layer, x, 1.0 + index / 4, kind)
+    return x
+
+
+@pytest.mark.parametrize("unroll", [1, 3, 0])
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
+def test_layers_of_several_kinds_are_a_loop_over_them(unroll, remat, listed):
+    layers, x = make_layers(5), draw()
+    run = unstack(layers) if listed else layers
+    found = run_kinds(run, x, unroll=unroll, remat=remat)
+    np.testing.assert_allclose(found, loop_over_kinds(layers, x), atol=1e-5)
+
+
+def test_layers_of_one_kind_are_told_it():
+    layers, x = make_layers(5), draw()
+    found = run_kinds(layers, x, ("down",) * 5)
+    np.testing.assert_allclose(found, loop_over_kinds(layers, x, ("down",) * 5), atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_layers_of_several_kinds_have_the_gradients_of_a_loop(remat):
+    layers, x = make_layers(5), draw()
+    expected = jax.grad(lambda layers: loop_over_kinds(layers, x).sum())(layers)
+    found = jax.grad(lambda layers: run_kinds(layers, x, remat=remat).sum())(layers)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def compiled_gradient(kinds, remat):
+    """(temporary bytes, bytes read and written by a program that goes through loops once)."""
+    make = functools.partial(GatedMlp, 64, 128, compute=Compute())
+    layers = random_module(lambda: stack(make, len(kinds), rngs=nnx.Rngs(0)))
+
+    def total(layers, x):
+        one = lambda layer, x, kind: turn(layer, x, 1.0, kind)  # noqa: E731
+        return scan(one, layers, x, kinds=kinds, compute=Compute(remat=remat)).sum()
+
+    program = jax.jit(jax.grad(total)).lower(layers, jnp.ones((1, 1, 64))).compile()
+    return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["bytes accessed"]
+
+
+@pytest.mark.parametrize(("remat", "rest"), [("none", ()), ("full", ("up",))], ids=str)
+def test_super_blocks_copy_no_stack_of_weights_forward_or_backward(remat, rest):
+    few, many = [compiled_gradient(count * ("up", "down") + rest, remat) for count in (4, 16)]
+    more = 24 * 3 * 64 * 128 * 4  # bytes of the weights that one has more
+    # a copy of all weights, or of their gradients, is 1; beside a rest one gradient at a time is
+    assert many[0] - few[0] < (0.4 if rest else 0.05) * more
+    # gradients begin as zeros (1) and the rest's are added (3); were each layer's, 3 each
+    assert many[1] - few[1] < (4 if rest else 1.5) * more

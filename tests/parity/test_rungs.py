@@ -152,19 +152,17 @@ def places(tokens):
 
 
 def layer_call(model, number, tokens):
-    """What a layer is called with beside its input: for attention, and for the block."""
+    """What a layer, and its attention, is called with beside its input."""
     cfg, where = model.cfg, places(tokens)
     if hasattr(cfg, "local_layers"):
-        local, full = model._kinds(where)
         is_local = cfg.local_layers()[number]
-        return (where, *(local if is_local else full)), (where, local, full, None, is_local, 0)
+        return where, model._rope(where, is_local), cfg.window if is_local else None
     if hasattr(cfg, "kv_rank"):
-        return ((where, model.rope(where)),) * 2
+        return where, model.rope(where)
     rope = rope_angles(
         where.positions_BT, *rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
     )
-    window = cfg.window if number >= cfg.first_window_layer else None
-    return (where, rope, window), (where, rope, window)
+    return where, rope, cfg.windows()[number]
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp", "block"])
@@ -173,16 +171,16 @@ def test_layers_agree(case, part):
     failures = []
     for number in range(ours.cfg.num_layers):
         layer, name = layer_of(ours, number), f"model.layers.{number}"
-        attention, block = layer_call(ours, number, torch_models.tokens())
+        call = layer_call(ours, number, torch_models.tokens())
         if part == "attention":
             name += ".self_attn"
-            found = layer.attn(trace.of(name)[0], *attention)[0]
+            found = layer.attn(trace.of(name)[0], *call)[0]
         elif part == "mlp":
             name += ".mlp"
             found = layer.mlp(jnp.asarray(trace.of(name)[0]))
             found = found[0] if isinstance(found, tuple) else found  # and the load of experts
         else:
-            found = layer(trace.of(name)[0], *block)[0]
+            found = layer(trace.of(name)[0], *call)[0]
         if differ(found, trace.of(name)[1]):
             failures.append(name)
     assert not failures

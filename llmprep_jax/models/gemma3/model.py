@@ -10,7 +10,6 @@ rounded to the dtype of the weights (25.25 for 270M in bf16, not 25.298), the ti
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -34,13 +33,6 @@ class Caches(NamedTuple):
 
     local: KVCache
     full: KVCache
-
-
-class Kind(NamedTuple):
-    """What differs between local and global layers: the rotation and the reach."""
-
-    rope: tuple[Array, Array]
-    window: int | None
 
 
 class Block(nnx.Module):
@@ -74,31 +66,15 @@ class Block(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         tokens: Tokens,
-        local: Kind,
-        full: Kind,
-        caches: Caches | None,
-        is_local: bool | Bool[Array, ""],
-        slot: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], Caches | None]:
+        rope: tuple[Array, Array],
+        window: int | None,
+        cache: KVCache | None = None,
+        slot: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """`slot` is the layer's place among those of its kind, which is where its cache is."""
-        h_BTD, caches = self._attend(
-            self.attn_norm(x_BTD), tokens, local, full, caches, is_local, slot
-        )
+        h_BTD, cache = self.attn(self.attn_norm(x_BTD), tokens, rope, window, cache, slot)
         x_BTD = x_BTD + self.post_attn_norm(h_BTD)
-        return x_BTD + self.post_mlp_norm(self.mlp(self.mlp_norm(x_BTD))), caches
-
-    def _attend(self, x_BTD, tokens, local, full, caches, is_local, slot):
-        def as_local(x_BTD, caches):
-            h_BTD, cache = self.attn(x_BTD, tokens, *local, caches and caches.local, slot)
-            return h_BTD, caches and caches._replace(local=cache)
-
-        def as_full(x_BTD, caches):
-            h_BTD, cache = self.attn(x_BTD, tokens, *full, caches and caches.full, slot)
-            return h_BTD, caches and caches._replace(full=cache)
-
-        if not isinstance(is_local, jax.Array):
-            return (as_local if is_local else as_full)(x_BTD, caches)
-        return jax.lax.cond(is_local, as_local, as_full, x_BTD, caches)
+        return x_BTD + self.post_mlp_norm(self.mlp(self.mlp_norm(x_BTD))), cache
 
 
 class Model(LanguageModel):
@@ -137,10 +113,14 @@ class Model(LanguageModel):
         if cache is not None:
             local_cache = cache.local.begin(place.positions_BT, place.segments_BT)
             cache = Caches(local_cache, full_cache)
-        local, full = self._kinds(place)
+        ropes = {True: self._rope(place, is_local=True), False: self._rope(place, is_local=False)}
 
-        def step(block, carry, is_local, slot):
-            return block(carry[0], place, local, full, carry[1], is_local, slot)
+        def step(block, carry, slot, is_local):
+            x_BTD, caches = carry
+            field, window = ("local", cfg.window) if is_local else ("full", None)
+            cache = caches and getattr(caches, field)
+            x_BTD, cache = block(x_BTD, place, ropes[is_local], window, cache, slot)
+            return x_BTD, caches and caches._replace(**{field: cache})
 
         is_local_L = np.array(cfg.local_layers())
         slot_L = np.where(is_local_L, np.cumsum(is_local_L), np.cumsum(~is_local_L)) - 1
@@ -148,8 +128,8 @@ class Model(LanguageModel):
             step,
             self.layers,
             (self._embed(tokens), cache),
-            is_local_L,
             slot_L,
+            kinds=cfg.local_layers(),
             compute=cfg.compute,
         )
         return self.norm(x_BTD), cache and Caches(cache.local.end(), cache.full.end())
@@ -159,14 +139,10 @@ class Model(LanguageModel):
         scale = jnp.asarray(self.cfg.dim**0.5, self.embed.table_dtype)
         return x_BTD * scale.astype(x_BTD.dtype)
 
-    def _kinds(self, place: Tokens) -> tuple[Kind, Kind]:
+    def _rope(self, place: Tokens, is_local: bool) -> tuple[Array, Array]:
         cfg = self.cfg
-        local = rope_frequencies(cfg.head_dim, cfg.rope_local_base)
-        full = rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
-        return (
-            Kind(rope_angles(place.positions_BT, *local), cfg.window),
-            Kind(rope_angles(place.positions_BT, *full), None),
-        )
+        base = (cfg.rope_local_base,) if is_local else (cfg.rope_base, cfg.rope_scaling)
+        return rope_angles(place.positions_BT, *rope_frequencies(cfg.head_dim, *base))
 
     @property
     def logits_soft_cap(self) -> float | None:
@@ -195,7 +171,7 @@ class Model(LanguageModel):
             per_layer=isinstance(self.layers, nnx.List),
         )
         num_full = cfg.num_layers - num_local
-        # one layer at least: scanned layers compile both kinds, whether or not there are both
+        # one layer at least: an empty tuple of buffers has no dtype
         return Caches(
             create(max(num_local, 1), num_slots=min(cfg.window, max_len), is_ring=True),
             create(max(num_full, 1), num_slots=max_len),

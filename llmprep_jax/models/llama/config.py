@@ -61,6 +61,11 @@ class Config:
                 f"num_heads ({self.num_heads}) is no multiple of num_kv_heads ({self.num_kv_heads})"
             )
 
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer, its sliding window, or None."""
+        layers = range(self.num_layers)
+        return tuple(self.window if layer >= self.first_window_layer else None for layer in layers)
+
 
 def from_hf(hf: Mapping[str, Any]) -> Config:
     """Reads a Hugging Face config.json of model_type llama or qwen2.

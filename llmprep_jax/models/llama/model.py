@@ -8,7 +8,6 @@ pass.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -95,21 +94,18 @@ class Model(LanguageModel):
         inv_freq, factor = rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
         rope = rope_angles(place.positions_BT, inv_freq, factor)
 
-        def step(block, carry, layer, has_window):
-            def run(window, carry):
-                return block(carry[0], place, rope, window, carry[1], layer)
+        def step(block, carry, layer, window):
+            x_BTD, cache = carry
+            return block(x_BTD, place, rope, window, cache, layer)
 
-            if len(set(has_window_L)) == 1:
-                return run(cfg.window if has_window_L[0] else None, carry)
-            if not isinstance(has_window, jax.Array):
-                return run(cfg.window if has_window else None, carry)
-            ways = [functools.partial(run, window) for window in (cfg.window, None)]
-            return jax.lax.cond(has_window, *ways, carry)
-
-        layers = np.arange(cfg.num_layers)
-        has_window_L = layers >= (cfg.num_layers if cfg.window is None else cfg.first_window_layer)
-        carry = self.embed(tokens), cache
-        x_BTD, cache = scan(step, self.layers, carry, layers, has_window_L, compute=cfg.compute)
+        x_BTD, cache = scan(
+            step,
+            self.layers,
+            (self.embed(tokens), cache),
+            np.arange(cfg.num_layers),
+            kinds=cfg.windows(),
+            compute=cfg.compute,
+        )
         return self.norm(x_BTD), None if cache is None else cache.end()
 
     @on_own_mesh
