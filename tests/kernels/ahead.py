@@ -1,4 +1,4 @@
-"""Compiles for chips that nobody has at hand: TPUs by libtpu, which pip installs."""
+"""Compiles for chips that nobody has at hand, by libtpu and by JAX's CUDA plugin, both from pip."""
 
 import os
 from collections.abc import Callable
@@ -18,6 +18,44 @@ def tpu_devices(generation: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[generation])
+    return list(topology.devices)
+
+
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84929347584
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+runtime_version { major: 12 minor: 8 }
+dnn_version_info { major: 9 minor: 7 }
+"""
+
+
+def h100_devices(count: int = 1) -> list[Any]:
+    """Of one machine; the test is skipped without the plugin."""
+    reason = "jax-cuda12-plugin is not installed: nothing is compiled for GPUs"
+    pytest.importorskip("jax_cuda12_plugin", reason=reason)
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H100, topology=f"1x1x{count}"
+    )
     return list(topology.devices)
 
 

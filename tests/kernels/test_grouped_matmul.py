@@ -137,7 +137,7 @@ def test_layers_are_scanned_rematerialised_and_mapped_over_devices(impl):
 
 def test_the_default_is_by_platform():
     assert backend(None, *map(jnp.asarray, draw("few-rows")[:2])) is blocks
-    for platform, name in (("tpu", "pallas_tpu"), (None, "ragged")):
+    for platform, name in (("tpu", "pallas_tpu"), ("gpu", "pallas_gpu"), (None, "ragged")):
         assert BACKENDS[platform][0] == name
 
 

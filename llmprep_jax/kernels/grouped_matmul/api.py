@@ -21,10 +21,10 @@ from llmprep_jax.kernels.platforms import platform, tell_once
 BACKENDS = {
     "cpu": ("blocks",),
     "tpu": ("pallas_tpu", "ragged"),
-    "gpu": ("ragged",),
+    "gpu": ("pallas_gpu", "blocks"),
     None: ("ragged",),  # a mesh without devices, of a pod that nobody has at hand
 }
-IMPLS = ("blocks", "ragged", "pallas_tpu")
+IMPLS = ("blocks", "ragged", "pallas_tpu", "pallas_gpu")
 
 
 def grouped_matmul(

@@ -1,0 +1,157 @@
+"""The Pallas kernels, interpreted in tiles of few columns and compiled for real chips."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from llmprep_jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu
+from llmprep_jax.kernels.grouped_matmul.api import grouped_matmul
+from llmprep_jax.kernels.grouped_matmul.visits import visit_groups, visit_tiles
+from tests.grids import cases
+from tests.kernels.ahead import TPUS, compile_on, h100_devices, temporaries, tpu_devices
+from tests.kernels.test_grouped_matmul import expect
+
+SIZES = {  # rows of groups, of 300 rows in tiles of 128
+    "borders in tiles": (0, 100, 0, 129, 1, 40, 0),
+    "borders of tiles": (128, 0, 128),
+    "one row a group": (1,) * 6,
+    "all in the last": (0, 0, 300),
+    "none": (0, 0),
+}
+
+
+def draw(sizes, dtype=np.float32, num_rows=300):
+    """(x, w, sizes, cotangent) of 256 and 300 columns; rows of no group are NaN."""
+    rng = np.random.default_rng(0)
+    x, w, dy = [
+        rng.normal(size=shape)
+        for shape in ((num_rows, 256), (len(sizes), 256, 300), (num_rows, 300))
+    ]
+    x[sum(sizes) :] = dy[sum(sizes) :] = np.nan
+    return x.astype(dtype), w.astype(dtype), np.array(sizes, np.int32), dy.astype(dtype)
+
+
+def run(x, w, sizes, dy, impl):
+    """The product and its gradients, by a program of its own."""
+
+    @jax.jit
+    def both(x, w, sizes, dy):
+        ours = functools.partial(grouped_matmul, sizes_E=sizes, dtype=x.dtype, impl=impl)
+        y, vjp = jax.vjp(ours, x, w)
+        return y, *vjp(dy)
+
+    return both(x, w, sizes, dy)
+
+
+def assert_close(found, expected, tolerance):
+    """Each array, to a part of its greatest value."""
+    for x, y in zip(found, expected, strict=True):
+        error = np.abs(np.asarray(x, np.float64) - y).max() / max(np.abs(y).max(), 1e-3)
+        assert error < tolerance, error
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Of 128 columns: three of 300, the last over the end, and two parts of 256."""
+    monkeypatch.setattr(pallas_tpu, "TILES", ((128, 128),))
+    monkeypatch.setattr(pallas_tpu, "WIDEST", 128)
+    monkeypatch.setattr(pallas_tpu, "PART", 128)
+    monkeypatch.setattr(pallas_gpu, "TILES", {2: (128, 128, 64), 4: (64, 128, 64)})
+
+
+BORDERS = "borders in tiles"
+
+
+@pytest.mark.parametrize(
+    ("impl", "case", "dtype"),
+    cases(
+        itertools.product(("pallas_tpu", "pallas_gpu"), SIZES, ("float32", "bfloat16")),
+        fast=[("pallas_tpu", BORDERS, "float32"), ("pallas_gpu", BORDERS, "float32")],
+    ),
+)
+def test_products_and_gradients_by_tiles_are_those_of_a_loop_over_groups(
+    small_tiles, impl, case, dtype
+):
+    operands = draw(SIZES[case], dtype)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    assert_close(run(*operands, impl), expect(*operands), tolerance)
+
+
+@pytest.mark.parametrize("impl", ["pallas_tpu", "pallas_gpu"])
+def test_gradients_in_bf16_are_summed_in_float32(impl):
+    """In bf16 a sum of 2,048 ones stays at 256; by tiles, 1 + 2^-7 as often is not 2,064."""
+    shapes = (2048, 16), (1, 16, 16), (2048, 16)
+    x, w, dy = [jnp.ones(shape, jnp.bfloat16) for shape in shapes]
+    dy += 2**-7
+    _, _, dw = run(x, w, jnp.array([2048]), dy, impl)
+    assert dw.dtype == jnp.bfloat16
+    assert (dw == 2064).all()
+
+
+def test_a_tile_that_begins_earlier_counts_nothing_twice():
+    """Of 280 and 300 columns and 40 rows: no power of two divides them."""
+    rng = np.random.default_rng(0)
+    x, w, dy = [
+        rng.normal(size=shape).astype(np.float32) for shape in ((40, 280), (2, 280, 300), (40, 300))
+    ]
+    operands = x, w, np.array([3, 37], np.int32), dy
+    assert_close(run(*operands, "pallas_gpu"), expect(*operands), 1e-5)
+
+
+@pytest.mark.slow
+def test_no_tile_is_read_and_written_at_once(small_tiles):
+    operands = draw(SIZES["borders in tiles"])
+    checks = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with pltpu.force_tpu_interpret_mode(checks):
+        assert_close(run(*operands, "pallas_tpu"), expect(*operands), 1e-5)
+
+
+def test_visits_are_every_group_in_every_tile_that_it_has_rows_in():
+    sizes = jnp.array([0, 5, 0, 6, 1])  # of 20 rows in tiles of 4
+    visits = [
+        [tuple(map(int, row)) for row in zip(*found[:4], strict=True)][: int(found.count[0])]
+        for found in jax.jit(lambda x: (visit_tiles(x, 20, 4), visit_groups(x, 20, 4)))(sizes)
+    ]
+    with_rows = [(1, 0, 0, 4), (1, 1, 4, 5), (3, 1, 5, 8), (3, 2, 8, 11), (4, 2, 11, 12)]
+    assert visits[0] == [*with_rows, (5, 3, 12, 16), (5, 4, 16, 20)]
+    assert [v for v in visits[1] if v[2] < v[3]] == with_rows
+    assert [v[0] for v in visits[1]] == [0, 1, 1, 2, 3, 3, 4]
+
+
+def abstract(rows, groups, dim=7168, mlp_dim=2048):
+    """DeepSeek-V3's experts of one device: (x, w, sizes, cotangent) in bf16."""
+    shapes = (rows, dim), (groups, dim, mlp_dim), (groups,), (rows, mlp_dim)
+    dtypes = (jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.bfloat16)
+    return [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
+
+
+def gradients(x, w, sizes, dy, impl=None):
+    ours = functools.partial(grouped_matmul, sizes_E=sizes, dtype=jnp.bfloat16, impl=impl)
+    y, vjp = jax.vjp(ours, x, w)
+    return y, *vjp(dy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", TPUS)
+def test_kernels_compile_for_tpus_and_hold_nothing(generation):
+    """XLA's own hold 896 MiB for dx."""
+    device = tpu_devices(generation)[0]
+    compiled = compile_on(device, gradients, *abstract(rows=32768, groups=8))
+    assert temporaries(compiled) < 8
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    flops = compiled.cost_analysis()["flops"]
+    assert flops < 1.01 * 3 * 2 * 32768 * 7168 * 2048  # each row for its own group alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "groups"), [(8192, 4), (65536, 32)])
+def test_kernels_compile_for_an_h100_and_hold_nothing(rows, groups):
+    """XLA's own hold a copy of the rows for each group, 28 GiB at 65,536 rows and 32 of them."""
+    compiled = compile_on(h100_devices()[0], gradients, *abstract(rows, groups))
+    assert temporaries(compiled) < 8
+    assert compiled.as_text().count("__gpu$xla.gpu.triton") == 3
