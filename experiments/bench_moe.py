@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.bench_step import training_call
+from experiments.bench.training import training_call
 from experiments.study import contest
 from llmprep_jax import cli
 from llmprep_jax.config import only_overrides, override
@@ -64,7 +64,8 @@ def our_step(operands: str) -> Callable[[], Any]:
 
     tokens, mask = draw_tokens(ROWS, LENGTH + 1), np.ones((ROWS, LENGTH), np.float32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": mask}
-    return training_call(our_model(matmul_dtype=operands), TRAINED, batch)
+    step = training_call(our_model(matmul_dtype=operands), TRAINED, batch)
+    return lambda: float(step())
 
 
 def our_decode(dtype: str) -> Callable[[], Any]:
