@@ -53,5 +53,10 @@ def environment() -> Iterator[Row]:
     yield _row("runtime", " ".join(devices[0].client.platform_version.split()))
 
 
+def facts() -> tuple[list[Row], str]:
+    """The rows, and the device's name."""
+    return list(environment()), device_name()
+
+
 def _row(what: str, found: str) -> Row:
     return {"section": "environment", "what": what, "found": found}

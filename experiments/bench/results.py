@@ -82,7 +82,7 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def best(rows: Iterable[Row], key: str, **alike: Any) -> float | None:
+def best(rows: Iterable[Row], key: str, /, **alike: Any) -> float | None:
     """The greatest value of a key among rows that have these values; None where none has it."""
     found = [
         row[key]
