@@ -9,7 +9,7 @@ keys, the keys alone.
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -97,15 +97,37 @@ SHAPES = {
 }
 
 
+# backends that are of one platform; others are of all
+ONLY = {
+    **dict.fromkeys(("pallas_tpu", "splash"), "tpu"),
+    **dict.fromkeys(("pallas_gpu", "mosaic_gpu", "cudnn"), "gpu"),
+}
+
+
 def backends(platform: str) -> list[str]:
-    """Names of ours that a platform is served by, best first, and plain attention."""
-    from llmprep_jax.kernels.flash_attention.api import BACKENDS
+    """Names of ours that a platform may be served by."""
+    from llmprep_jax.kernels.flash_attention.api import IMPLS
 
-    return [*BACKENDS.get(platform, BACKENDS["gpu"]), "reference"]
+    return on_platform(IMPLS, platform)
 
 
-def refusal(name: str, shape: Shape, dtype: str, backward: bool) -> str | None:
+def on_platform(impls: Iterable[str], platform: str) -> list[str]:
+    """Those that are not of another platform."""
+    return [name for name in impls if ONLY.get(name, platform) == platform]
+
+
+def refusal(
+    name: str,
+    shape: Shape,
+    dtype: str,
+    backward: bool,
+    soft_cap: float | None = None,
+    given: Any = (),
+) -> str | None:
     """Why a backend cannot do it, in its own words; None: it can.
+
+    Args:
+      given: the names of what there is by token: "positions", "segments", "spans".
 
     Raises:
       Absent: what it is made of is not installed.
@@ -120,12 +142,14 @@ def refusal(name: str, shape: Shape, dtype: str, backward: bool) -> str | None:
         module = importlib.import_module(f"{flash_attention.__name__}.{name}")
     except ImportError as error:
         raise Absent(f"not here: {error}") from None
-    queries = 1 if "decode" in shape.works else shape.T
+    is_decode = "decode" in shape.works
+    queries = 1 if is_decode else shape.T
     sizes = (shape.N, queries, shape.H), (shape.K, shape.T, shape.H), (shape.K, shape.T, shape.U)
     heads = [jax.ShapeDtypeStruct((shape.B, *size), jnp.dtype(dtype)) for size in sizes]
     if name == "reference" and 4 * shape.B * shape.N * queries * shape.T >= 2**33:
         return "its scores take 8 GiB or more"
-    rule = Rule(shape.causal, shape.window, shape.H**-0.5)
+    given = ("positions",) if is_decode else tuple(given)
+    rule = Rule(shape.causal, shape.window, shape.H**-0.5, soft_cap, None, given)
     reasons: list[str | None] = []
     jax.eval_shape(lambda *x: reasons.append(module.refusal(*x, rule, backward)), *heads)
     return reasons[0]

@@ -61,8 +61,10 @@ def check_attention(name: str, shape: Shape, rest: Mapping[str, Any], dtype: str
     is_decode = "decode" in shape.works
     q, k, v, do = attention.arrays(shape, "decode" if is_decode else "forward", dtype)
     options = _options(shape, rest)
-    names = attention.backends(jax.default_backend())[:-1]
-    reasons = {impl: _refusals(impl, shape, dtype, is_decode) for impl in names}
+    names = [x for x in attention.backends(jax.default_backend()) if x != "reference"]
+    given = [name[2:] for name in options if name.startswith("k_")]
+    refusal = functools.partial(attention.refusal, soft_cap=rest.get("cap"), given=given)
+    reasons = {impl: _refusals(functools.partial(refusal, impl, shape, dtype)) for impl in names}
     known = [impl for impl in names if reasons[impl][0] is None]
 
     def results(impl: str, *arrays: Any) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def check_attention(name: str, shape: Shape, rest: Mapping[str, Any], dtype: str
             )
 
         q, k, v, do = arrays
-        if impl != "reference" and reasons[impl][1] is not None:
+        if is_decode or (impl != "reference" and reasons[impl][1] is not None):
             return dict(zip(("o", "lse"), attend(q, k, v), strict=True))
         (o, lse), pull = jax.vjp(attend, q, k, v)
         grads = pull((do, jnp.where(lse > -1e38, 0.1, 0.0)))
@@ -97,7 +99,7 @@ def check_attention(name: str, shape: Shape, rest: Mapping[str, Any], dtype: str
             continue
         try:
             found = programs[impl].result()(q, k, v, do)
-            note = None if backward is None else f"backward: {backward}"
+            note = None if backward is None or is_decode else f"backward: {backward}"
             yield row | compare(found, wanted) | {"note": note}
         except Exception as error:  # of a compiler or a kernel: the others go on
             yield row | {"note": one_line(error)}
@@ -110,13 +112,12 @@ def attention_of() -> Callable[..., Any]:
     return function
 
 
-def _refusals(impl: str, shape: Shape, dtype: str, is_decode: bool) -> tuple[str | None, ...]:
+def _refusals(refusal: Callable[..., str | None]) -> tuple[str | None, str | None]:
     """Why forward and why backward cannot be done."""
     try:
-        forward, backward = [attention.refusal(impl, shape, dtype, x) for x in (False, True)]
+        return refusal(backward=False), refusal(backward=True)
     except Absent as reason:
         return str(reason), None
-    return forward, "not of a decode step" if is_decode else backward
 
 
 def _options(shape: Shape, rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +194,8 @@ def check_loss(dtype: str) -> Iterator[Row]:
         y, pull = jax.vjp(losses, x, w)
         return dict(y=y) | dict(zip(("dx", "dw"), pull(jnp.ones_like(y)), strict=True))
 
-    yield from _compare("cross-entropy", [x for x in IMPLS if x != "reference"], results, (x, w))
+    impls = [x for x in attention.on_platform(IMPLS, jax.default_backend()) if x != "reference"]
+    yield from _compare("cross-entropy", impls, results, (x, w))
 
 
 def check_grouped(dtype: str) -> Iterator[Row]:
@@ -204,6 +206,7 @@ def check_grouped(dtype: str) -> Iterator[Row]:
     from llmprep_jax.kernels.grouped_matmul import reference
     from llmprep_jax.kernels.grouped_matmul.api import IMPLS, grouped_matmul
 
+    impls = attention.on_platform(IMPLS, jax.default_backend())
     M, D, F = 700, 256, 320
     sizes = jnp.asarray([0, 130, 1, 300, 0, 201], jnp.int32)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -220,7 +223,7 @@ def check_grouped(dtype: str) -> Iterator[Row]:
         y, pull = jax.vjp(product, x, w)
         return dict(y=y) | dict(zip(("dx", "dw"), pull(dy.astype(y.dtype)), strict=True))
 
-    yield from _compare("grouped matmul", list(IMPLS), results, (x, w))
+    yield from _compare("grouped matmul", impls, results, (x, w))
 
 
 def _compare(
