@@ -5,8 +5,9 @@
 Forward, backward alone, and a decode step after a full cache, all contenders in turn; TFLOP/s count
 the pairs of tokens that see each other (causal attention once, not twice), GB/s the bytes of q, k,
 v and o once. A backend that cannot do a shape is there with its reason. With target=v5p:2x2x1, the
-name of a TPU topology, each backend is compiled for one chip of it and not run, which takes the
-package libtpu and no TPU: the table then has compiled temporaries in place of times.
+name of a TPU topology, or target=h100, each backend is compiled for one such chip and not run,
+which takes the package libtpu, or jax-cuda12-plugin and jax-cuda12-pjrt, and no chip: the table
+then has compiled temporaries in place of times.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -46,7 +47,7 @@ class Settings:
     size: Literal["full", "tiny"] = "full"  # tiny: an eighth of the tokens and fewer heads
     rounds: int = 5  # turns of each contender
     seconds: float = 600.0  # after which what is left is listed and not timed
-    target: str | None = None  # a TPU topology, "v5p:2x2x1"; None: the device at hand, and timed
+    target: str | None = None  # "v5p:2x2x1" or "h100"; None: the device at hand, and timed
     out: pathlib.Path | None = None  # a folder for the numbers; None: docs/results/DEVICE
 
     def __post_init__(self):
@@ -110,10 +111,10 @@ def timed(
 def compiled(
     name: str, shape: attention.Shape, work: attention.Work, dtype: str, target: str
 ) -> Iterator[Row]:
-    """A row for each backend of a TPU: what its program holds beside its inputs and outputs."""
+    """A row for each backend: what its program holds beside its inputs and outputs."""
     alike = {"section": work, "shape": name, "B T N K": shape.sizes}
     device = chip(target)
-    for backend in attention.backends("tpu"):
+    for backend in attention.backends("tpu" if device.platform == "tpu" else "gpu"):
         try:
             program = attention.compile_for(device, backend, shape, work, dtype)
         except Exception as error:  # of the compiler: the others go on
@@ -128,8 +129,7 @@ def main(arguments: list[str]) -> cli.Outputs:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants some memory too
     target = settings.target
     device = f"{target}, ahead of time" if target else ask(environment.device_name)
-    words = COMPILED_WORDS if target else WORDS
-    results = Results(settings.out, "attention", device, words)
+    results = Results(settings.out, "attention", device, COMPILED_WORDS if target else WORDS)
 
     def add(row: Row) -> None:
         if "check" in row:

@@ -3,9 +3,10 @@
     python -m experiments.bench_cross_entropy [target=v5p:2x2x1] [tokens=4096] [words=262144]
 
 Without a target each form is compiled for the devices at hand and timed, value and gradients, one
-after the other in each round. With one, the name of a TPU topology, they are compiled for one chip
-of it and not run, which takes the package libtpu and no TPU. Temporaries are what the compiled
-program holds beside its inputs and outputs; "reference" is JAX's gradient of the logits' loss.
+after the other in each round. With one, the name of a TPU topology or "h100", they are compiled for
+one such chip and not run, which takes the package libtpu, or jax-cuda12-plugin and jax-cuda12-pjrt,
+and no chip. Temporaries are what the compiled program holds beside its inputs and outputs;
+"reference" is JAX's gradient of the logits' loss.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 from experiments.bench import environment
 from experiments.bench.ahead import chip
+from experiments.bench.attention import on_platform
 from experiments.bench.checks import one_line
 from experiments.bench.results import Results, line
 from experiments.bench.timing import Contender, in_turn
@@ -40,12 +42,12 @@ class Settings:
     words: int = 262144  # of the vocabulary
     width: int = 2560  # of the model
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of hidden states and weights
-    target: str | None = None  # a TPU topology, "v5p:2x2x1"; None: the devices at hand, and timed
+    target: str | None = None  # "v5p:2x2x1" or "h100"; None: the devices at hand, and timed
     rounds: int = 5  # timed calls of each form
     out: pathlib.Path | None = None  # a folder for the numbers; None: docs/results/DEVICE
 
 
-def compile_form(impl: str, settings: Settings) -> Any:
+def compile_form(impl: str, settings: Settings, device: Any) -> Any:
     """Compiled value and gradients of (x, w, targets)."""
     import jax
     import jax.numpy as jnp
@@ -56,7 +58,7 @@ def compile_form(impl: str, settings: Settings) -> Any:
     def total(x: Any, w: Any, targets: Any) -> Any:
         return jnp.sum(linear_cross_entropy(x, w, targets, impl=impl))
 
-    mesh = make_mesh({"data": 1}, [chip(settings.target) if settings.target else jax.devices()[0]])
+    mesh = make_mesh({"data": 1}, [device])
     place = jax.sharding.NamedSharding(mesh, jax.P())
     arrays = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
@@ -89,15 +91,18 @@ def time_forms(compiled: dict[str, Any], settings: Settings) -> dict[str, float]
 
 
 def main(arguments: list[str]) -> cli.Outputs:
+    import jax
+
     from llmprep_jax.kernels.cross_entropy.api import IMPLS
 
     settings = override(Settings(), only_overrides(arguments))
     compiled, notes = {}, {}
-    if settings.target:
-        chip(settings.target)  # that there is none is told before anything is compiled
-    for form in IMPLS:
+    # that there is no such chip is told before anything is compiled
+    device = chip(settings.target) if settings.target else jax.devices()[0]
+    forms = on_platform(IMPLS, device.platform if device.platform in ("cpu", "tpu") else "gpu")
+    for form in forms:
         try:
-            compiled[form] = compile_form(form, settings)
+            compiled[form] = compile_form(form, settings, device)
         except Exception as error:  # too large for the device, say: the others go on
             notes[form] = one_line(error)
     times = {} if settings.target else time_forms(compiled, settings)
@@ -105,7 +110,7 @@ def main(arguments: list[str]) -> cli.Outputs:
     words = WORDS.format(**dataclasses.asdict(settings))
     results = Results(settings.out, "cross_entropy", target or environment.device_name(), words)
     flops = 6 * settings.tokens * settings.words * settings.width
-    for form in IMPLS:
+    for form in forms:
         row: dict[str, Any] = {"section": "loss", "form": form, "note": notes.get(form)}
         if form in compiled:
             size = compiled[form].memory_analysis().temp_size_in_bytes / 2**20
