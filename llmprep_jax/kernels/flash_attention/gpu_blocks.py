@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmprep_jax.kernels.flash_attention.masks import Places, Rule, may_see, ranges
+from llmprep_jax.kernels.flash_attention.masks import NEG_INF, Places, Rule, may_see, ranges
 
 SHARED_BYTES = 232_448  # that one block of threads may have on compute capability 9.0
 MIN_BLOCK = 16  # of a matrix instruction
@@ -61,9 +61,9 @@ def sizes_of(which: str, H: int, U: int, dtype: Any, T: int, S: int) -> Sizes:
     return sizes._replace(q=q, k=k)
 
 
-def num_splits(num_programs: int, num_blocks: int) -> int:
-    """Parts into which few queries' keys are split, so that there are two programs a core."""
-    return max(1, min(2 * NUM_CORES // num_programs, num_blocks // 2))
+def num_splits(num_programs: int, num_blocks: int, a_core: int = 2) -> int:
+    """Parts into which few queries' keys are split, so that there are so many programs a core."""
+    return max(1, min(a_core * NUM_CORES // num_programs, num_blocks // 2))
 
 
 def power_of_two(n: int) -> int:
@@ -131,3 +131,16 @@ def blocks_seen(
     last_BI = seen_BIJ.shape[2] - jnp.argmax(seen_BIJ[:, :, ::-1], axis=2)
     low_BI = jnp.where(any_BI, jnp.argmax(seen_BIJ, axis=2), 0)
     return low_BI.astype(jnp.int32), jnp.where(any_BI, last_BI, 0).astype(jnp.int32)
+
+
+def join_parts(o_PBNTU: jax.Array, lse_PBNT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Outputs and lse over parts of the keys as those over all."""
+    if len(o_PBNTU) == 1:
+        return o_PBNTU[0], lse_PBNT[0]
+    top_BNT = jnp.max(lse_PBNT, axis=0)
+    e_PBNT = jnp.where(lse_PBNT > NEG_INF, jnp.exp(lse_PBNT - top_BNT), 0.0)
+    total_BNT = jnp.sum(e_PBNT, axis=0)
+    sees_BNT = total_BNT > 0
+    total_BNT = jnp.where(sees_BNT, total_BNT, 1.0)
+    o_BNTU = jnp.sum(o_PBNTU * (e_PBNT / total_BNT)[..., None], axis=0)
+    return o_BNTU, jnp.where(sees_BNT, top_BNT + jnp.log(total_BNT), NEG_INF)

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llmprep_jax.kernels.flash_attention.api import platform
 from llmprep_jax.kernels.flash_attention.gpu_blocks import (
     SHARED_BYTES,
     blocks_seen,
     cut_width,
+    join_parts,
     num_splits,
     shared_bytes,
     sizes_of,
@@ -49,6 +49,7 @@ from llmprep_jax.kernels.flash_attention.gpu_tiles import (
     walk,
 )
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF, Rule
+from llmprep_jax.kernels.platforms import platform
 
 FOLDED = 16  # tokens up to which the heads of a group share tiles, as where an answer is made
 DTYPES = ("float32", "bfloat16", "float16")
@@ -84,7 +85,7 @@ def forward(
     places = _fold(places, (T, k_BKSH.shape[2]), N // K)
     rows = N // K * T
     o, lse = _forward(q_BNTH.reshape(B, K, rows, H), k_BKSH, v_BKSU, places, rule, fold=T)
-    o, lse = _join(o, lse)
+    o, lse = join_parts(o, lse)
     return o.astype(q_BNTH.dtype).reshape(B, N, T, -1), lse.reshape(B, N, T)
 
 
@@ -95,19 +96,6 @@ def _fold(places: Pair, lengths: tuple[int, int], group: int) -> Pair:
         columns = [jnp.arange(length, dtype=jnp.int32)[None] for length in lengths]
         q, k = [x._replace(positions=y) for x, y in zip(places, columns, strict=True)]
     return jax.tree.map(lambda x: jnp.tile(x, (1, group)), q), k
-
-
-def _join(o_PBNTU: Array, lse_PBNT: Array) -> tuple[Array, Array]:
-    """Outputs over parts of the keys as the output over all."""
-    if len(o_PBNTU) == 1:
-        return o_PBNTU[0], lse_PBNT[0]
-    top_BNT = jnp.max(lse_PBNT, axis=0)
-    e_PBNT = jnp.where(lse_PBNT > NEG_INF, jnp.exp(lse_PBNT - top_BNT), 0.0)
-    total_BNT = jnp.sum(e_PBNT, axis=0)
-    sees_BNT = total_BNT > 0
-    total_BNT = jnp.where(sees_BNT, total_BNT, 1.0)
-    o_BNTU = jnp.sum(o_PBNTU * (e_PBNT / total_BNT)[..., None], axis=0)
-    return o_BNTU, jnp.where(sees_BNT, top_BNT + jnp.log(total_BNT), NEG_INF)
 
 
 def _forward(

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench.ahead import chip
 from llmprep_jax.kernels.flash_attention import attention, pallas_gpu
 from llmprep_jax.kernels.flash_attention.gpu_blocks import (
     Sizes,
@@ -130,16 +129,6 @@ def test_what_a_card_cannot_hold_is_refused(H, U, dtype, backward, reason):
     arrays = [jnp.zeros((1, 2, 128, width), dtype) for width in (H, H, U)]
     found = pallas_gpu.refusal(*arrays, Rule(), backward)
     assert found is None if reason is None else reason in found
-
-
-@pytest.fixture(scope="module")
-def card():
-    """A mesh of one H100, and programs compiled for it as a user's are."""
-    pytest.importorskip("jax_plugins.xla_cuda12", reason="jax-cuda12-plugin is not installed")
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield jax.sharding.Mesh([chip("h100")], ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def compiled(card, H, U, *, T=1024, S=None, values="", backward, dtype="bfloat16", **rule):
