@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmprep_jax.kernels.cross_entropy import chunked, reference, whole
+from llmprep_jax.kernels.cross_entropy import chunked, pallas_tpu, reference, whole
 from llmprep_jax.kernels.cross_entropy.head import Head, Tokens
 from llmprep_jax.kernels.cross_entropy.layout import Layout, layout_of, sizes_here
+from llmprep_jax.kernels.platforms import platform, tell_once
 
-IMPLS = ("chunked", "whole", "reference")
+IMPLS = ("chunked", "whole", "reference", "pallas_tpu")
 AT_A_TIME = 2**24  # logits of a chunk: 64 MiB in float32
 KEPT = 2**25  # logits that are kept, at most: 128 MiB
 
@@ -44,8 +45,10 @@ def linear_cross_entropy(
       z_loss: weight of the squared log-sum-exp that is added (PaLM, section 5).
       label_smoothing: the share of the target's probability that all words divide.
       chunk: words whose logits exist at a time; None: so many that these take 64 MiB.
-      impl: "chunked", "whole" or "reference"; None: "whole" where the logits of a device take
-        128 MiB at most and no chunk is given, else "chunked".
+      impl: "chunked", "whole", "reference" or "pallas_tpu", kernels that take the place of chunks
+        where each device has all tokens and whole weights of its words; None: "whole" where the
+        logits of a device take 128 MiB at most and no chunk is given, else the kernels on a TPU
+        and "chunked" elsewhere.
       is_table: whether `w` is [V, D], an embedding table that is the head too.
       dtype: of the products' operands; None: x's. Sums are in float32, and gradients have the
         dtypes of x and w.
@@ -68,15 +71,34 @@ def linear_cross_entropy(
         w_DV = (w.T if is_table else w).astype(dtype)
         return reference.linear_cross_entropy(x.astype(dtype), w_DV, targets, **terms)
     layout = layout_of(x, w, w_axis)
-    num_tokens, num_words = sizes_here(x, w, layout)
-    if impl is None and chunk is None and num_tokens * num_words <= KEPT:
-        impl = "whole"
-    if impl != "whole":
-        chunk = min(num_words, chunk or default_chunk(num_tokens))
-    head = Head(w_axis, w.shape[1 - w_axis], None if impl == "whole" else chunk, dtype, **terms)
+    chunk, by_kernels = _choose(impl, chunk, x, w, dtype, layout)
+    head = Head(w_axis, w.shape[1 - w_axis], chunk, dtype, **terms, by_kernels=by_kernels)
     if _is_mesh(layout):
         x, targets = jax.reshard(x, layout.of_x()), jax.reshard(targets, layout.by_token())
     return _losses(x, w, targets, head, layout)
+
+
+def _choose(
+    impl: str | None,
+    chunk: int | None,
+    x: jax.Array,
+    w: jax.Array,
+    dtype: jnp.dtype,
+    layout: Layout,
+) -> tuple[int | None, bool]:
+    """The words of a chunk, None: all, which are kept; and whether kernels take their place."""
+    num_tokens, num_words = sizes_here(x, w, layout)
+    if impl == "whole" or (impl is None and chunk is None and num_tokens * num_words <= KEPT):
+        return None, False
+    by_kernels = impl == "pallas_tpu" or (impl is None and chunk is None and platform() == "tpu")
+    if by_kernels:
+        reason = pallas_tpu.refusal(x, w, dtype)
+        if layout.model or layout.tokens:
+            reason = "chunks of the weights or of their gradient cross the network"
+        by_kernels = reason is None
+        if reason is not None and impl is not None:
+            tell_once(f"linear_cross_entropy: impl={impl!r} cannot do this ({reason}); chunks do")
+    return min(num_words, chunk or default_chunk(num_tokens)), by_kernels
 
 
 def default_chunk(num_tokens: int) -> int:
@@ -96,6 +118,8 @@ def _forward(x_ND, w, targets_N, head, layout):
         own_N, logits_NV = targets_N - layout.first_word(w), None
         if head.chunk is None:
             sums, logits_NV = whole.sums(x_ND, w, own_N, head, layout.gather)
+        elif head.by_kernels:
+            sums = pallas_tpu.sums(x_ND, w, own_N, head)
         else:
             sums = chunked.sums(x_ND, w, own_N, head, layout.gather)
         lse_N, wanted_N, total_N = layout.add_up(sums)
@@ -117,6 +141,8 @@ def _backward(head, layout, residuals, dlosses_N):
         moves = (layout.gather, layout.reduce)
         if head.chunk is None:
             dx_ND, dw = whole.gradients(x_ND, w, logits_NV, tokens, head, *moves)
+        elif head.by_kernels:
+            dx_ND, dw = pallas_tpu.gradients(x_ND, w, tokens, head)
         else:
             dx_ND, dw = chunked.gradients(x_ND, w, tokens, head, *moves)
         dx_ND = dx_ND.astype(x_ND.dtype)  # in which it crosses the network

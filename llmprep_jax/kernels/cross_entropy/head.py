@@ -18,6 +18,7 @@ class Head(NamedTuple):
       chunk: words whose logits exist at a time; None: all, which are kept for the backward pass.
       dtype: of the products' operands; sums are in float32.
       soft_cap, z_loss, label_smoothing: see `reference`.
+      by_kernels: whether a TPU's kernels compute it, which keep no logits at all.
     """
 
     w_axis: int
@@ -27,6 +28,7 @@ class Head(NamedTuple):
     soft_cap: float | None
     z_loss: float
     label_smoothing: float
+    by_kernels: bool = False
 
 
 class Sums(NamedTuple):

@@ -9,9 +9,9 @@ of rows, so that keys are read once for all of them. On a CPU the kernels are in
 import jax
 import jax.numpy as jnp
 
+from llmprep_jax.kernels import tpu
 from llmprep_jax.kernels.flash_attention import tpu_backward, tpu_forward, tpu_tiles
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule
-from llmprep_jax.kernels.platforms import platform
 
 Q_BLOCK, K_BLOCK = 512, 1024  # tokens; half the keys where heads are wide
 WIDE = 128
@@ -56,7 +56,7 @@ def _forward(q_BNTH, k_BKSH, v_BKSU, places, rule, latent):
     spec = spec._replace(latent=latent)
     table, values = tpu_tiles.table_of(q, k, spec), tpu_tiles.values_of(q, k, spec)
     arrays = _fold(q_BNTH, spec), k_BKSH, v_BKSU
-    o, lse = tpu_forward.forward(*arrays, values, table, spec, _interprets())
+    o, lse = tpu_forward.forward(*arrays, values, table, spec, tpu.interprets())
     return tuple(x.reshape(*q_BNTH.shape[:3], *x.shape[3:]) for x in (o, lse))
 
 
@@ -74,7 +74,7 @@ def backward(
     spec, (q, k) = _plan(q_BNTH, k_BKSH, v_BKSU.shape[-1], places, rule)
     table, values = tpu_tiles.table_of(q, k, spec), tpu_tiles.values_of(q, k, spec)
     q, do, lse, delta = [_fold(x, spec) for x in (q_BNTH, do_BNTU, lse_BNT, delta_BNT)]
-    rest = q, k_BKSH, v_BKSU, do.astype(q.dtype), lse, delta, values, table, spec, _interprets()
+    rest = q, k_BKSH, v_BKSU, do.astype(q.dtype), lse, delta, values, table, spec, tpu.interprets()
     dq = tpu_backward.query_gradients(*rest)
     return dq.reshape(q_BNTH.shape), *tpu_backward.key_gradients(*rest)
 
@@ -94,9 +94,9 @@ def _plan(
     k_limit = K_BLOCK if max(H, U) <= WIDE else K_BLOCK // 2
     if T <= FEW:  # a step takes as long as its copy from memory: 1 MiB or half
         k_limit *= 2
-    k_block, by_row = _block(S, k_limit), bool(names)
+    k_block, by_row = tpu.block(S, k_limit), bool(names)
     return (
-        tpu_tiles.Spec(rule, T, S, _block(T, Q_BLOCK), k_block, group, folded, names, by_row),
+        tpu_tiles.Spec(rule, T, S, tpu.block(T, Q_BLOCK), k_block, group, folded, names, by_row),
         places,
     )
 
@@ -115,15 +115,3 @@ def _fold(x_BNT: Array, spec: tpu_tiles.Spec) -> Array:
         return x_BNT
     B, N, T, *rest = x_BNT.shape
     return x_BNT.reshape(B, N // spec.folded, spec.folded * T, *rest)
-
-
-def _block(length: int, limit: int) -> int:
-    """Tokens of a block: the most that divide the length, if half the limit at least does."""
-    if length <= limit:
-        return length
-    sizes = [n for n in range(limit, limit // 2 - 1, -128) if length % n == 0]
-    return max(sizes, default=limit)
-
-
-def _interprets() -> bool:
-    return platform() not in ("tpu", None)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from llmprep_jax.kernels import tpu
 from llmprep_jax.kernels.flash_attention import tpu_tiles as tiles
 from llmprep_jax.kernels.flash_attention.tpu_forward import block_specs, on_kind, q_tile
-from llmprep_jax.kernels.flash_attention.tpu_tiles import LANES, Spec, Table, Tile
+from llmprep_jax.kernels.flash_attention.tpu_tiles import Spec, Table, Tile
 
 Array = jax.Array
 
@@ -35,7 +36,7 @@ def query_gradients(
     """dq, [B, N, T, H] in q's dtype."""
     (B, N, _, H), U = q_BNTH.shape, v_BKSU.shape[-1]
     specs = block_specs(spec, H, U, [x.shape[1] for x in values])
-    column = pltpu.VMEM((spec.q_block, LANES), jnp.float32)
+    column = pltpu.VMEM((spec.q_block, tpu.LANES), jnp.float32)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
         grid=(B, N, spec.num_q_blocks, tiles.num_steps(table.q_low, table.q_high)),
@@ -55,7 +56,7 @@ def query_gradients(
         grid_spec=grid_spec,
         out_shape=out,
         cost_estimate=tiles.cost(spec, 2 * H + U, arrays, [out]),
-        compiler_params=tiles.params("parallel", "parallel", "parallel", "arbitrary"),
+        compiler_params=tpu.params("parallel", "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="attention_dq",
     )(table.q_low, table.q_high, table.kinds, *values, *arrays)
@@ -76,22 +77,22 @@ def _query_kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
     @pl.when(step == 0)
     def begin():
         sums_ref[...] = jnp.zeros_like(sums_ref)
-        lse_column_ref[...] = tiles.to_column(lse_ref[...])
-        delta_column_ref[...] = tiles.to_column(delta_ref[...])
+        lse_column_ref[...] = tpu.to_column(lse_ref[...])
+        delta_column_ref[...] = tpu.to_column(delta_ref[...])
         tiles.fill(columns_ref, q_values_ref)
 
     def add(is_masked: bool):
         tile = q_tile(spec, n, i, j, columns_ref, k_values_ref)
         k, v = [
-            tiles.within(ref[...], tile.k_start, spec.S, 0, spec.k_block) for ref in (k_ref, v_ref)
+            tpu.within(ref[...], tile.k_start, spec.S, 0, spec.k_block) for ref in (k_ref, v_ref)
         ]
         s = tiles.scores(q_ref[...], k, tile, spec)
-        p = jnp.exp(s - tiles.lanes(lse_column_ref[...], spec.k_block))
+        p = jnp.exp(s - tpu.lanes(lse_column_ref[...], spec.k_block))
         if is_masked:
             p = jnp.where(tiles.seen(tile, spec), p, 0.0)
-        dp = tiles.multiply(do_ref[...], v, (1, 1))
-        ds = p * (dp - tiles.lanes(delta_column_ref[...], spec.k_block)) * tiles.slope(s, spec)
-        sums_ref[...] += tiles.multiply(ds.astype(k.dtype), k, (1, 0))
+        dp = tpu.multiply(do_ref[...], v, (1, 1))
+        ds = p * (dp - tpu.lanes(delta_column_ref[...], spec.k_block)) * tiles.slope(s, spec)
+        sums_ref[...] += tpu.multiply(ds.astype(k.dtype), k, (1, 0))
 
     on_kind(spec, kinds_ref, b, i, j, j < end, add)
 
@@ -139,7 +140,7 @@ def key_gradients(
         grid_spec=grid_spec,
         out_shape=shapes,
         cost_estimate=tiles.cost(spec, 2 * (H + U), arrays, shapes),
-        compiler_params=tiles.params(*["parallel"] * 3, "arbitrary", "arbitrary"),
+        compiler_params=tpu.params(*["parallel"] * 3, "arbitrary", "arbitrary"),
         interpret=interpret,
         name="attention_dkv",
     )(table.k_low, table.k_high, table.kinds, *values, *arrays)
@@ -202,21 +203,21 @@ def _key_kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
     def add(is_masked: bool):
         tile = _k_tile(spec, kh * spec.group + g, i, j, columns_ref, q_values_ref)
         q, do = [
-            tiles.within(ref[...], tile.q_start, spec.T, 0, spec.q_block) for ref in (q_ref, do_ref)
+            tpu.within(ref[...], tile.q_start, spec.T, 0, spec.q_block) for ref in (q_ref, do_ref)
         ]
         lse, delta = [
-            tiles.within(ref[...], tile.q_start, spec.T, 1, spec.q_block)
+            tpu.within(ref[...], tile.q_start, spec.T, 1, spec.q_block)
             for ref in (lse_ref, delta_ref)
         ]
         s = tiles.scores(k_ref[...], q, tile, spec)
         p = jnp.exp(s - lse)
-        dp = tiles.multiply(v_ref[...], do, (1, 1))
+        dp = tpu.multiply(v_ref[...], do, (1, 1))
         ds = p * (dp - delta) * tiles.slope(s, spec)
         if is_masked:
             seen = tiles.seen(tile, spec)
             p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
-        dv_sums_ref[...] += tiles.multiply(p.astype(do.dtype), do, (1, 0))
-        dk_sums_ref[...] += tiles.multiply(ds.astype(q.dtype), q, (1, 0))
+        dv_sums_ref[...] += tpu.multiply(p.astype(do.dtype), do, (1, 0))
+        dk_sums_ref[...] += tpu.multiply(ds.astype(q.dtype), q, (1, 0))
 
     on_kind(spec, kinds_ref, b, i, j, i < end, add)
 
@@ -232,6 +233,6 @@ def _k_tile(spec: Spec, head, i, j, columns_ref, q_values_ref) -> Tile:
     if spec.names:
         size = spec.q_block
         q_values = tuple(q_values_ref[c : c + 1] for c in range(q_values_ref.shape[0]))
-        k_values = tuple(tiles.lanes(columns_ref[c], size) for c in range(columns_ref.shape[0]))
+        k_values = tuple(tpu.lanes(columns_ref[c], size) for c in range(columns_ref.shape[0]))
     starts = i * spec.q_block, j * spec.k_block
     return Tile(*starts, head * spec.folded, 1, (spec.k_block, spec.q_block), q_values, k_values)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from llmprep_jax.kernels import tpu
 from llmprep_jax.kernels.flash_attention import tpu_tiles as tiles
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF
-from llmprep_jax.kernels.flash_attention.tpu_tiles import LANES, Spec, Table, Tile
+from llmprep_jax.kernels.flash_attention.tpu_tiles import Spec, Table, Tile
 
 Array = jax.Array
 
@@ -32,7 +33,7 @@ def forward(
     """(o [B, N, T, U], lse [B, N, T]); v is None where `spec.latent` says what values are."""
     (B, N, T, H), U = q_BNTH.shape, spec.latent or v_BKSU.shape[-1]
     specs = block_specs(spec, H, U, [x.shape[1] for x in values])
-    statistic = pltpu.VMEM((spec.q_block, LANES), jnp.float32)
+    statistic = pltpu.VMEM((spec.q_block, tpu.LANES), jnp.float32)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
         grid=(B, N, spec.num_q_blocks, tiles.num_steps(table.q_low, table.q_high)),
@@ -55,7 +56,7 @@ def forward(
         grid_spec=grid_spec,
         out_shape=outs,
         cost_estimate=tiles.cost(spec, H + U, arrays, outs),
-        compiler_params=tiles.params("parallel", "parallel", "parallel", "arbitrary"),
+        compiler_params=tpu.params("parallel", "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="attention_forward",
     )(table.q_low, table.q_high, table.kinds, *values, *arrays)
@@ -126,14 +127,14 @@ def _kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
             s = jnp.where(tiles.seen(tile, spec), s, NEG_INF)
         old_max = max_ref[...]
         new_max = jnp.maximum(old_max, jnp.max(s, axis=1, keepdims=True))
-        e = jnp.exp(s - tiles.lanes(new_max, spec.k_block))
+        e = jnp.exp(s - tpu.lanes(new_max, spec.k_block))
         shrink = jnp.exp(old_max - new_max)
         max_ref[...] = new_max
         sum_ref[...] = sum_ref[...] * shrink + jnp.sum(e, axis=1, keepdims=True)
         v = k_ref[:, : spec.latent] if v_ref is None else v_ref[...]
-        v = tiles.within(v, j * spec.k_block, spec.S, 0, spec.k_block)
-        sums_ref[...] *= tiles.lanes(shrink, v.shape[1])
-        sums_ref[...] += tiles.multiply(e.astype(v.dtype), v, (1, 0))
+        v = tpu.within(v, j * spec.k_block, spec.S, 0, spec.k_block)
+        sums_ref[...] *= tpu.lanes(shrink, v.shape[1])
+        sums_ref[...] += tpu.multiply(e.astype(v.dtype), v, (1, 0))
 
     on_kind(spec, kinds_ref, b, i, j, j < end, add)
 
@@ -142,8 +143,8 @@ def _kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
         top, total = max_ref[...], sum_ref[...]
         sees = top > NEG_INF
         total = jnp.where(sees, total, 1.0)
-        lse_ref[...] = tiles.to_row(jnp.where(sees, top + jnp.log(total), NEG_INF))
-        share = tiles.lanes(jnp.where(sees, 1 / total, 0.0), o_ref.shape[1])
+        lse_ref[...] = tpu.to_row(jnp.where(sees, top + jnp.log(total), NEG_INF))
+        share = tpu.lanes(jnp.where(sees, 1 / total, 0.0), o_ref.shape[1])
         o_ref[...] = (sums_ref[...] * share).astype(o_ref.dtype)
 
 
@@ -152,7 +153,7 @@ def q_tile(spec: Spec, n, i, j, columns_ref, k_values_ref) -> Tile:
     q_values = k_values = ()
     if spec.names:
         size = spec.k_block
-        q_values = tuple(tiles.lanes(columns_ref[c], size) for c in range(columns_ref.shape[0]))
+        q_values = tuple(tpu.lanes(columns_ref[c], size) for c in range(columns_ref.shape[0]))
         k_values = tuple(k_values_ref[c : c + 1] for c in range(k_values_ref.shape[0]))
     starts = i * spec.q_block, j * spec.k_block
     return Tile(*starts, n * spec.folded, 0, (spec.q_block, spec.k_block), q_values, k_values)

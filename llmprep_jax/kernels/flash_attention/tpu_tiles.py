@@ -2,8 +2,7 @@
 
 A grid steps over blocks of keys (or of queries) from the first to the last that a block may see by
 its values; both ends, and for each tile whether all of it is seen, lie in scalar memory. Values by
-token travel as rows [values, tokens], which HBM does not pad; where a kernel needs them as a column
-it turns them once a block and keeps them over all lanes.
+token travel as rows [values, tokens].
 
 Letters of this file: I blocks of queries, J blocks of keys, W words of 16 tiles.
 """
@@ -19,10 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule, may_see, ranges
-from llmprep_jax.kernels.platforms import precision_of
+from llmprep_jax.kernels.tpu import LANES, multiply, to_column
 
-LANES = 128
-VMEM = 48 * 2**20  # of 128 MiB, and of 64 on a TPU7x
 HIDDEN, PARTLY, WHOLLY = 0, 1, 2  # how much of a tile is seen
 
 Array = jax.Array
@@ -163,17 +160,6 @@ def kind(kinds: jax.Ref, b: Array, i: Array, j: Array, spec: Spec) -> Array:
     return (kinds[row * words + (j >> 4)] >> ((j & 15) * 2)) & 3
 
 
-def lanes(x: Array, width: int) -> Array:
-    """A column that lies over all lanes, [rows, 128], over `width` of them."""
-    x = x if width <= LANES else jnp.concatenate([x] * pl.cdiv(width, LANES), axis=1)
-    return x if width == x.shape[1] else x[:, :width]
-
-
-def to_column(row: Array) -> Array:
-    """[1, tokens] as a column over all lanes, [tokens, 128]."""
-    return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
-
-
 def columns(values: tuple[Array, ...], size: int) -> list:
     """Scratch for values by token as columns, of one side or of none."""
     return [pltpu.VMEM((x.shape[1], size, LANES), jnp.int32) for x in values]
@@ -183,25 +169,6 @@ def fill(columns_ref: jax.Ref | None, values_ref: jax.Ref | None) -> None:
     if columns_ref is not None:
         for c in range(columns_ref.shape[0]):
             columns_ref[c] = to_column(values_ref[c : c + 1])
-
-
-def to_row(column: Array) -> Array:
-    """The reverse of `to_column`."""
-    return jnp.transpose(column)[:1]
-
-
-def within(x: Array, start: Array, end: int, axis: int, size: int) -> Array:
-    """x with 0 where it was read past the end of an array, which blocks need not divide."""
-    if end % size == 0:
-        return x
-    return jnp.where(start + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < end, x, 0)
-
-
-def multiply(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """A product of matrices, summed in float32."""
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    precision = precision_of(a.dtype)
-    return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
 class Tile(NamedTuple):
@@ -281,10 +248,6 @@ def slope(s: Array, spec: Spec) -> Array | float:
     """Of the cap, by capped scores, times the scale."""
     cap = spec.rule.soft_cap
     return spec.rule.scale if cap is None else (1 - jnp.square(s / cap)) * spec.rule.scale
-
-
-def params(*semantics: str) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
 
 
 def cost(spec: Spec, widths: int, arrays: Sequence[Array], outs: Sequence[Any]) -> pl.CostEstimate:
