@@ -46,10 +46,12 @@ def place_tokens(
     segments_BT: Int[Array, "B T"] | None,
     mask_BT: Bool[Array, "B T"] | None,
     cache: KVCache | None = None,
+    in_order: bool = False,
 ) -> tuple[Tokens, KVCache | None]:
     """Where a model's input tokens stand, from what its caller gave; and the full cache, begun.
 
-    Positions default to the count of real tokens in the row, on from those in the cache.
+    Positions default to the count of real tokens in the row, on from those in the cache;
+    `in_order` says that given ones grow along each document too.
 
     Raises:
       ValueError: both a mask and segment ids, or more tokens than the cache has slots left; where
@@ -59,8 +61,8 @@ def place_tokens(
         raise ValueError("give mask or segment_ids, not both: segment 0 is the padding")
     if mask_BT is not None:
         segments_BT = mask_BT.astype(jnp.int32)
-    in_order = positions_BT is None
     if positions_BT is None:
+        in_order = True
         real_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT > 0
         positions_BT = jnp.cumsum(real_BT.astype(jnp.int32), axis=1) - 1
         if cache is not None:

@@ -79,6 +79,7 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
         cache: Any = None,
+        in_order: bool = False,
     ) -> Output:
         """Logits of the token after each token.
 
@@ -88,10 +89,11 @@ class LanguageModel(nnx.Module):
           segment_ids: documents of a packed row, from 1 on; 0 is padding.
           mask: True for real tokens; an alternative to `segment_ids` for padded rows.
           cache: from `init_cache` or an earlier call; the tokens come after what it holds.
+          in_order: that `positions` grow along each document, as counted ones do: what attention
+            masks is then not computed on any backend.
         """
-        x_BTD, cache = self.features(
-            tokens, positions=positions, segment_ids=segment_ids, mask=mask, cache=cache
-        )
+        places = dict(positions=positions, segment_ids=segment_ids, mask=mask)
+        x_BTD, cache = self.features(tokens, **places, cache=cache, in_order=in_order)
         return Output(self.unembed(x_BTD), cache)
 
     @property

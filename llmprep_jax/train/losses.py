@@ -59,9 +59,12 @@ def next_token_loss(model: Any, batch: Batch, *, z_loss: float = 0.0) -> LossSum
     Args:
       model: `features(tokens, positions=, segment_ids=) -> (x_BTD, cache)` and `unembed(x_BTD)`.
       batch: tokens, targets, loss_mask; positions and segment_ids where rows are packed; [B, T].
+        The tokens of a document stand in order.
       z_loss: weight of the squared logsumexp; 0: none.
     """
     places = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
+    if isinstance(model, LanguageModel):
+        places["in_order"] = True
     x_BTD, _ = model.features(batch["tokens"], **places)
     weights_BT = batch["loss_mask"].astype(jnp.float32)
     total = _sum_losses(model, z_loss, x_BTD, batch["targets"], weights_BT)

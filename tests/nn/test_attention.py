@@ -129,11 +129,12 @@ def test_positions_count_the_real_tokens_of_a_row():
     assert tokens.segments_BT is None
 
 
-def test_only_counted_positions_are_known_to_be_in_order():
+def test_given_positions_are_in_order_where_their_caller_says_so():
     ones = np.ones((2, 5), np.int32)
     assert place(None, None, None)[0].in_order
     assert place(None, ones, None)[0].in_order
     assert not place(ones, None, None)[0].in_order
+    assert place(ones, None, None, in_order=True)[0].in_order
 
 
 def test_positions_go_on_from_those_in_the_cache():

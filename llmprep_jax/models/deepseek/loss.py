@@ -26,7 +26,7 @@ def training_terms(model: Any, batch: Mapping[str, Array], sum_losses: SumLosses
       sum_losses: (hidden states, targets, weights) -> weighted sum of their cross-entropies.
     """
     ids, segments_BT = batch["tokens"], batch.get("segment_ids")
-    place, _ = place_tokens(ids, batch.get("positions"), segments_BT, None)
+    place, _ = place_tokens(ids, batch.get("positions"), segments_BT, None, in_order=True)
     x_BTD, _, load = model.run(ids, place)
     weights_BT = batch["loss_mask"].astype(jnp.float32)
     count = jnp.sum(weights_BT)

@@ -169,9 +169,10 @@ class Model(LanguageModel):
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
         cache: KVCache | None = None,
+        in_order: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The final hidden states, after the last norm; arguments as `__call__`."""
-        place, cache = place_tokens(tokens, positions, segment_ids, mask, cache)
+        place, cache = place_tokens(tokens, positions, segment_ids, mask, cache, in_order)
         x_BTD, cache, _ = self.run(tokens, place, cache)
         return x_BTD, None if cache is None else cache.end()
 

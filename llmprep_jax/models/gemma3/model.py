@@ -106,10 +106,13 @@ class Model(LanguageModel):
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
         cache: Caches | None = None,
+        in_order: bool = False,
     ) -> tuple[Float[Array, "B T D"], Caches | None]:
         """The final hidden states, after the last norm; arguments as `__call__`."""
         cfg = self.cfg
-        place, full_cache = place_tokens(tokens, positions, segment_ids, mask, cache and cache.full)
+        place, full_cache = place_tokens(
+            tokens, positions, segment_ids, mask, cache and cache.full, in_order
+        )
         if cache is not None:
             local_cache = cache.local.begin(place.positions_BT, place.segments_BT)
             cache = Caches(local_cache, full_cache)

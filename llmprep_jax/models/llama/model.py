@@ -87,10 +87,11 @@ class Model(LanguageModel):
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
         cache: KVCache | None = None,
+        in_order: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The final hidden states, after the last norm; arguments as `__call__`."""
         cfg = self.cfg
-        place, cache = place_tokens(tokens, positions, segment_ids, mask, cache)
+        place, cache = place_tokens(tokens, positions, segment_ids, mask, cache, in_order)
         inv_freq, factor = rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
         rope = rope_angles(place.positions_BT, inv_freq, factor)
 
