@@ -15,6 +15,13 @@ def platform() -> str | None:
     return None if mesh.abstract_device is None else mesh.abstract_device.platform
 
 
+def device_kind() -> str:
+    """What the devices in force are called, such as "NVIDIA H100 80GB HBM3"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = jax.devices()[0] if mesh.empty else mesh.abstract_device
+    return "" if device is None else device.device_kind
+
+
 @functools.cache
 def tell_once(line: str) -> None:
     warnings.warn(line, stacklevel=2)

@@ -60,14 +60,14 @@ def h100_devices(count: int = 1) -> list[Any]:
 
 
 def compile_on(device: Any, function: Callable, *arrays: Any) -> jax.stages.Compiled:
-    """`function` of whole arrays, as inside `jax.shard_map` on a mesh of one device."""
+    """`function` of arrays, as inside `jax.shard_map` on a mesh of one device."""
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,), devices=[device])
-    place = jax.sharding.NamedSharding(mesh, jax.P())
+    place = jax.sharding.NamedSharding(mesh, jax.P("data"))
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=place), arrays
     )
-    with jax.set_mesh(mesh):
-        call = jax.shard_map(function, in_specs=jax.P(), out_specs=jax.P())
+    with jax.set_mesh(mesh), jax.default_device(device):  # which some lowerings look at
+        call = jax.shard_map(function, in_specs=jax.P("data"), out_specs=jax.P("data"))
         return jax.jit(call).lower(*shapes).compile()
 
 

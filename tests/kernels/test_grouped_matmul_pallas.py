@@ -1,6 +1,7 @@
 """The Pallas kernels, interpreted in tiles of few columns and compiled for real chips."""
 
 import functools
+import importlib.util
 import itertools
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from llmprep_jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu
+from llmprep_jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu, tokamax
 from llmprep_jax.kernels.grouped_matmul.api import grouped_matmul
 from llmprep_jax.kernels.grouped_matmul.visits import visit_groups, visit_tiles
 from tests.grids import cases
@@ -155,3 +156,39 @@ def test_kernels_compile_for_an_h100_and_hold_nothing(rows, groups):
     compiled = compile_on(h100_devices()[0], gradients, *abstract(rows, groups))
     assert temporaries(compiled) < 8
     assert compiled.as_text().count("__gpu$xla.gpu.triton") == 3
+
+
+def test_an_adapter_says_what_a_library_cannot_do(monkeypatch):
+    x, w = [jnp.zeros(shape, jnp.bfloat16) for shape in ((256, 128), (2, 128, 192))]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert tokamax.refusal(x, w) == "tokamax is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert tokamax.refusal(x, w) == "it is for GPUs and TPUs"
+    monkeypatch.setattr(tokamax, "platform", lambda: "gpu")
+    assert "multiples of 128 columns" in tokamax.refusal(x, w)
+    w = jnp.zeros((2, 128, 256))
+    assert "Hopper" in tokamax.refusal(x, w)
+    monkeypatch.setattr(tokamax, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    assert tokamax.refusal(x, w) is None
+    assert "not float32" in tokamax.refusal(x.astype(jnp.float32), w)
+
+
+@pytest.mark.slow
+def test_an_adapter_asks_a_library_for_the_same_products(monkeypatch):
+    """By its form for CPUs, which has nothing in common with its kernels but the call."""
+    pytest.importorskip("tokamax", reason="tokamax is not installed: its adapter is not run")
+    monkeypatch.setattr(tokamax, "KERNELS", "xla")
+    x, w, sizes, dy = map(jnp.asarray, draw(SIZES[BORDERS]))
+    y = tokamax.multiply(x, w, sizes, 1, x.dtype)
+    dx = tokamax.multiply(dy, w, sizes, 2, x.dtype)
+    dw = tokamax.accumulate(x, dy, sizes, w.dtype)
+    assert_close((y, dx, dw), expect(*map(np.asarray, (x, w, sizes, dy))), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_librarys_kernels_compile_for_an_h100():
+    pytest.importorskip("tokamax", reason="tokamax is not installed: its kernels are not compiled")
+    call = functools.partial(gradients, impl="tokamax")
+    compiled = compile_on(h100_devices()[0], call, *abstract(rows=8192, groups=4))
+    assert compiled.as_text().count("mosaic_gpu") >= 3
+    assert temporaries(compiled) < 400

@@ -21,10 +21,10 @@ from llmprep_jax.kernels.platforms import platform, tell_once
 BACKENDS = {
     "cpu": ("blocks",),
     "tpu": ("pallas_tpu", "ragged"),
-    "gpu": ("pallas_gpu", "blocks"),
+    "gpu": ("pallas_gpu", "tokamax", "blocks"),
     None: ("ragged",),  # a mesh without devices, of a pod that nobody has at hand
 }
-IMPLS = ("blocks", "ragged", "pallas_tpu", "pallas_gpu")
+IMPLS = ("blocks", "ragged", "pallas_tpu", "pallas_gpu", "tokamax")
 
 
 def grouped_matmul(
@@ -56,8 +56,12 @@ def grouped_matmul(
 def backend(impl: str | None, x_MD: jax.Array, w_EDF: jax.Array) -> ModuleType:
     """The first backend that can do it, of the one asked for and the platform's."""
     for name in (*(() if impl is None else (impl,)), *BACKENDS[platform()]):
-        module = importlib.import_module(f"{__package__}.{name}")
-        reason = module.refusal(x_MD, w_EDF)
+        try:
+            module = importlib.import_module(f"{__package__}.{name}")
+        except ImportError as error:  # of a part of Pallas that this JAX is built without
+            reason = str(error)
+        else:
+            reason = module.refusal(x_MD, w_EDF)
         if reason is None:
             return module
         if name == impl:
