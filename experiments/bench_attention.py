@@ -84,15 +84,14 @@ def timed(
     import jax
 
     platform, ready, notes = jax.default_backend(), {}, {}
-    for contender, make in attention.contenders(platform, shape, work, dtype).items():
-        try:
-            made = make()
-            made.seconds(1)
-            ready[contender] = made
-        except Absent as reason:
-            yield {"section": "absent", "contender": contender, "note": str(reason)}
-        except Exception as error:  # of a compiler or a kernel: the others go on
-            notes[contender] = one_line(error).removeprefix("Unfit: ")
+    made = attention.prepared(attention.contenders(platform, shape, work, dtype))
+    for contender, result in made.items():
+        if isinstance(result, Absent):
+            yield {"section": "absent", "contender": contender, "note": str(result)}
+        elif isinstance(result, Exception):
+            notes[contender] = one_line(result).removeprefix("Unfit: ")
+        else:
+            ready[contender] = result
     seconds = in_turn(ready, rounds, at_once, pause=0.05 if platform == "cpu" else 0.0)
     alike = {"section": work, "shape": name, "B T N K": shape.sizes}
     peers = [seconds[x] for x in seconds if x.startswith("torch")]

@@ -6,6 +6,7 @@ computed again). Bytes are those of q, k, v and o once; of latents whose values 
 keys, the keys alone.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib
@@ -292,6 +293,25 @@ def contenders(
             for kernel in PEERS
         }
     return makers
+
+
+def prepared(
+    makers: Mapping[str, Callable[[], Contender]],
+) -> dict[str, Contender | Exception]:
+    """Each contender, called once, or why there is none; our compilers run side by side."""
+
+    def once(make: Callable[[], Contender]) -> Contender | Exception:
+        try:
+            made = make()
+            made.seconds(1)
+            return made
+        except Exception as error:  # of a compiler or a kernel: the others go on
+            return error
+
+    own = {name: make for name, make in makers.items() if not name.startswith("torch")}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = dict(zip(own, pool.map(once, own.values()), strict=True))
+    return found | {name: once(make) for name, make in makers.items() if name not in own}
 
 
 def compile_for(device: Any, name: str, shape: Shape, work: Work, dtype: str) -> Any:

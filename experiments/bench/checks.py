@@ -7,9 +7,10 @@ on with the next, and what does not fit into the seconds is listed.
 """
 
 import dataclasses
+import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -43,17 +44,19 @@ def run_checks(
     settings: Mapping[str, Any],
     seconds: float,
     add: Callable[[Row], None],
+    limit: float = math.inf,
 ) -> list[str]:
     """Runs checks in a child and hands on their rows; returns the names of those that did not fit.
 
     Args:
       make: a function of some module, which makes the checks in the child from `settings`.
+      limit: seconds of one check, after which the next goes on in a new child.
       add: called with each row, and with {"check": name, "reason": why} where there is none.
     """
     deadline, start, names = time.monotonic() + seconds, 0, ["all of its checks"]
-    while True:
+    while start < len(names) and time.monotonic() < deadline:
         with _Child(make, settings, start) as child:
-            for kind, value in child.messages(deadline):
+            for kind, value in child.messages(deadline, limit):
                 if kind == "names":
                     names = value
                 elif kind == "begin":
@@ -62,17 +65,10 @@ def run_checks(
                     add(value)
                 elif kind == "reason":
                     add({"check": names[start], "reason": value})
-                elif kind == "late":
-                    add({"check": names[start], "reason": f"cut off after {seconds:.0f} s in all"})
-                    return names[start + 1 :]
                 elif kind == "done":
                     return []
-            ended = child.exit_code()
-        if ended:
-            add({"check": names[start], "reason": f"its process ended with code {ended}"})
-        start += 1
-        if start >= len(names):
-            return []
+        start += 1  # what the child ended with is done, or cannot be
+    return names[start:]
 
 
 class _Child:
@@ -95,22 +91,24 @@ class _Child:
         self._process.kill()
         self._process.join()
 
-    def messages(self, deadline: float) -> Iterable[tuple[str, Any]]:
-        """What the child says until it ends, or ("late", None)."""
-        while True:
-            if not self._ours.poll(max(0.0, deadline - time.monotonic())):
-                self._process.kill()
-                yield "late", None
-                return
+    def messages(self, deadline: float, limit: float) -> Iterator[tuple[str, Any]]:
+        """What the child says until it ends, or until the deadline or a check's limit ends it."""
+        until, why = deadline, "the time was over"
+        while self._ours.poll(max(0.0, until - time.monotonic())):
             try:
-                yield self._ours.recv()
+                kind, value = self._ours.recv()
             except (EOFError, ConnectionResetError):
+                self._process.join(GRACE)
+                if self._process.exitcode:
+                    yield "reason", f"its process ended with code {self._process.exitcode}"
                 return
-
-    def exit_code(self) -> int:
-        """0 where it ended by itself."""
-        self._process.join(GRACE)
-        return self._process.exitcode or 0
+            if kind == "begin" and time.monotonic() + limit < deadline:
+                until, why = time.monotonic() + limit, f"it took more than {limit:.0f} s"
+            elif kind == "begin":
+                until, why = deadline, "the time was over"
+            yield kind, value
+        self._process.kill()
+        yield "reason", f"cut off: {why}"
 
 
 def _serve(connection: Connection, make: Callable, settings: dict, start: int) -> None:

@@ -6,10 +6,10 @@ from experiments.bench import checks
 from tests.bench import some_checks
 
 
-def run(*names, seconds=60.0, make=some_checks.make):
+def run(*names, seconds=60.0, limit=60.0, make=some_checks.make):
     rows = []
     settings = {"names": list(names)} if names else {}
-    left = checks.run_checks(make, settings, seconds, rows.append)
+    left = checks.run_checks(make, settings, seconds, rows.append, limit)
     return rows, left
 
 
@@ -31,9 +31,15 @@ def test_a_check_that_fails_is_a_row_with_its_reason_and_the_next_goes_on():
 def test_what_does_not_fit_into_the_time_is_named():
     begun = time.monotonic()
     rows, left = run("hangs", "good", "last", seconds=6.0)
-    assert rows == [{"check": "hangs", "reason": "cut off after 6 s in all"}]
+    assert rows == [{"check": "hangs", "reason": "cut off: the time was over"}]
     assert left == ["good", "last"]
     assert time.monotonic() - begun < 30
+
+
+def test_a_check_that_takes_too_long_is_left_for_the_next():
+    rows, left = run("hangs", "last", limit=1.0)
+    assert rows[0] == {"check": "hangs", "reason": "cut off: it took more than 1 s"}
+    assert (list(rows[1]), left) == (["found"], [])
 
 
 def test_checks_that_cannot_be_made_are_one_row():
