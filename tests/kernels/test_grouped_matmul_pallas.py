@@ -13,6 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from llmprep_jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu, tokamax
 from llmprep_jax.kernels.grouped_matmul.api import grouped_matmul
 from llmprep_jax.kernels.grouped_matmul.visits import visit_groups, visit_tiles
+from llmprep_jax.nn.dispatch import run_experts
+from llmprep_jax.sharding import make_mesh, spec, use_mesh
 from tests.grids import cases
 from tests.kernels.ahead import TPUS, compile_on, h100_devices, temporaries, tpu_devices
 from tests.kernels.test_grouped_matmul import expect
@@ -156,6 +158,55 @@ def test_kernels_compile_for_an_h100_and_hold_nothing(rows, groups):
     compiled = compile_on(h100_devices()[0], gradients, *abstract(rows, groups))
     assert temporaries(compiled) < 8
     assert compiled.as_text().count("__gpu$xla.gpu.triton") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chips", "transport", "kernel"),
+    [("v5p", "ragged", "tpu_custom_call"), ("h100", "ring", "__gpu$xla.gpu.triton")],
+)
+def test_experts_over_four_devices_run_by_the_kernels(chips, transport, kernel):
+    """Three forward, which the backward pass needs again in part, and two for each gradient."""
+    devices = h100_devices(4) if chips == "h100" else tpu_devices(chips)[:4]
+    groups, active, dim, mlp_dim = 8, 2, 256, 128
+    axes = {"up": ("expert", "embed", "mlp"), "down": ("expert", "mlp", "embed")}
+
+    def apply(x_RD, sizes_E, params):
+        product = functools.partial(grouped_matmul, sizes_E=sizes_E, dtype=jnp.bfloat16)
+        return product(jax.nn.silu(product(x_RD, params["up"])), params["down"])
+
+    def loss(x_BTD, params, experts_BTA, weights_BTA):
+        y_BTD, _ = run_experts(
+            *(x_BTD, experts_BTA, weights_BTA, params, axes, apply),
+            num_experts=groups,
+            transport=transport,
+        )
+        return jnp.square(y_BTD.astype(jnp.float32)).sum()
+
+    mesh = make_mesh({"expert": 4}, devices)
+    with use_mesh(mesh):
+
+        def array(dtype, *shape, axes=("batch", "seq", None)):
+            place = jax.NamedSharding(mesh, spec(*axes, shape=shape))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+        params = {
+            "up": array(jnp.bfloat16, groups, dim, mlp_dim, axes=axes["up"]),
+            "down": array(jnp.bfloat16, groups, mlp_dim, dim, axes=axes["down"]),
+        }
+        x, experts, weights = [
+            array(dtype, 4, 256, last)
+            for dtype, last in (
+                (jnp.bfloat16, dim),
+                (jnp.int32, active),
+                (jnp.float32, active),
+            )
+        ]
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        with jax.default_device(devices[0]):
+            text = gradient.lower(x, params, experts, weights).compile().as_text()
+    assert text.count(f'custom_call_target="{kernel}"') == 6
+    assert "ragged-dot" not in text
 
 
 def test_an_adapter_says_what_a_library_cannot_do(monkeypatch):
