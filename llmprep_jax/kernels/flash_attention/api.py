@@ -25,10 +25,10 @@ OUTPUT = "attention"  # the name under which remat policies may keep outputs and
 BACKENDS = {
     "cpu": ("chunked",),
     "tpu": ("pallas_tpu", "chunked"),
-    "gpu": ("pallas_gpu", "chunked"),
+    "gpu": ("cudnn", "tokamax", "pallas_gpu", "chunked"),
     None: ("chunked",),  # a mesh without devices
 }
-IMPLS = ("reference", "chunked", "pallas_tpu", "splash", "pallas_gpu")
+IMPLS = ("reference", "chunked", "pallas_tpu", "splash", "pallas_gpu", "cudnn", "tokamax")
 
 Array = jax.Array
 Factors = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
