@@ -18,6 +18,7 @@ from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.remat import QKV, keep
 from llmprep_jax.nn.rope import apply_rope
 from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Bool, Float, Int
@@ -179,6 +180,7 @@ class Attention(nnx.Module):
 
         self.q_norm, self.k_norm = norm(), norm()
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -197,7 +199,7 @@ class Attention(nnx.Module):
           cache: keys and values so far; it has `begin` called on it for these tokens.
           layer: which layer's slots of the cache are meant.
         """
-        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = keep((self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)), QKV)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if rope is not None:

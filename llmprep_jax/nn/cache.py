@@ -118,6 +118,7 @@ class KVCache:
         hit_BST = real_BT[:, None] & (count_BT[:, None] == number_BS[:, :, None])
         return jnp.where(jnp.any(hit_BST, axis=2), jnp.argmax(hit_BST, axis=2), -1)
 
+    @jax.named_scope("cache")
     def update(
         self, layer: int | Int[Array, ""], k_BTKH: Float[Array, "B T K H"], v_BTKH: Array
     ) -> tuple["KVCache", Array, Array, tuple[Array, Array]]:

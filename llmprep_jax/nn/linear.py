@@ -196,6 +196,7 @@ class Embed(Einsum):
         """dtype of the table."""
         return self.w.dtype
 
+    @jax.named_scope("embed")
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks tokens up.
 
@@ -206,6 +207,7 @@ class Embed(Einsum):
         check_ids(tokens_BT, self.layer_shape[0])
         return look_up(self.w[...], tokens_BT, self.compute.dtype, _HIDDEN)
 
+    @jax.named_scope("head")
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits against the same table, float32."""
         return contract_logits("BTD,VD->BTV", x_BTD, self.w[...], self.compute.operand_dtype)
@@ -303,5 +305,6 @@ class Head(Einsum):
         shape, axes, kind = (dim, vocab_size), ("embed", "vocab"), dict(compute=compute, rngs=rngs)
         super().__init__("BTD,DV->BTV", shape, axes, ("batch", "seq", "vocab"), **kind)
 
+    @jax.named_scope("head")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return contract_logits(self.eqn, x_BTD, self.w[...], self.dtype)

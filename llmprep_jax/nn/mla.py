@@ -22,6 +22,7 @@ from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.remat import QKV, keep
 from llmprep_jax.nn.rope import RopeScaling, apply_rope, yarn_mscale
 from llmprep_jax.sharding import has_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float, Int
@@ -85,6 +86,7 @@ class MLA(nnx.Module):
             **kind,
         )
 
+    @jax.named_scope("latent_attention")
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -101,8 +103,7 @@ class MLA(nnx.Module):
           cache: latents so far, as keys of one head without values; `begin` was called on it.
           layer: which layer's slots of the cache are meant.
         """
-        q_BTNH, q_BTNR = self.queries(x_BTD, rope)
-        z_BTZ = self.latents(x_BTD, rope)
+        (q_BTNH, q_BTNR), z_BTZ = keep((self.queries(x_BTD, rope), self.latents(x_BTD, rope)), QKV)
         if cache is None:
             return self.attend(q_BTNH, q_BTNR, z_BTZ, tokens, absorbed=False), None
         z_BT1Z = z_BTZ[:, :, None]
@@ -136,10 +137,17 @@ class MLA(nnx.Module):
         if absorbed is None:  # adapters by row leave no one matrix to absorb
             cheaper = self.absorbed_is_cheaper(q_BTNH.shape[1], z_BSZ.shape[1])
             absorbed = cheaper and not self.kv_b.is_by_row
-        if not absorbed:
-            k_BSNH, v_BSNU = self.expand(z_BSZ)
-            q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
-            return self.o(attend(q_BTNH, k_BSNH, v_BSNU, queries, keys, scale=self.scale))
+        form = self._attend_absorbed if absorbed else self._attend_naive
+        return form(q_BTNH, q_BTNR, z_BSZ, queries, keys)
+
+    @jax.named_scope("naive")
+    def _attend_naive(self, q_BTNH, q_BTNR, z_BSZ, queries, keys):
+        k_BSNH, v_BSNU = self.expand(z_BSZ)
+        q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
+        return self.o(attend(q_BTNH, k_BSNH, v_BSNU, queries, keys, scale=self.scale))
+
+    @jax.named_scope("absorbed")
+    def _attend_absorbed(self, q_BTNH, q_BTNR, z_BSZ, queries, keys):
         w = self.kv_b.weight().astype(self.dtype)
         if has_mesh():
             w = jax.reshard(w, spec(None, "heads", None, shape=w.shape))

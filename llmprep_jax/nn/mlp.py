@@ -11,6 +11,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.remat import MLP_HIDDEN, keep
 from llmprep_jax.types import Array, Float
 
 ACTIVATIONS = {
@@ -43,8 +44,10 @@ class GatedMlp(nnx.Module):
         self.up = make("BTD,DF->BTF", (dim, mlp_dim), ("embed", "mlp"), _ACT_AXES)
         self.down = make("BTF,FD->BTD", (mlp_dim, dim), ("mlp", "embed"), _OUT_AXES)
 
+    @jax.named_scope("mlp")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(ACTIVATIONS[self.act](self.gate(x_BTD)) * self.up(x_BTD))
+        gate_BTF, up_BTF = keep((self.gate(x_BTD), self.up(x_BTD)), MLP_HIDDEN)
+        return self.down(ACTIVATIONS[self.act](gate_BTF) * up_BTF)
 
 
 class Mlp(nnx.Module):
@@ -65,5 +68,6 @@ class Mlp(nnx.Module):
         self.up = make("BTD,DF->BTF", (dim, mlp_dim), ("embed", "mlp"), _ACT_AXES)
         self.down = make("BTF,FD->BTD", (mlp_dim, dim), ("mlp", "embed"), _OUT_AXES)
 
+    @jax.named_scope("mlp")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(ACTIVATIONS[self.act](self.up(x_BTD)))
+        return self.down(ACTIVATIONS[self.act](keep(self.up(x_BTD), MLP_HIDDEN)))

@@ -24,6 +24,7 @@ from llmprep_jax.nn.dispatch import run_experts
 from llmprep_jax.nn.linear import PRODUCT, Einsum
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.param import Compute, RouterBias, param
+from llmprep_jax.nn.remat import MLP_HIDDEN, keep
 from llmprep_jax.sharding import spec
 from llmprep_jax.types import Array, Bool, Float, Int
 
@@ -89,6 +90,7 @@ class Router(nnx.Module):
         self.w = param(rngs, shape, ("embed", None), init, compute.param_dtype)
         self.bias = RouterBias(jnp.zeros(routing.num_experts)) if routing.has_bias else None
 
+    @jax.named_scope("router")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Choice:
         # float32 and no less: a rounded score sends a token elsewhere
         logits_BTE = jnp.einsum(
@@ -167,7 +169,9 @@ class Experts(nnx.Module):
             y = grouped_matmul(x, weights[name], sizes_E, dtype=self.dtype)
             return checkpoint_name(y, PRODUCT)
 
-        return product(jax.nn.silu(product(x_MD, "gate")) * product(x_MD, "up"), "down")
+        with jax.named_scope("experts"):
+            gate_MF, up_MF = keep((product(x_MD, "gate"), product(x_MD, "up")), MLP_HIDDEN)
+            return product(jax.nn.silu(gate_MF) * up_MF, "down")
 
 
 class MoE(nnx.Module):

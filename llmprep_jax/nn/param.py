@@ -51,7 +51,11 @@ class Compute:
         bf16 instructions, float32 activations with bf16 operands are the fastest way to train (2 x
         float32, 2.5 x bf16 activations).
       param_dtype: dtype in which parameters are created.
-      remat: what the backward pass recomputes: "none", "full" or "dots" (keeps matrix products).
+      remat: what the backward pass recomputes: "none"; "full" (all but each layer's input); "dots"
+        (keeps matrix products); or all but activations that are named, with commas: block_in, qkv,
+        attention, mlp_in, mlp_hidden (`nn.remat`).
+      offload: names of activations that wait for the backward pass in host memory, with commas;
+        on a CPU that is the same memory.
       unroll: layers a step of the scan; 0 unrolls all (faster steps on CPU, slower compilation).
     """
 
@@ -59,6 +63,7 @@ class Compute:
     matmul_dtype: str | None = None
     param_dtype: str = "float32"
     remat: str = "none"
+    offload: str | None = None
     unroll: int = 1
 
     @property

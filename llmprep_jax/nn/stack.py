@@ -19,14 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmprep_jax.nn.linear import PRODUCT
 from llmprep_jax.nn.param import Compute, Shared
+from llmprep_jax.nn.remat import remat
 from llmprep_jax.types import Array, Int
 
-REMAT_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
-}
 LEAST_SAVED = 8  # layers that a further loop must save compiling: it sums all gradients once more
 
 
@@ -105,7 +101,7 @@ def scan(
             statics = [value[index].item() for value in values]
             statics += [] if kinds is None else [kinds[index]]
             run = lambda layer, carry, statics=statics: step(layer, carry, *statics)  # noqa: E731
-            carry = _remat(run, compute, in_loop=False)(layer, carry)
+            carry = remat(run, compute, in_loop=False)(layer, carry)
         return carry
 
     values = tuple(jnp.asarray(value) for value in values)
@@ -119,7 +115,7 @@ def scan(
         layer, *numbers = values_of_layer
         return step(build(layer), carry, *numbers, *statics)
 
-    run = _remat(run, compute, in_loop=unroll < depth(layers))
+    run = remat(run, compute, in_loop=unroll < depth(layers))
     return jax.lax.scan(
         lambda carry, xs: (run(xs, carry), None), carry, (stacked, *values), unroll=unroll
     )[0]
@@ -176,7 +172,7 @@ def _scan_kinds(
             layer, *numbers = jax.tree.map(lambda x: _pick(x, number), whole)
             return step(build(layer), carry, *numbers, kind)
 
-        return _remat(run, compute, in_loop, _all_but_weights)((stacked, *values), carry)
+        return remat(run, compute, in_loop, _all_but_weights)((stacked, *values), carry)
 
     for start, period, repeats in plan_runs(kinds):
         offsets = range(start, start + period)
@@ -203,22 +199,3 @@ def _pick(x: Array, number: int | Int[Array, ""]) -> Array:
 def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy that keeps what autodiff would, but for what `_pick` gives."""
     return primitive.name not in ("dynamic_slice", "squeeze")
-
-
-def _remat(
-    run: Callable[..., Any],
-    compute: Compute,
-    in_loop: bool,
-    policy_of_none: Callable[..., bool] | None = None,
-) -> Callable[..., Any]:
-    """`run` rematerialised as `compute` says; `policy_of_none` is that of remat "none"."""
-    name = compute.remat
-    if name == "none":
-        if policy_of_none is None:
-            return run
-        return jax.checkpoint(run, policy=policy_of_none, prevent_cse=False)
-    if name not in REMAT_POLICIES:
-        names = ", ".join(["none", *REMAT_POLICIES])
-        raise ValueError(f"unknown remat policy {name!r}; the policies are {names}")
-    # forward and backward are two loops, of which none can take the other's values
-    return jax.checkpoint(run, policy=REMAT_POLICIES[name], prevent_cse=not in_loop)

@@ -84,6 +84,7 @@ def training_loss(model: Any, batch: Batch, *, z_loss: float = 0.0) -> LossSum:
     return LossSum(*model.training_terms(batch, functools.partial(_sum_losses, model, z_loss)))
 
 
+@jax.named_scope("loss")
 def _sum_losses(model, z_loss, x_BTD, targets_BT, weights_BT):
     """The weighted sum of cross-entropies."""
     head = model.unembedding() if isinstance(model, LanguageModel) else None

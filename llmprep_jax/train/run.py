@@ -17,7 +17,7 @@ from llmprep_jax import processes
 from llmprep_jax.config import UsageError, catch_up, changed_fields, from_dict, to_dict
 from llmprep_jax.data import DataConfig
 from llmprep_jax.nn.param import Compute
-from llmprep_jax.nn.stack import REMAT_POLICIES
+from llmprep_jax.nn.remat import check as check_remat
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.processes import Processes
 from llmprep_jax.remote import AnyPath, write_text
@@ -33,7 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 # checkpoint's arrays are, nor which data it is at
 FREE = ("out", "steps", "schedule_steps", "epochs", "accumulate", "log_every", "skip_nonfinite")
 FREE = (*FREE, "eval_every", "eval_batches", "eval_data", "checkpoint", "mesh", "peak_flops")
-FREE = (*FREE, "compute.remat", "compute.unroll", "optim")
+FREE = (*FREE, "compute.remat", "compute.offload", "compute.unroll", "optim")
 FREE = (*FREE, "data.paths", "data.prefetch", "data.threads", "data.num_epochs")
 FIXED = ("optim.optimizer", "optim.moment_dtype")  # by them the moments are other arrays
 OURS = ("run.json", "run.tmp", "metrics.jsonl", "metrics.tmp", "tensorboard", "tokenizer")
@@ -112,9 +112,7 @@ def _check_compute(compute: Compute) -> None:
         value = getattr(compute, name)
         if value not in DTYPES and not (name == "matmul_dtype" and value is None):
             raise ValueError(f"compute.{name}={value!r}; the dtypes are {', '.join(DTYPES)}")
-    remats = ("none", *REMAT_POLICIES)
-    if compute.remat not in remats:
-        raise ValueError(f"compute.remat={compute.remat!r}; the policies are {', '.join(remats)}")
+    check_remat(compute)
 
 
 def _pin_date(cfg: RunConfig) -> RunConfig:

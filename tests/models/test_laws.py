@@ -151,8 +151,8 @@ def test_padding_inside_a_row_of_several_query_blocks_changes_nothing_in_either_
 
 
 REMATS = cases(
-    itertools.product(CONFIGS, ("dots", "full")),
-    fast=[("llama-tied-9-3-heads", "dots"), ("qwen2-window", "dots")],
+    itertools.product(CONFIGS, ("dots", "full", "attention,mlp_hidden")),
+    fast=[("llama-tied-9-3-heads", "dots"), ("qwen2-window", "attention,mlp_hidden")],
     slow=[(name, remat) for name in ("gemma3", "deepseek-v3") for remat in ("dots", "full")],
 )
 

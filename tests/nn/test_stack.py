@@ -96,11 +96,6 @@ def test_remat_repeats_what_it_says_it_repeats(remat, products, activations):
     assert count("logistic", gradient.jaxpr) == activations
 
 
-def test_an_unknown_policy_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown remat policy 'some'; the policies are none"):
-        run(make_layers(), draw(), remat="some")
-
-
 class Scaled(nnx.Module):
     """A layer with a weight of its own and a factor that all layers share."""
 

@@ -26,6 +26,7 @@ from llmprep_jax.nn.mla import MLA
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.moe import MoE, with_bounded_buffers
 from llmprep_jax.nn.norm import RMSNorm
+from llmprep_jax.nn.remat import BLOCK_IN, MLP_IN, keep
 from llmprep_jax.nn.rope import rope_angles, rope_frequencies
 from llmprep_jax.nn.stack import scan, stack, take
 from llmprep_jax.sharding import on_own_mesh
@@ -59,6 +60,7 @@ class Block(nnx.Module):
         else:
             self.mlp = GatedMlp(cfg.dim, cfg.mlp_dim, **kind)
 
+    @jax.named_scope("block")
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -68,8 +70,9 @@ class Block(nnx.Module):
         layer: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Load | None]:
         """What follows the layer, the cache, and the load of its experts if it has any."""
+        x_BTD = keep(x_BTD, BLOCK_IN)
         h_BTD, cache = self.attn(self.attn_norm(x_BTD), tokens, rope, cache, layer)
-        x_BTD = x_BTD + h_BTD
+        x_BTD = keep(x_BTD + h_BTD, MLP_IN)
         h_BTD = self.mlp_norm(x_BTD)
         if isinstance(self.mlp, MoE):
             segments_BT = tokens.segments_BT
@@ -101,6 +104,7 @@ class MTP(nnx.Module):
         )
         self.block = Block(cfg, is_moe=True, rngs=rngs)
 
+    @jax.named_scope("mtp")
     def __call__(
         self,
         hidden_BTD: Float[Array, "B T D"],

@@ -10,6 +10,7 @@ rounded to the dtype of the weights (25.25 for 270M in bf16, not 25.298), the ti
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,6 +23,7 @@ from llmprep_jax.nn.language_model import LanguageModel, Source
 from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.norm import RMSNorm
+from llmprep_jax.nn.remat import BLOCK_IN, MLP_IN, keep
 from llmprep_jax.nn.rope import rope_angles, rope_frequencies
 from llmprep_jax.nn.stack import scan, stack
 from llmprep_jax.sharding import on_own_mesh
@@ -62,6 +64,7 @@ class Block(nnx.Module):
         self.mlp_norm, self.post_mlp_norm = norm(), norm()
         self.mlp = GatedMlp(cfg.dim, cfg.mlp_dim, act="gelu_tanh", compute=compute, rngs=rngs)
 
+    @jax.named_scope("block")
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -72,8 +75,9 @@ class Block(nnx.Module):
         slot: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """`slot` is the layer's place among those of its kind, which is where its cache is."""
+        x_BTD = keep(x_BTD, BLOCK_IN)
         h_BTD, cache = self.attn(self.attn_norm(x_BTD), tokens, rope, window, cache, slot)
-        x_BTD = x_BTD + self.post_attn_norm(h_BTD)
+        x_BTD = keep(x_BTD + self.post_attn_norm(h_BTD), MLP_IN)
         return x_BTD + self.post_mlp_norm(self.mlp(self.mlp_norm(x_BTD))), cache
 
 
@@ -122,7 +126,8 @@ class Model(LanguageModel):
             x_BTD, caches = carry
             field, window = ("local", cfg.window) if is_local else ("full", None)
             cache = caches and getattr(caches, field)
-            x_BTD, cache = block(x_BTD, place, ropes[is_local], window, cache, slot)
+            with jax.named_scope("local" if is_local else "global"):
+                x_BTD, cache = block(x_BTD, place, ropes[is_local], window, cache, slot)
             return x_BTD, caches and caches._replace(**{field: cache})
 
         is_local_L = np.array(cfg.local_layers())

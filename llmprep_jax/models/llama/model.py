@@ -8,6 +8,7 @@ pass.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,6 +21,7 @@ from llmprep_jax.nn.language_model import LanguageModel, Source
 from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.norm import RMSNorm
+from llmprep_jax.nn.remat import BLOCK_IN, MLP_IN, keep
 from llmprep_jax.nn.rope import rope_angles, rope_frequencies
 from llmprep_jax.nn.stack import scan, stack
 from llmprep_jax.sharding import on_own_mesh
@@ -48,6 +50,7 @@ class Block(nnx.Module):
         self.mlp_norm = norm()
         self.mlp = GatedMlp(cfg.dim, cfg.mlp_dim, bias=cfg.mlp_bias, compute=compute, rngs=rngs)
 
+    @jax.named_scope("block")
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -57,8 +60,9 @@ class Block(nnx.Module):
         cache: KVCache | None = None,
         layer: int | Int[Array, ""] = 0,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        x_BTD = keep(x_BTD, BLOCK_IN)
         h_BTD, cache = self.attn(self.attn_norm(x_BTD), tokens, rope, window, cache, layer)
-        x_BTD = x_BTD + h_BTD
+        x_BTD = keep(x_BTD + h_BTD, MLP_IN)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
 
