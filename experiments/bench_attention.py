@@ -113,7 +113,7 @@ def compiled(
     """A row for each backend: what its program holds beside its inputs and outputs."""
     alike = {"section": work, "shape": name, "B T N K": shape.sizes}
     device = chip(target)
-    for backend in attention.backends("tpu" if device.platform == "tpu" else "gpu"):
+    for backend in attention.backends("tpu" if device.platform == "tpu" else "gpu", shape):
         try:
             program = attention.compile_for(device, backend, shape, work, dtype)
         except Exception as error:  # of the compiler: the others go on

@@ -103,13 +103,16 @@ ONLY = {
     **dict.fromkeys(("pallas_tpu", "splash"), "tpu"),
     **dict.fromkeys(("pallas_gpu", "mosaic_gpu", "cudnn"), "gpu"),
 }
+# kernels that read latents once, for keys and values
+LATENTS = {"mosaic_gpu on latents": "gpu", "pallas_tpu on latents": "tpu"}
 
 
-def backends(platform: str) -> list[str]:
+def backends(platform: str, shape: Shape) -> list[str]:
     """Names of ours that a platform may be served by."""
     from llmprep_jax.kernels.flash_attention.api import IMPLS
 
-    return on_platform(IMPLS, platform)
+    latents = [name for name, of in LATENTS.items() if of == platform and shape.latent]
+    return [*on_platform(IMPLS, platform), *latents]
 
 
 def on_platform(impls: Iterable[str], platform: str) -> list[str]:
@@ -140,7 +143,7 @@ def refusal(
     from llmprep_jax.kernels.flash_attention.masks import Rule
 
     try:
-        module = importlib.import_module(f"{flash_attention.__name__}.{name}")
+        module = importlib.import_module(f"{flash_attention.__name__}.{name.split()[0]}")
     except ImportError as error:
         raise Absent(f"not here: {error}") from None
     is_decode = "decode" in shape.works
@@ -151,8 +154,14 @@ def refusal(
         return "its scores take 8 GiB or more"
     given = ("positions",) if is_decode else tuple(given)
     rule = Rule(shape.causal, shape.window, shape.H**-0.5, soft_cap, None, given)
+
+    def ask(q, k, v):
+        if name in LATENTS and hasattr(module, "latent_refusal"):
+            return module.latent_refusal(q, k[:, 0], shape.U, rule)
+        return module.refusal(q, k, v, rule, backward)
+
     reasons: list[str | None] = []
-    jax.eval_shape(lambda *x: reasons.append(module.refusal(*x, rule, backward)), *heads)
+    jax.eval_shape(lambda *x: reasons.append(ask(*x)), *heads)
     return reasons[0]
 
 
@@ -160,18 +169,50 @@ def function(name: str | None, shape: Shape, work: Work) -> Callable[..., Any]:
     """attention(q, k, v) of a shape by a backend; None: whatever a layer would use."""
     import jax.numpy as jnp
 
-    from llmprep_jax.kernels.flash_attention import attention
-
     def call(q, k, v):
         places = {}
         if work == "decode":  # the last of T tokens, as a cache has it
             k_positions = jnp.broadcast_to(jnp.arange(shape.T), (shape.B, shape.T))
             places = dict(q_positions=k_positions[:, -1:], k_positions=k_positions)
-        if shape.latent:
-            v = k[..., : shape.U]
-        return attention(q, k, v, causal=shape.causal, window=shape.window, impl=name, **places)
+        return attend(name, shape, q, k, v, **places)
 
     return call
+
+
+def attend(name: str | None, shape: Shape, q: Any, k: Any, v: Any, **rest: Any) -> Any:
+    """A call of the seam, or of a kernel that reads latents once for keys and values."""
+    from llmprep_jax.kernels.flash_attention import attention
+
+    if name in LATENTS:
+        return _attend_latents(name, shape, q, k, **rest)
+    v = k[..., : shape.U] if shape.latent else v
+    return attention(q, k, v, causal=shape.causal, window=shape.window, impl=name, **rest)
+
+
+def _attend_latents(
+    name: str,
+    shape: Shape,
+    q: Any,
+    z: Any,
+    q_positions: Any,
+    k_positions: Any,
+    return_lse: bool = False,
+    **rest: Any,
+) -> Any:
+    from llmprep_jax.kernels import flash_attention
+    from llmprep_jax.kernels.flash_attention.masks import Places, Rule
+
+    assert all(value is None for value in rest.values()), rest
+    module = importlib.import_module(f"{flash_attention.__name__}.{name.split()[0]}")
+    places = Places(q_positions), Places(k_positions)
+    rule = Rule(scale=shape.H**-0.5, given=("positions",))
+    heads = q.swapaxes(1, 2)
+    if name == "mosaic_gpu on latents":
+        o, lse = module.latent_decode(heads, z[:, :, 0], places, rule)
+    else:
+        o, lse = module.latent_forward(heads, z.swapaxes(1, 2), shape.U, places, rule)
+    o, lse = o.swapaxes(1, 2), lse.swapaxes(1, 2)
+    return (o, lse) if return_lse else o
 
 
 def arrays(shape: Shape, work: Work, dtype: str) -> tuple[Any, ...]:
@@ -202,12 +243,12 @@ def ours(name: str, shape: Shape, work: Work, dtype: str) -> Contender:
     if reason is not None:
         raise Unfit(reason)
     q, k, v, do = arrays(shape, work, dtype)
-    attend = function(name, shape, work)
+    run = function(name, shape, work)
     if work == "backward":
-        pull = jax.jit(lambda q, k, v: jax.vjp(attend, q, k, v)[1])(q, k, v)
+        pull = jax.jit(lambda q, k, v: jax.vjp(run, q, k, v)[1])(q, k, v)
         call = functools.partial(jax.jit(lambda pull, do: pull(do)), pull, do)
     else:
-        call = functools.partial(jax.jit(attend), q, k, v)
+        call = functools.partial(jax.jit(run), q, k, v)
     return Contender(call, jax.block_until_ready)
 
 
@@ -285,7 +326,8 @@ def contenders(
 ) -> Mapping[str, Callable[[], Contender]]:
     """What makes each contender there is, ours by their names and torch's with "torch"."""
     makers: dict[str, Callable[[], Contender]] = {
-        name: functools.partial(ours, name, shape, work, dtype) for name in backends(platform)
+        name: functools.partial(ours, name, shape, work, dtype)
+        for name in backends(platform, shape)
     }
     if platform != "tpu":
         makers |= {
@@ -329,14 +371,14 @@ def compile_for(device: Any, name: str, shape: Shape, work: Work, dtype: str) ->
         raise Unfit(reason)
     mesh = make_mesh({"data": 1}, [device])
     place = jax.sharding.NamedSharding(mesh, jax.P())
-    attend = function(name, shape, work)
+    run = function(name, shape, work)
 
     def pull(q, k, v, do):
-        return jax.vjp(attend, q, k, v)[1](do)
+        return jax.vjp(run, q, k, v)[1](do)
 
     abstract = jax.eval_shape(functools.partial(arrays, shape, work, dtype))
     q, k, v, do = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in abstract]
     with use_mesh(mesh), jax.default_device(device):
         if work != "backward":
-            return jax.jit(attend).lower(q, k, v).compile()
+            return jax.jit(run).lower(q, k, v).compile()
         return jax.jit(pull).lower(q, k, v, do).compile()

@@ -61,7 +61,7 @@ def check_attention(name: str, shape: Shape, rest: Mapping[str, Any], dtype: str
     is_decode = "decode" in shape.works
     q, k, v, do = attention.arrays(shape, "decode" if is_decode else "forward", dtype)
     options = _options(shape, rest)
-    names = [x for x in attention.backends(jax.default_backend()) if x != "reference"]
+    names = [x for x in attention.backends(jax.default_backend(), shape) if x != "reference"]
     given = [name[2:] for name in options if name.startswith("k_")]
     refusal = functools.partial(attention.refusal, soft_cap=rest.get("cap"), given=given)
     reasons = {impl: _refusals(functools.partial(refusal, impl, shape, dtype)) for impl in names}
@@ -71,11 +71,8 @@ def check_attention(name: str, shape: Shape, rest: Mapping[str, Any], dtype: str
         sinks = jnp.linspace(-1.0, 1.0, shape.N) if "sinks" in rest else None
 
         def attend(q, k, v):
-            v = k[..., : shape.U] if shape.latent else v
-            settings = dict(causal=shape.causal, window=shape.window, soft_cap=rest.get("cap"))
-            return attention_of()(
-                q, k, v, impl=impl, sinks=sinks, return_lse=True, **settings, **options
-            )
+            more = dict(soft_cap=rest.get("cap"), sinks=sinks, return_lse=True)
+            return attention.attend(impl, shape, q, k, v, **more, **options)
 
         q, k, v, do = arrays
         if is_decode or (impl != "reference" and reasons[impl][1] is not None):
@@ -104,12 +101,6 @@ def check_attention(name: str, shape: Shape, rest: Mapping[str, Any], dtype: str
         except Exception as error:  # of a compiler or a kernel: the others go on
             yield row | {"note": one_line(error)}
             jax.block_until_ready(jnp.ones(8) + 1)  # raises where the device is dead
-
-
-def attention_of() -> Callable[..., Any]:
-    from llmprep_jax.kernels.flash_attention import attention as function
-
-    return function
 
 
 def _refusals(refusal: Callable[..., str | None]) -> tuple[str | None, str | None]:
