@@ -9,7 +9,6 @@ and are dealt with here: a sink is one more term of the sum, a low-rank bias is 
 
 import functools
 import importlib
-import warnings
 from types import ModuleType
 
 import jax
@@ -18,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmprep_jax.kernels.flash_attention.layout import Layout, layout_of
 from llmprep_jax.kernels.flash_attention.masks import Bias, Places, Rule
+from llmprep_jax.kernels.platforms import platform, tell_once
 
 OUTPUT = "attention"  # the name under which remat policies may keep outputs and lse
 
@@ -201,18 +201,7 @@ def backend(
         if reason is None:
             return module
         if name == impl:
-            _tell(f"attention: impl={impl!r} cannot do this ({reason}); another takes its place")
+            tell_once(
+                f"attention: impl={impl!r} cannot do this ({reason}); another takes its place"
+            )
     raise AssertionError(names)  # chunked does all
-
-
-@functools.cache
-def _tell(line: str) -> None:
-    warnings.warn(line, stacklevel=2)
-
-
-def platform() -> str | None:
-    """Of the devices in force; None where a mesh has none."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.default_backend()
-    return None if mesh.abstract_device is None else mesh.abstract_device.platform

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from llmprep_jax.kernels import tpu
 from llmprep_jax.kernels.grouped_matmul.visits import visit_groups, visit_tiles
-from llmprep_jax.kernels.platforms import platform, precision_of
+from llmprep_jax.kernels.platforms import platform
 
 VMEM_LIMIT = 60 * 2**20  # v7x has 64 MiB, others 128
 ROOM = 46 * 2**20  # for tiles that are fetched, each of them twice
@@ -57,9 +58,8 @@ def multiply(
         def add(i, y):
             part = pl.ds(i * part_D, part_D)
             w = w_ref[part] if w_axis == 1 else w_ref[:, part]
-            dims = (((1,), (w_axis - 1,)), ((), ()))
             x, w = x_ref[:, part], w.astype(x_ref.dtype)
-            return y + _dot(x, w, dims)
+            return y + tpu.multiply(x, w, (1, w_axis - 1))
 
         @pl.when(groups[v] < num_groups)
         def _():
@@ -86,7 +86,7 @@ def multiply(
         ),
         compiler_params=_params("parallel", "arbitrary"),
         cost_estimate=_cost(x_MD, w_EDF, num_out, out_dtype),
-        interpret=platform() == "cpu",
+        interpret=tpu.interprets(),
         name="grouped_matmul",
     )(*visits, x_MD, w_EDF)
 
@@ -113,8 +113,7 @@ def accumulate(
         def _():
             is_row = _is_row(tiles[v], starts[v], ends[v], tile_M)
             x, y = [jnp.where(is_row, ref[...], 0) for ref in (x_ref, y_ref)]
-            dims = (((0,), (0,)), ((), ()))
-            sum_ref[...] += _dot(x, y, dims)
+            sum_ref[...] += tpu.multiply(x, y, (0, 0))
 
         @pl.when((v == last) | (groups[v] != groups[jnp.minimum(v + 1, last)]))
         def _():
@@ -135,14 +134,9 @@ def accumulate(
         ),
         compiler_params=_params("parallel", "parallel", "arbitrary"),
         cost_estimate=_cost(x_MD, y_MF, num_out, out_dtype),
-        interpret=platform() == "cpu",
+        interpret=tpu.interprets(),
         name="grouped_outer_products",
     )(*visits, x_MD, y_MF)
-
-
-def _dot(x, y, dims):
-    sums = dict(preferred_element_type=jnp.float32, precision=precision_of(x.dtype))
-    return jax.lax.dot_general(x, y, dims, **sums)
 
 
 def _is_row(tile, start, end, tile_rows):

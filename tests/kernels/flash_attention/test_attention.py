@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llmprep_jax.kernels.flash_attention import api, attention, chunked
+from llmprep_jax.kernels.platforms import tell_once
 from llmprep_jax.sharding import make_mesh, spec, use_mesh
 from tests.kernels.flash_attention.problems import Problem, alibi, assert_close, run
 
@@ -233,7 +234,7 @@ def test_what_does_not_fit_is_refused(shapes, options, message):
 def test_what_a_backend_refuses_falls_to_the_next_and_is_said_once(monkeypatch):
     monkeypatch.setattr(api, "BACKENDS", dict(cpu=("reference",)))
     monkeypatch.setattr(chunked, "refusal", lambda *_: "it is Sunday")
-    api._tell.cache_clear()
+    tell_once.cache_clear()
     q = jnp.ones((1, 2, 1, 4))
     with warnings.catch_warnings(record=True) as caught:
         for _ in range(2):
