@@ -5,11 +5,12 @@ BIN    := $(VENV)/bin
 # what is imported is compiled then; compiling all that is installed takes a minute
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 DEMO   ?= runs/demo
+AHEAD  := $(CURDIR)/.ahead
 # a process a core: tests spend their time in the compiler, which uses one; each has its share of the
 # files in a row, for their fixtures, and whoever is done takes from the end of another's
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo demo-short test test-smoke test-slow test-all behaviour parity parity-all parity-gemma3 \
+.PHONY: demo demo-short test test-smoke test-slow test-all ahead behaviour parity parity-all parity-gemma3 \
   mutations lint clean
 
 demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, export (about 6 minutes)
@@ -28,11 +29,13 @@ SMOKE := tests/test_imports.py tests/test_config.py tests/nn tests/kernels tests
 test-smoke: $(VENV)/.test     ## a part of the fast suite, for a second version of Python
 	$(PYTEST) -m "not slow and not grid" $(SMOKE)
 
-test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take minutes
-	$(PYTEST) --ignore=tests/parity -m "slow and not grid and not behaviour" --durations=5
+test-slow: $(VENV)/.test      ## kill -9 and resume, and other laws that take minutes; kernels where `make ahead` was run
+	PYTHONPATH=$(AHEAD) $(PYTEST) --ignore=tests/parity -m "slow and not grid and not behaviour" --durations=5
+
+ahead: $(AHEAD)/.done         ## the compilers for TPUs and NVIDIA GPUs, with which `make test-slow` needs no such chip (1.2 GB)
 
 test-all: $(VENV)/.test       ## every test that needs no torch, whole grids too: by hand, before a release
-	$(PYTEST) --ignore=tests/parity -m "not behaviour" --durations=20
+	PYTHONPATH=$(AHEAD) $(PYTEST) --ignore=tests/parity -m "not behaviour" --durations=20
 
 behaviour: $(VENV)/.test      ## a fact that each adapter method teaches a real model (ten minutes)
 	XLA_FLAGS= $(BIN)/python -m pytest tests/behaviour -m slow --durations=0
@@ -53,7 +56,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(AHEAD) runs build *.egg-info
 
 $(VENV)/.base: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else \
@@ -73,6 +76,12 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) -e ".[demo,dev]"
+	@touch $@
+
+# beside the environment, where JAX would look for the chips at each start
+$(AHEAD)/.done: $(VENV)/.test
+	@echo "installing into $(AHEAD), about two minutes ..."
+	$(PIP) --no-deps --upgrade --target $(AHEAD) $$($(BIN)/python -m tests.kernels.ahead)
 	@touch $@
 
 $(VENV)/.parity: $(VENV)/.test

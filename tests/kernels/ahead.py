@@ -1,6 +1,8 @@
 """Compiles for chips that nobody has at hand, by libtpu and by JAX's CUDA plugin, both from pip."""
 
+import importlib.metadata
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -74,3 +76,15 @@ def compile_on(device: Any, function: Callable, *arrays: Any) -> jax.stages.Comp
 def temporaries(compiled: jax.stages.Compiled) -> float:
     """MiB beside inputs and outputs."""
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def requirements() -> list[str]:
+    """What pip installs for this JAX: its libtpu, and its plugin without NVIDIA's libraries."""
+    version = importlib.metadata.version("jax")
+    needs = [x for x in importlib.metadata.requires("jax") or () if x.startswith("libtpu")]
+    (libtpu,) = {re.split(r"[ ;]", need)[0] for need in needs}
+    return [libtpu, f"jax-cuda12-plugin=={version}", f"jax-cuda12-pjrt=={version}"]
+
+
+if __name__ == "__main__":
+    print(*requirements())
