@@ -77,6 +77,23 @@ def test_a_query_that_sees_nothing_gives_zero_and_owes_nothing():
     chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
 
 
+@pytest.mark.parametrize(
+    "sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=["rows", "queries", "keys"]
+)
+def test_nothing_attends_to_something_and_something_to_nothing(sizes):
+    B, T, S = sizes
+    arrays = qkv(T=T, S=S, B=B)
+
+    def total(*arrays):
+        o, lse = attention(*arrays, return_lse=True)
+        return o.sum(), (o, lse)
+
+    (_, (o, lse)), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays)
+    chex.assert_trees_all_equal((o, *grads), tuple(map(np.zeros_like, (arrays[0], *arrays))))
+    assert lse.shape == (B, T, 4)
+    assert (np.asarray(lse) < -2e38).all()
+
+
 def test_softmax_is_float32_for_bf16_operands():
     q, k, v = [x.astype(jnp.bfloat16) for x in qkv(T=1, S=512, B=1)]
     found = attention(q, k, v, causal=False, scale=0.1)
