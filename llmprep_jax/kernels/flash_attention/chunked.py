@@ -219,9 +219,9 @@ class Loop(NamedTuple):
     size: int
     k_size: int
 
-    def split(self, x_BNT: Array) -> Array:
-        """An array by query in blocks, [I, B, N, size, ...]."""
-        return _blocks(x_BNT, self.size, axis=2)
+    def split(self, x_BNT: Array, fill: float = 0.0) -> Array:
+        """An array by query in blocks, [I, B, N, size, ...]; the last is filled up."""
+        return _blocks(x_BNT, self.size, axis=2, fill=fill)
 
     def cut(self, j: Array) -> tuple[Array, Array, Places]:
         """Keys, values and places of block j."""
@@ -233,10 +233,10 @@ class Loop(NamedTuple):
         return k, v, self.k_places.block(start, self.k_size)
 
 
-def _blocks(x: Array, size: int, axis: int) -> Array:
+def _blocks(x: Array, size: int, axis: int, fill: float = 0.0) -> Array:
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % size)
-    x = jnp.pad(x, padding)
+    x = jnp.pad(x, padding, constant_values=fill)
     shape = (*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 
@@ -314,7 +314,7 @@ def _forward_loop(q_BNTH, k_BKSH, v_BKSU, places, rule):
 
 
 def _backward_loop(arrays, k_BKSH, v_BKSU, places, rule):
-    q_BNTH = arrays[0]
+    q_BNTH, lse_BNT, *rest = arrays
     loop = _loop(q_BNTH, k_BKSH, v_BKSU, places, rule)
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
 
@@ -333,7 +333,9 @@ def _backward_loop(arrays, k_BKSH, v_BKSU, places, rule):
         return (dk, dv), dq_B.astype(q_BNTH.dtype)
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x, _ in loop.keys)
-    (dk, dv), dq = jax.lax.scan(block, zeros, (tuple(map(loop.split, arrays)), loop.blocks))
+    # queries that fill the last block have probabilities of 0, however large a bias
+    blocks = loop.split(q_BNTH), loop.split(lse_BNT, jnp.inf), *map(loop.split, rest)
+    (dk, dv), dq = jax.lax.scan(block, zeros, (blocks, loop.blocks))
     return _join(dq, T), dk[:, :, :S], dv[:, :, :S]
 
 

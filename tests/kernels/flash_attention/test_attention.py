@@ -158,6 +158,19 @@ def test_blocks_in_a_loop_are_the_reference(problem, monkeypatch):
         assert_close(run(problem, "chunked"), run(problem, "reference"), 1e-5)
 
 
+def test_rows_that_fill_the_last_block_of_a_loop_owe_nothing_whatever_the_bias(monkeypatch):
+    for name, value in dict(WHOLE=0, Q_BLOCK=16, K_BLOCK=10).items():
+        monkeypatch.setattr(chunked, name, value)
+    arrays = qkv(T=20, S=20)
+
+    def gradients(**options):
+        run = lambda *x: attention(*x, causal=False, **options).sum()  # noqa: E731
+        return jax.jit(jax.grad(run, argnums=(0, 1, 2)))(*arrays)
+
+    biased = gradients(bias=lambda head, i, j: 100.0 + 0 * (head + i + j))
+    chex.assert_trees_all_close(biased, gradients(), atol=1e-4)
+
+
 @pytest.mark.parametrize("loops", [False, True])
 def test_blocks_in_bf16_are_the_reference(loops, monkeypatch):
     if loops:
