@@ -15,7 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llmprep_jax.kernels.flash_attention.layout import Layout, layout_of
+from llmprep_jax.kernels.flash_attention.layout import (
+    Layout,
+    join_widths,
+    layout_of,
+    repeat_heads,
+)
 from llmprep_jax.kernels.flash_attention.masks import Bias, Places, Rule
 from llmprep_jax.kernels.platforms import platform, tell_once
 
@@ -87,7 +92,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     if isinstance(bias, tuple):
-        q, k, scale, bias = *_widen(q, k, bias, scale), None
+        q, k, v, scale, bias = *_widen(q, k, v, bias, scale), None
     places = _places(q, k, (q_positions, k_positions), (q_segments, k_segments), (q_spans, k_spans))
     given = tuple(name for name, values in places[0]._asdict().items() if values is not None)
     rule = Rule(causal, window, scale, soft_cap, bias, given)
@@ -113,13 +118,14 @@ def _check(q: Array, k: Array, v: Array, window: int | None) -> None:
         raise ValueError(f"window={window}; it counts the query itself, so it must be 1 or more")
 
 
-def _widen(q: Array, k: Array, bias: Factors, scale: float) -> tuple[Array, Array, float]:
+def _widen(
+    q: Array, k: Array, v: Array, bias: Factors, scale: float
+) -> tuple[Array, Array, Array, float]:
     """Queries and keys whose scores hold a bias a b^T; the scale is then in the queries."""
     a, b = [jnp.asarray(x, q.dtype) for x in bias]
     if b.shape[2] > k.shape[2]:  # keys differ by query head
-        k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-    a, b = [jnp.broadcast_to(x, (*y.shape[:3], x.shape[-1])) for x, y in ((a, q), (b, k))]
-    return jnp.concatenate([q * scale, a], -1), jnp.concatenate([k, b], -1), 1.0
+        k, v = [repeat_heads(x, q.shape[2] // k.shape[2]) for x in (k, v)]
+    return join_widths(q * scale, a), join_widths(k, b), v, 1.0
 
 
 def _places(q: Array, k: Array, *pairs: Pair) -> tuple[Places, Places]:

@@ -102,3 +102,25 @@ def layout_of(q: jax.Array, k: jax.Array, splits_heads: bool) -> Layout:
     heads = heads if splits_heads else ()
     num_shards = math.prod(mesh.shape[axis] for axis in heads)
     return Layout(rows, heads, bool(heads) and k.shape[2] % num_shards > 0, True)
+
+
+def join_widths(x: jax.Array, more: jax.Array) -> jax.Array:
+    """x [B, T, N, H] made wider by an array [B or 1, T, N or 1, R] that may lie otherwise."""
+    more = jnp.broadcast_to(more, (*x.shape[:3], more.shape[3]))
+    spec = _spec(x)
+    if spec is not None:
+        x, more = jax.reshard(x, spec), jax.reshard(more, spec)
+    return jnp.concatenate([x, more], axis=-1)
+
+
+def repeat_heads(x_BSKH: jax.Array, copies: int) -> jax.Array:
+    """Each head so many times in a row; they lie over the mesh as the heads do."""
+    return jnp.repeat(x_BSKH, copies, axis=2, out_sharding=_spec(x_BSKH))
+
+
+def _spec(x_BTNH: jax.Array) -> jax.P | None:
+    """How rows, tokens and heads lie on a mesh, and widths whole; None where there is no say."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return None
+    return jax.P(*jax.typeof(x_BTNH).sharding.spec[:3])

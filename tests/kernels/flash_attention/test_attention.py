@@ -105,8 +105,8 @@ def test_softmax_is_float32_for_bf16_operands():
 
 
 def test_a_bias_of_two_factors_is_their_product():
-    (q, k, v), (a, b) = qkv(), (draw(2, 5, 4, 3), draw(1, 7, 1, 3))
-    bias = np.einsum("btnr,sr->bnts", a, b[0, :, 0])
+    (q, k, v), (a, b) = qkv(), (draw(2, 5, 4, 3), draw(1, 7, 4, 3))  # keys by query head
+    bias = np.einsum("btnr,snr->bnts", a, b[0])
     dense = [
         slow_attention(*[x[i : i + 1] for x in (q, k, v)], np.ones((1, 5, 7)), 0.3, None, bias[i])
         for i in (0, 1)
@@ -236,6 +236,24 @@ def test_a_mesh_changes_nothing(mesh, heads):
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
     if mesh == "rows":  # rows that lie on one device need no other
         assert "all-gather" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_factors_of_a_bias_need_not_lie_as_queries_and_keys_do(num_kv_heads):
+    arrays = (*qkv(8, num_kv_heads, 6, 6, 2, 4), draw(2, 6, 8, 3, seed=4), draw(1, 6, 8, 3, seed=5))
+
+    def total(q, k, v, a, b):
+        return attention(q, k, v, bias=(a, b)).sum()
+
+    both = jax.value_and_grad(total, argnums=tuple(range(5)))
+    wanted = jax.jit(both)(*arrays)
+    with use_mesh(make_mesh(dict(fsdp=2, tensor=4))):
+        placed = [
+            jax.device_put(x, spec("batch", None, name, None, shape=x.shape))
+            for x, name in zip(arrays[:3], ("heads", "kv_heads", "kv_heads"), strict=True)
+        ]
+        found = jax.jit(both)(*placed, *arrays[3:])
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_each_device_takes_the_keys_of_its_own_query_heads():
