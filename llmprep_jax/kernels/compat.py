@@ -32,3 +32,25 @@ def accumulate(multiply: Callable[[Any], None], sums: jax.Array, interprets: boo
         return accumulator[...]
 
     return sums + pl.run_scoped(products, plgpu.ACC(sums.shape, sums.dtype))
+
+
+def accumulate_product(p: jax.Array, ref: Any, sums: jax.Array, interprets: bool) -> jax.Array:
+    """`sums` and the product of an array in registers with one in shared memory.
+
+    JAX 0.12 interprets products of arrays in shared memory alone.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if interprets:
+        values = ref[...]
+        plgpu.commit_smem()  # a read that copies must wait for, as they do for a product's
+        return sums + jax.lax.dot(p, values, preferred_element_type=sums.dtype)
+    return accumulate(lambda accumulator: plgpu.wgmma(accumulator, p, ref), sums, interprets)
+
+
+def mosaic_interpreter() -> Any:
+    """What has JAX interpret Mosaic GPU kernels; None before 0.11.2."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    params = getattr(plgpu, "InterpretGPUParams", None)
+    return None if params is None else params()

@@ -33,7 +33,16 @@ BACKENDS = {
     "gpu": ("cudnn", "tokamax", "pallas_gpu", "chunked"),
     None: ("chunked",),  # a mesh without devices
 }
-IMPLS = ("reference", "chunked", "pallas_tpu", "splash", "pallas_gpu", "cudnn", "tokamax")
+IMPLS = (
+    "reference",
+    "chunked",
+    "pallas_tpu",
+    "splash",
+    "pallas_gpu",
+    "cudnn",
+    "tokamax",
+    "mosaic_gpu",
+)
 
 Array = jax.Array
 Factors = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
