@@ -101,6 +101,8 @@ MUTATIONS = [
     Mutation(
         "kernels/grouped_matmul/blocks.py", "[:, None] < left", "[:, None] <= left", "kernels"
     ),
+    Mutation("kernels/grouped_matmul/pallas_tpu.py", "(row < end)", "(row <= end)", "kernels"),
+    Mutation("kernels/grouped_matmul/pallas_gpu.py", "[:, None] & is_new", "[:, None]", "kernels"),
     Mutation(
         "kernels/grouped_matmul/blocks.py",
         'jnp.arange(len(x_MD)), side="right"',
