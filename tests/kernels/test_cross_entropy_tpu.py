@@ -78,7 +78,7 @@ def test_an_ignored_token_gives_nothing_even_with_infinite_logits():
 
 
 def test_devices_share_the_words():
-    arrays = make_inputs(40, 8 * 100)  # a block of 128 words hangs over each device's 100
+    arrays = make_inputs(40, 8 * 150)  # two blocks of 128 words hang over each device's 150
     expected = run(arrays, "reference")
     mesh = jax.make_mesh((8,), ("a",), (jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):

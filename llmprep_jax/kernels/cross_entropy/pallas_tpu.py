@@ -229,8 +229,6 @@ def _logit_gradients(logits: Array, columns: list, place: tuple, head: Head, blo
     if head.soft_cap is not None:
         d *= 1 - jnp.square(logits / head.soft_cap)
     counts = dlosses != 0
-    if blocks.V % blocks.words:
-        counts &= ids < blocks.V
     if blocks.N % blocks.tokens:
         rows = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
         counts &= i * blocks.tokens + rows < blocks.N
