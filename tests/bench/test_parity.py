@@ -1,0 +1,75 @@
+"""A kernel that is off by little is told from one that is right, and one that fails has a note."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.bench import attention, parity
+from llmprep_jax.kernels.grouped_matmul import blocks, ragged
+
+ARRAY = np.array([1.0, -4.0])
+
+
+def test_an_error_is_the_greatest_difference_over_the_greatest_value():
+    found = dict(o=np.array([1.0, -3.96]), lse=ARRAY, dq=ARRAY, dk=np.array([1.2, -4.0]))
+    wanted = dict.fromkeys(found, ARRAY)
+    errors = {"error of o": 0.01, "error of lse": 0.0, "worst gradient's": 0.05}
+    assert parity.compare(found, wanted) == pytest.approx(errors)
+
+
+def test_what_is_no_number_is_the_worst_error():
+    assert parity.compare({"y": np.array([1.0, np.nan])}, {"y": ARRAY}) == {"error of y": np.inf}
+
+
+def test_queries_that_see_nothing_have_a_log_sum_exp_alike():
+    found, wanted = {"lse": np.array([1.0, -2.4e38])}, {"lse": np.array([1.0, -1.5e38])}
+    assert parity.compare(found, wanted) == {"error of lse": 0.0}
+    assert parity.compare({"lse": np.array([1.0, 0.5])}, wanted)["error of lse"] == 0.5
+
+
+def test_a_kernel_that_is_wrong_or_fails_is_a_row_of_its_own(monkeypatch):
+    multiply = blocks.multiply
+    monkeypatch.setattr(blocks, "multiply", lambda *x: multiply(*x) * 1.001)
+
+    def fails(*_):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(ragged, "multiply", fails)
+    rows = {row["impl"]: row for row in parity.check_grouped("float32")}
+    assert rows["blocks"]["error of y"] == pytest.approx(1e-3, rel=0.01)
+    assert rows["blocks"]["worst gradient's"] == pytest.approx(1e-3, rel=0.01)
+    assert rows["ragged"]["note"] == "RuntimeError: no such instruction"
+
+
+def test_cases_are_what_their_names_say():
+    shape, rest = parity.CASES["decode"]
+    places = {name: np.asarray(x) for name, x in parity._options(shape, rest).items()}
+    # rows of several lengths, the last token of each a query
+    assert places["q_positions"].tolist() == [[699], [602], [505]]
+    assert places["k_positions"].shape == (3, 700)
+    shape, rest = parity.CASES["not causal, 72"]
+    segments = np.asarray(parity._options(shape, rest)["k_segments"])
+    assert (segments[0] == 0).all()
+    assert set(segments[1]) == {0, 1, 2, 3}
+    shape, rest = parity.CASES["spans"]
+    spans = np.asarray(parity._options(shape, rest)["q_spans"])
+    assert set(spans[0]) == {0, 1, 2}
+
+
+def test_latents_are_read_once_by_a_kernel_of_theirs_as_values_are_by_others(monkeypatch):
+    shape = attention.Shape(1, 3, 2, 1, 4, 2, latent=True, works=("decode",))
+    told = {}
+
+    def latent_forward(q, z, width, places, rule):
+        told.update(q=q.shape, z=z.shape, width=width, places=places, rule=rule)
+        return jnp.zeros((1, 2, 1, 2)), jnp.zeros((1, 2, 1))
+
+    name = "llmprep_jax.kernels.flash_attention.pallas_tpu.latent_forward"
+    monkeypatch.setattr(name, latent_forward)
+    q, z = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 3, 1, 4))
+    o = attention.function("pallas_tpu on latents", shape, "decode")(q, z, None)
+    assert o.shape == (1, 1, 2, 2)
+    assert (told["q"], told["z"], told["width"]) == ((1, 2, 1, 4), (1, 1, 3, 4), 2)
+    assert told["rule"].scale == 0.5
+    assert told["places"][0].positions.tolist() == [[2]]
+    assert told["places"][1].positions.tolist() == [[0, 1, 2]]
