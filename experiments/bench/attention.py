@@ -104,7 +104,7 @@ ONLY = {
     **dict.fromkeys(("pallas_gpu", "mosaic_gpu", "cudnn"), "gpu"),
 }
 # kernels that read latents once, for keys and values
-LATENTS = {"mosaic_gpu on latents": "gpu", "pallas_tpu on latents": "tpu"}
+LATENTS = {"mosaic_latents": "gpu", "pallas_tpu on latents": "tpu"}
 
 
 def backends(platform: str, shape: Shape) -> list[str]:
@@ -207,7 +207,7 @@ def _attend_latents(
     places = Places(q_positions), Places(k_positions)
     rule = Rule(scale=shape.H**-0.5, given=("positions",))
     heads = q.swapaxes(1, 2)
-    if name == "mosaic_gpu on latents":
+    if name == "mosaic_latents":
         o, lse = module.latent_decode(heads, z[:, :, 0], places, rule)
     else:
         o, lse = module.latent_forward(heads, z.swapaxes(1, 2), shape.U, places, rule)

@@ -5,15 +5,19 @@
 Each block of the page between `<!-- made: NAME -->` and `<!-- end -->` is made anew from the code.
 """
 
+import contextlib
 import functools
 import importlib
 import re
+from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench.attention import ONLY
 from experiments.command.reference import ROOT
 from experiments.study.report import table
 from llmprep_jax.kernels import flash_attention
@@ -23,6 +27,7 @@ from llmprep_jax.kernels.flash_attention.masks import Places, Rule, may_see, ran
 
 PAGE = ROOT / "docs" / "attention.md"
 SEEN, HIDDEN = "#", "."
+LIBRARIES = ("_library", "_operation")  # what finds an adapter's, which may not be here
 HEAD = 128  # width of the heads whose tiles are counted
 
 
@@ -153,7 +158,18 @@ def _cell(impl: str, probe: Probe, reasons: list[str]) -> str:
 
 
 def _refusal(impl: str, probe: Probe, backward: bool) -> str | None:
+    """As on the platform that a backend is for, with the library that it calls."""
     module = importlib.import_module(f"{flash_attention.__name__}.{impl}")
+    with contextlib.ExitStack() as stack:
+        for name in LIBRARIES:
+            if impl in ("cudnn", "tokamax") and hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name))
+        if ONLY.get(impl, impl) in ("gpu", "tokamax") and hasattr(module, "platform"):
+            stack.enter_context(mock.patch.object(module, "platform", return_value="gpu"))
+        return _ask(module, probe, backward)
+
+
+def _ask(module: ModuleType, probe: Probe, backward: bool) -> str | None:
     sizes = (8, probe.T, probe.H), (probe.K, probe.S, probe.H), (probe.K, probe.S, probe.U)
     heads = [jax.ShapeDtypeStruct((1, *size), jnp.dtype(probe.dtype)) for size in sizes]
     told: list[str | None] = []
