@@ -34,11 +34,13 @@ class Tokens:
       segments_BT: which document a token is of; 0 is padding; None: all of one document.
       in_order: whether the tokens of each segment stand in the order of their positions, which
         are then known to grow along a row before they have values.
+      is_counted: whether they also grow by no more than one a column.
     """
 
     positions_BT: Int[Array, "B T"]
     segments_BT: Int[Array, "B T"] | None = None
     in_order: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    is_counted: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 def place_tokens(
@@ -62,8 +64,8 @@ def place_tokens(
         raise ValueError("give mask or segment_ids, not both: segment 0 is the padding")
     if mask_BT is not None:
         segments_BT = mask_BT.astype(jnp.int32)
-    if positions_BT is None:
-        in_order = True
+    is_counted = positions_BT is None
+    if is_counted:
         real_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT > 0
         positions_BT = jnp.cumsum(real_BT.astype(jnp.int32), axis=1) - 1
         if cache is not None:
@@ -72,7 +74,7 @@ def place_tokens(
     # whole rows, whatever "seq" says: every query is held against every key
     positions_BT, segments_BT = [_whole_rows(x) for x in (positions_BT, segments_BT)]
     if cache is None:
-        return Tokens(positions_BT, segments_BT, in_order), None
+        return Tokens(positions_BT, segments_BT, in_order or is_counted, is_counted), None
     num_used = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
     if num_used + tokens_BT.shape[1] > cache.num_slots:
         raise ValueError(
@@ -80,7 +82,7 @@ def place_tokens(
             f" {num_used} of them taken; give init_cache a greater max_len"
         )
     segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
-    return Tokens(positions_BT, segments_BT, in_order), cache.begin(positions_BT, segments_BT)
+    return Tokens(positions_BT, segments_BT), cache.begin(positions_BT, segments_BT)
 
 
 def _whole_rows(x_BT: Array | None) -> Int[Array, "B T"] | None:
@@ -102,10 +104,10 @@ def attend(
     """Causal attention of tokens to others, or to themselves where `keys` is None."""
     at_Q, at_K = queries.positions_BT, (queries if keys is None else keys).positions_BT
     if keys is None and queries.in_order:
-        # a window is of positions, and padding inside a row stands between them
-        if window is not None and window >= q_BTNH.shape[1]:
+        if window is not None and queries.is_counted and window >= q_BTNH.shape[1]:
             window = None
-        if window is None or queries.segments_BT is None:
+        # a window is of positions, which padding inside a row parts from columns
+        if window is None or (queries.is_counted and queries.segments_BT is None):
             at_Q = at_K = None
     return attention(
         q_BTNH,

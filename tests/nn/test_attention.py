@@ -42,9 +42,16 @@ def test_tokens_in_order_attend_as_by_their_positions(window):
     np.testing.assert_allclose(in_order, by_value, atol=1e-6)
 
 
+def test_a_window_counts_positions_that_are_given_and_not_columns():
+    q, far = draw(1, 6, 2, 8), row(0, 1, 2, 13, 14, 15)
+    found = attend(q, q, q, Tokens(far, None, in_order=True), window=10)
+    wanted = [attend(x, x, x, Tokens(row(0, 1, 2), None)) for x in (q[:, :3], q[:, 3:])]
+    np.testing.assert_allclose(found, np.concatenate(wanted, axis=1), atol=1e-6)
+
+
 def test_a_window_as_wide_as_the_row_hides_nothing_and_costs_nothing():
     q = draw(1, 6, 2, 8)
-    tokens = Tokens(row(*range(6)), in_order=True)
+    tokens = Tokens(row(*range(6)), in_order=True, is_counted=True)
     text = [
         str(jax.make_jaxpr(lambda q, w=window: attend(q, q, q, tokens, window=w))(q))
         for window in (None, 6, 5)

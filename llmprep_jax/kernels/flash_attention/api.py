@@ -150,6 +150,11 @@ def _places(q: Array, k: Array, *pairs: Pair) -> tuple[Places, Places]:
         values = []
         for pair, default in zip(pairs, defaults, strict=True):
             given = default if pair[side] is None else jnp.asarray(pair[side], jnp.int32)
+            if given.shape != shape:
+                raise ValueError(
+                    f"positions, segments or spans of {'qk'[side]} are {given.shape}; they must be"
+                    f" {shape}, a number a token"
+                )
             values.append(None if all(x is None for x in pair) else given)
         sides.append(Places(*values))
     return tuple(sides)

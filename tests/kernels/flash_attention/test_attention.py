@@ -271,6 +271,7 @@ def test_each_device_takes_the_keys_of_its_own_query_heads():
         (((1, 2, 3, 4), (1, 2, 2, 4), (1, 2, 2, 4)), {}, r"N a multiple of K"),
         (((1, 2, 2, 4), (1, 2, 2, 5), (1, 2, 2, 4)), {}, r"they must be \[B, T, N, H\]"),
         (((1, 2, 2, 4),) * 3, dict(window=0), r"window=0; it counts the query itself"),
+        (((2, 3, 2, 4),) * 3, dict(k_spans=jnp.ones(3)), r"of k are \(3,\); they must be \(2, 3\)"),
         (((1, 2, 2, 4),) * 3, dict(impl="flash"), r"unknown impl 'flash'; there are reference, "),
     ],
 )  # fmt: skip
