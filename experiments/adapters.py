@@ -29,8 +29,8 @@ import llmprep_jax as lp
 from configs.data.shipped import find_smollm2
 from experiments.adapter_study.methods import at_budget, methods
 from experiments.adapter_study.report import Row, write_report
-from experiments.adapter_study.trainer import StudyTrainer
 from experiments.study.text import Batch, held_out, read_texts
+from experiments.study.trainer import StudyTrainer
 from llmprep_jax import cli, peft
 from llmprep_jax.config import UsageError, only_overrides, override
 from llmprep_jax.models import registry

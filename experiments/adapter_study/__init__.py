@@ -1,1 +1,1 @@
-"""The parts of `experiments.adapters`: its methods, training and report."""
+"""The parts of `experiments.adapters`: its methods and report."""

@@ -1,10 +1,11 @@
-"""Training for the study: one compiled step of a method, which runs of several seeds share."""
+"""Training for a study: one compiled step of a method, which runs of several seeds share."""
 
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.progress
 from flax import nnx
 
 from experiments.study.text import draw_batch
@@ -17,7 +18,12 @@ from llmprep_jax.train.trainer import FitConfig, Trainer, TrainSteps
 
 
 class StudyTrainer:
-    """A compiled training step, which runs of several seeds share."""
+    """A compiled training step, which runs of several seeds share.
+
+    Attributes:
+      temporary_bytes, peak_bytes: XLA's for the step, without and with its arguments.
+      seconds: of each step so far.
+    """
 
     def __init__(
         self, model: nnx.Module, kind: type, *, lr: float, steps: int, rows: int, length: int
@@ -39,6 +45,7 @@ class StudyTrainer:
         )
         self.step = self._trainer.step.lower(state, parts.frozen, batch).compile()
         memory = self.step.memory_analysis()
+        self.temporary_bytes = memory.temp_size_in_bytes
         self.peak_bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
     def run(self, model: nnx.Module, tokens: np.ndarray, seed: int) -> None:
@@ -48,7 +55,7 @@ class StudyTrainer:
         state = self._trainer.start(jax.tree.map(jnp.copy, parts.params), seed)
         batches = (draw_batch(tokens, *self.sizes, rng) for _ in range(self.steps))
         steps = TrainSteps(self._timed_step, state, parts.frozen, batches)
-        for _ in steps:
+        for _ in rich.progress.track(steps, "training", self.steps, transient=True):
             pass
         self.model = merge(parts.graphdef, steps.state.params, parts.frozen)
 
