@@ -2,9 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from experiments import adapters, bench_attention, bench_cross_entropy, moe_balance, mtp
+import llmprep_jax as lp
+from experiments import (
+    adapters,
+    bench_attention,
+    bench_cross_entropy,
+    long_context,
+    moe_balance,
+    mtp,
+)
+from experiments.long_context_study import positions
 
 pytestmark = pytest.mark.slow  # each compiles several training steps
 
@@ -33,6 +43,38 @@ def test_the_study_of_further_tokens_drafts_the_same_text(tmp_path):
     results = json.loads(outputs["numbers"].read_text())["results"]
     assert results["none"]["tokens_per_pass"] == []
     assert 1 <= results["one"]["tokens_per_pass"][0] <= 2
+
+
+def test_the_study_of_long_context_evaluates_by_position_and_counts_memory(tmp_path):
+    sizes = ["short=64", "long=512", "dim=64", "layers=1", "base_steps=20", "steps=10"]
+    outputs = long_context.main([*sizes, "test_rows=2", f"out={tmp_path}"])
+    results = json.loads(outputs["numbers"].read_text())["results"]
+    assert results["positions"] == [[0, 32], [32, 64], [64, 128], [128, 256], [256, 512]]
+    costs = results["perplexity"]
+    alone, windowed = costs["trained at short"], costs["the same, a window of short"]
+    assert alone[:2] == pytest.approx(windowed[:2], rel=1e-5)  # up to there they are one
+    assert alone[2:] != pytest.approx(windowed[2:], rel=1e-5)
+    assert costs["interpolated"][0] != pytest.approx(alone[0], rel=1e-5)
+    assert costs["LongLoRA"][0] < costs["interpolated"][0]
+    shifted, full = (results["ways"][name] for name in ("LongLoRA", "full attention"))
+    assert shifted["trainable"] == full["trainable"] == 20_160
+    assert costs["LongLoRA"] != pytest.approx(costs["full attention"], rel=1e-5)
+    first, _, last = shifted["temporaries"].values()
+    assert first < last < 4.5 * first  # rows of 128 and 512; scores would be 16 times as many
+    assert len(results["gains"]["LongLoRA"]) == 2
+    assert lp.load_model(tmp_path / "base").cfg.max_seq_len == 64
+    assert outputs["figure"].stat().st_size > 10_000
+
+
+def test_a_byte_is_predicted_from_a_window_in_rows_of_their_own(monkeypatch):
+    seen = lambda model, tokens, targets: np.arange(tokens.shape[1])[None] + 0 * tokens  # noqa: E731
+    monkeypatch.setattr(positions, "_losses", seen)
+    tokens = np.zeros((2, 16), int)
+    whole = positions.losses(None, tokens, tokens)
+    assert whole.tolist() == [list(range(16))] * 2
+    windowed = positions.losses(None, tokens, tokens, window=8)
+    # bytes before each, in its row: 4 to 7 but at the start
+    assert windowed.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7]] * 2
 
 
 def rows_of(outputs):

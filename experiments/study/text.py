@@ -1,10 +1,12 @@
-"""Two texts that are on every machine, as tokens: Python's manual and a dictionary of 1911.
+"""Texts that are on every machine, as tokens: Python's manual and modules, a dictionary of 1911.
 
 The last tenth of each is held out, and evaluated on the same windows whatever the seed.
 """
 
 import json
+import pathlib
 import pydoc_data.topics
+import sysconfig
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,6 +23,16 @@ def read_texts(encode: Callable[[str], Sequence[int]] | None) -> dict[str, np.nd
     dictionary = "\n\n".join(entry["messages"][-1]["content"] for entry in entries)
     manual = "\n\n".join(pydoc_data.topics.topics.values())
     return {"A": np.array(encode(manual)), "B": np.array(encode(dictionary))}
+
+
+def read_modules(least: int) -> np.ndarray:
+    """The bytes of the modules of Python's standard library that have at least so many each.
+
+    Code says its names again thousands of bytes later, which a long context can see.
+    """
+    files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [text for text in (file.read_bytes() for file in files) if len(text) >= least]
+    return np.frombuffer(b"".join(texts), np.uint8).astype(int)
 
 
 def draw_batch(tokens: np.ndarray, rows: int, length: int, rng: np.random.Generator) -> Batch:
