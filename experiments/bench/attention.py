@@ -366,10 +366,11 @@ def compile_for(device: Any, name: str, shape: Shape, work: Work, dtype: str) ->
 
     from llmprep_jax.sharding import make_mesh, use_mesh
 
-    reason = refusal(name, shape, dtype, backward=work == "backward")
+    mesh = make_mesh({"data": 1}, [device])
+    with use_mesh(mesh):
+        reason = refusal(name, shape, dtype, backward=work == "backward")
     if reason is not None:
         raise Unfit(reason)
-    mesh = make_mesh({"data": 1}, [device])
     place = jax.sharding.NamedSharding(mesh, jax.P())
     run = function(name, shape, work)
 
