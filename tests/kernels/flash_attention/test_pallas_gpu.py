@@ -24,8 +24,8 @@ ROWS = [
     Problem(T=150, N=2, K=1, H=20, U=16, window=40, B=1),
     # everything at once that is said by values; two key heads, two tiles
     Problem(T=70, S=90, values="psi", window=30, soft_cap=2.0, bias="function", K=2, H=24),
-    # few queries: heads of a group as rows, keys split over programs, a row without keys
-    Problem(T=2, S=300, N=8, H=24, values="pe", bias="function"),
+    # few queries: heads of a group as rows, keys split over programs and ending within a block
+    Problem(T=2, S=300, N=8, H=24, values="p", bias="function"),
     Problem(),
     Problem(T=130, H=24),
     Problem(window=9),
