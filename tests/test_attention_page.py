@@ -26,12 +26,17 @@ def test_a_picture_is_a_row_a_query():
 
 
 def test_tiles_are_those_that_hold_a_pair():
-    # of 16 blocks of 256 queries and 8 of 512 keys: 1 1 2 2 ... 8 8
-    assert count_tiles(4096, Rule(), Places()) == (72, 128, 4096 * 4097 // 2)
-    # no block of queries reaches back over more than two further blocks of keys
+    # of 16 blocks of 256 queries and 32 of 128 keys: 2 4 6 ... 32
+    assert count_tiles(4096, Rule(), Places()) == (272, 512, 4096 * 4097 // 2)
+    # no block of queries reaches back over more than four further blocks of keys: 2 4 6 6 ... 6
     visited, total, pairs = count_tiles(4096, Rule(window=512), Places())
-    assert (visited, total) == (30, 128)
+    assert (visited, total) == (90, 512)
     assert pairs == 512 * 513 // 2 + 3584 * 512
+
+
+def test_a_local_layer_of_gemma_3_costs_less_than_an_eighth_of_a_global_one_at_32k():
+    local, whole = [count_tiles(32768, Rule(window=window), Places()) for window in (1024, None)]
+    assert local[0] < whole[0] / 8
 
 
 def test_a_cell_says_what_is_refused_and_why(monkeypatch):

@@ -94,14 +94,18 @@ def _whole_rows(x_BT: Array | None) -> Int[Array, "B T"] | None:
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
-    v_BSKU: Float[Array, "B S K U"],
+    v_BSKU: Float[Array, "B S K U"] | None,
     queries: Tokens,
     keys: Tokens | None = None,
     *,
     window: int | None = None,
     scale: float | None = None,
+    value_width: int | None = None,
 ) -> Float[Array, "B T N U"]:
-    """Causal attention of tokens to others, or to themselves where `keys` is None."""
+    """Causal attention of tokens to others, or to themselves where `keys` is None.
+
+    Without values these are the first `value_width` numbers of the keys.
+    """
     at_Q, at_K = queries.positions_BT, (queries if keys is None else keys).positions_BT
     if keys is None and queries.in_order:
         if window is not None and queries.is_counted and window >= q_BTNH.shape[1]:
@@ -115,6 +119,7 @@ def attend(
         v_BSKU,
         window=window,
         scale=scale,
+        value_width=value_width,
         q_positions=at_Q,
         k_positions=at_K,
         q_segments=queries.segments_BT,

@@ -155,8 +155,8 @@ class MLA(nnx.Module):
         sums = dict(preferred_element_type=jnp.float32)
         q_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_BTNH.astype(self.dtype), w_CNH, **sums)
         q_BTNZ = jnp.concatenate([q_BTNC.astype(q_BTNR.dtype), q_BTNR], axis=-1)
-        k_BS1Z, v_BS1C = z_BSZ[:, :, None], z_BSZ[:, :, None, : self.kv_rank]
-        o_BTNC = attend(q_BTNZ, k_BS1Z, v_BS1C, queries, keys, scale=self.scale)
+        options = dict(scale=self.scale, value_width=self.kv_rank)
+        o_BTNC = attend(q_BTNZ, z_BSZ[:, :, None], None, queries, keys, **options)
         o_BTNC = o_BTNC.astype(self.dtype)
         o_BTNU = jnp.einsum("BTNC,CNU->BTNU", o_BTNC, w_CNU, **sums)
         return self.o(o_BTNU.astype(q_BTNR.dtype))

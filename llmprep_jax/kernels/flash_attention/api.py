@@ -30,7 +30,7 @@ OUTPUT = "attention"  # the name under which remat policies may keep outputs and
 BACKENDS = {
     "cpu": ("chunked",),
     "tpu": ("pallas_tpu", "chunked"),
-    "gpu": ("cudnn", "tokamax", "pallas_gpu", "chunked"),
+    "gpu": ("mosaic_latents", "cudnn", "tokamax", "pallas_gpu", "chunked"),
     None: ("chunked",),  # a mesh without devices
 }
 IMPLS = (
@@ -52,7 +52,7 @@ Pair = tuple[jax.typing.ArrayLike | None, jax.typing.ArrayLike | None]  # of que
 def attention(
     q: jax.typing.ArrayLike,
     k: jax.typing.ArrayLike,
-    v: jax.typing.ArrayLike,
+    v: jax.typing.ArrayLike | None,
     *,
     causal: bool = True,
     window: int | None = None,
@@ -66,6 +66,7 @@ def attention(
     k_spans: jax.typing.ArrayLike | None = None,
     sinks: jax.typing.ArrayLike | None = None,
     bias: Bias | Factors | None = None,
+    value_width: int | None = None,
     impl: str | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -86,6 +87,8 @@ def attention(
       bias: a function of integer arrays (query head, query position, key position) that is
         elementwise, such as ALiBi's, and gets no gradient; or two arrays a [B or 1, T, N or 1, R],
         b [B or 1, S, N or 1, R] whose product over R it is (SAM's decomposed relative positions).
+      value_width: with v None: values are the first so many numbers of the keys, and are read
+        once for both by backends that can (the latents of MLA).
       impl: a backend by name; None: the best for the platform of the mesh in force. One that
         cannot do what is asked falls to the next, and says so once.
       return_lse: also the log of the sum of exponentials of each query's scores, [B, T, N] in
@@ -94,7 +97,8 @@ def attention(
     Raises:
       ValueError: shapes that do not fit each other, a window below 1, or an unknown `impl`.
     """
-    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    q, k = jnp.asarray(q), jnp.asarray(k)
+    v = k[..., :value_width] if v is None else jnp.asarray(v)
     _check(q, k, v, window)
     if impl not in (None, *IMPLS):
         raise ValueError(f"unknown impl {impl!r}; there are {', '.join(IMPLS)}")
@@ -104,7 +108,7 @@ def attention(
         q, k, v, scale, bias = *_widen(q, k, v, bias, scale), None
     places = _places(q, k, (q_positions, k_positions), (q_segments, k_segments), (q_spans, k_spans))
     given = tuple(name for name, values in places[0]._asdict().items() if values is not None)
-    rule = Rule(causal, window, scale, soft_cap, bias, given)
+    rule = Rule(causal, window, scale, soft_cap, bias, given, value_width)
     layout = layout_of(q, k, splits_heads=bias is None)
     q, k, v, places = layout.place(q, k, v, places)
     o, lse = _attention(q, k, v, places, rule, impl, layout)

@@ -23,8 +23,8 @@ from llmprep_jax.kernels.flash_attention.masks import (
 )
 
 MIN_BLOCK, MAX_BLOCKS = 128, 8  # queries of a block written out; more blocks compile longer
-WHOLE = 2**24  # scores of a block written out, at most: 64 MiB
-Q_BLOCK, K_BLOCK = 256, 512  # of the loop
+WHOLE = 2**24  # scores of all blocks written out, at most: 64 MiB, as XLA may keep them at once
+Q_BLOCK, K_BLOCK = 256, 128  # of the loop
 
 Array = jax.Array
 
@@ -91,8 +91,6 @@ def _written_out(
     """The rows and columns of each block of queries; None where a loop is better."""
     (B, N, T, _), S = q_BNTH.shape, k_BKSH.shape[2]
     size = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
-    if B * N * min(size, T) * S > WHOLE and T > 1:
-        return None
     blocks = []
     for start in range(0, T, size):
         stop = min(start + size, T)
@@ -106,7 +104,8 @@ def _written_out(
         # queries that see no key have one, hidden from them
         low = min(low, S - 1)
         blocks.append((slice(start, stop), slice(low, max(high, low + 1))))
-    return blocks
+    num_pairs = sum((q.stop - q.start) * (k.stop - k.start) for q, k in blocks)
+    return None if T > 1 and B * N * num_pairs > WHOLE else blocks
 
 
 def _cut(places: tuple[Places, Places], rows: slice, columns: slice) -> tuple[Places, Places]:

@@ -31,6 +31,7 @@ class Rule(NamedTuple):
       bias: of (query head, query position, key position), added to the scaled scores before they
         are capped: elementwise over integer arrays that broadcast, so that kernels may call it.
       given: the fields of `Places` that have values; without positions masks are by column.
+      value_width: values are the first so many numbers of the keys; None: arrays of their own.
     """
 
     causal: bool = True
@@ -39,6 +40,7 @@ class Rule(NamedTuple):
     soft_cap: float | None = None
     bias: Bias | None = None
     given: tuple[str, ...] = ()
+    value_width: int | None = None
 
 
 class Places(NamedTuple):

@@ -10,6 +10,7 @@ one. A third only copies: two tiles of 64 latents are in flight (147 of 227 KiB)
 
 import functools
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +26,13 @@ from llmprep_jax.kernels.flash_attention.gpu_blocks import (
     num_splits,
 )
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF, Places, Rule, visible
+from llmprep_jax.kernels.platforms import device_kind
 
 LOG2_E = math.log2(math.e)
 ROWS, TILE, STAGES = 64, 64, 2  # heads of a program, latents of a tile, tiles in flight
 HALF = TILE // 2
 WIDTHS = (576, 512)  # of a latent, and of its value
+HOPPER = r"\bG?H(20|100|200|800)\b"  # what devices of sm_90a are called
 MAX_TOKENS = 8  # queries a row; what each sees of all latents is an array beside them
 
 Array = jax.Array
@@ -48,6 +51,24 @@ class Task(NamedTuple):
     splits: int
     dtype: Any
     interprets: bool
+
+
+def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: bool) -> str | None:
+    """Why it cannot do what the seam asks of a backend; None: it can."""
+    if backward:
+        return "it has no backward pass"
+    if rule.value_width is None or k_BKSH.shape[1] != 1:
+        return "its values are the first numbers of the keys of one head"
+    if not re.search(HOPPER, device_kind()):
+        return f"it is for Hopper GPUs, not {device_kind()}"
+    return latent_refusal(q_BNTH, k_BKSH[:, 0], rule.value_width, rule)
+
+
+def forward(
+    q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: tuple[Places, Places], rule: Rule
+) -> tuple[Array, Array]:
+    """(o, lse), as `reference.forward`; values are not read but as keys."""
+    return latent_decode(q_BNTH, k_BKSH[:, 0], places, rule)
 
 
 def latent_refusal(q_BNTH: Array, z_BSH: Array, width: int, rule: Rule) -> str | None:

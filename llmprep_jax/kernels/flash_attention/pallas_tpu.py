@@ -37,6 +37,8 @@ def forward(
     q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: Sides, rule: Rule
 ) -> tuple[Array, Array]:
     """(o, lse), as `reference.forward`."""
+    if rule.value_width is not None and rule.value_width % 128 == 0:
+        return latent_forward(q_BNTH, k_BKSH, rule.value_width, places, rule)
     return _forward(q_BNTH, k_BKSH, v_BKSU, places, rule, None)
 
 

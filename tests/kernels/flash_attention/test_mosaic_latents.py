@@ -89,3 +89,19 @@ def test_what_latent_decode_cannot_do_it_says():
     assert reason(T=9) == "9 queries a row, at most 8"
     assert reason(dtype="float32") == "it multiplies bfloat16 and float16, not float32"
     assert reason(soft_cap=1.0) == "a bias, a soft cap or a scale of 0 or less"
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB", "NVIDIA A100"])
+def test_it_takes_what_a_hopper_gpu_reads_once_for_keys_and_values(kind, monkeypatch):
+    monkeypatch.setattr(mosaic_latents, "device_kind", lambda: kind)
+    q, z = jnp.zeros((1, 2, 1, 576), "bfloat16"), jnp.zeros((1, 1, 8, 576), "bfloat16")
+
+    def reason(z, rule, backward=False):
+        return mosaic_latents.refusal(q, z, z[..., :512], rule, backward)
+
+    latent = RULE._replace(value_width=512)
+    assert reason(z, latent, backward=True) == "it has no backward pass"
+    assert reason(z, RULE) == "its values are the first numbers of the keys of one head"
+    assert reason(jnp.concatenate([z, z], 1), latent) == reason(z, RULE)
+    is_hopper = "A100" not in kind
+    assert (reason(z, latent) is None) == is_hopper

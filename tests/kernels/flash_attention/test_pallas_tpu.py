@@ -1,12 +1,13 @@
 """The TPU kernels against the reference, interpreted on a CPU, and what of the keys they read."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from llmprep_jax.kernels.flash_attention import pallas_tpu, reference, tpu_tiles
+from llmprep_jax.kernels.flash_attention import attention, pallas_tpu, reference, tpu_tiles
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule
 from tests.grids import cases
 from tests.kernels.flash_attention.problems import Problem, assert_close, run
@@ -79,6 +80,28 @@ def test_latents_are_read_for_keys_and_values():
     names = "o", "lse"
     found, wanted = [dict(zip(names, x, strict=True)) for x in (found, wanted)]
     assert_close(found, wanted, 1e-5)
+
+
+def test_values_that_are_the_first_of_keys_are_so_by_every_way(monkeypatch):
+    draw = np.random.default_rng(0).standard_normal
+    q, z = [jnp.array(draw(shape), "float32") for shape in ((2, 3, 4, 136), (2, 40, 1, 136))]
+    places = dict(q_positions=np.array([[7, 8, 9]] * 2), k_positions=np.tile(np.arange(40), (2, 1)))
+    called = []
+    latent_forward = pallas_tpu.latent_forward
+    monkeypatch.setattr(
+        pallas_tpu, "latent_forward", lambda *x: called.append(x[2]) or latent_forward(*x)
+    )
+
+    def loss(q, z, impl, width):
+        v = None if width else z[..., :128]
+        o = attention(q, z, v, value_width=width, impl=impl, **places)
+        return jnp.sum(jnp.sin(o)), o
+
+    gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=(2, 3))
+    wanted = gradients(q, z, "reference", None)
+    for impl in ("chunked", "pallas_tpu"):
+        chex.assert_trees_all_close(gradients(q, z, impl, 128), wanted, atol=1e-5)
+    assert called == [128]
 
 
 def ranges_of(q_positions, k_positions, window=None, segments=(None, None)):
