@@ -5,7 +5,7 @@ What is installed is the library. Commands and configs are a checkout's, where t
 from setuptools import find_namespace_packages, setup
 
 EXTRAS = {
-    "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "cuda": ["jax[cuda12]>=0.10.2,<0.13", "tokamax>=0.0.12", "absl-py"],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "demo": ["gguf>=0.19,<1", "matplotlib>=3.9,<4", "pyarrow>=17"],
     "parity": ["torch==2.13.0", "transformers~=5.23.0", "peft~=0.21.0", "bitsandbytes==0.50.2"],

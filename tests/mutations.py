@@ -78,16 +78,16 @@ MUTATIONS = [
         "nn/test_mla.py",
     ),
     Mutation(
-        "nn/attention.py",
-        "keys.segments_BT[:, None, :] > 0",
-        "keys.segments_BT[:, None, :] >= 0",
-        "nn/test_attention.py models/test_laws.py",
+        "kernels/flash_attention/masks.py",
+        "(k.segments > 0)",
+        "(k.segments >= 0)",
+        "kernels/flash_attention/test_masks.py models/test_laws.py",
     ),
     Mutation(
-        "nn/attention.py",
+        "kernels/flash_attention/chunked.py",
         "jnp.max(s_BKGTS, axis=-1, keepdims=True)",
         "jnp.max(s_BKGTS, axis=-1, keepdims=True) * 0",
-        "nn/test_attention.py",
+        "kernels/flash_attention/test_attention.py",
     ),
     Mutation(
         "nn/stack.py", "compute.unroll or depth(layers)", "compute.unroll or 1", "nn/test_stack.py"

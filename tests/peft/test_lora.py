@@ -337,7 +337,7 @@ def test_patterns_give_layers_ranks_and_scales_of_their_own():
     )
     layers = jax.eval_shape(lambda: build("gemma3", method)).layers
     assert (layers.attn.q.method.rank, layers.attn.q.method.scale) == (2, 4.0)
-    assert layers.attn.q.lora_a.shape == (4, 48, 2)
+    assert layers.attn.q.lora_a.shape == (5, 48, 2)
     assert (layers.attn.k.method.rank, layers.attn.k.method.scale) == (4, 0.25)
     assert (layers.mlp.up.method.scale, layers.mlp.down.method.scale) == (0.5, 2.0)
 
