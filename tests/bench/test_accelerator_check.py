@@ -1,5 +1,6 @@
 """The check of an accelerator, whole, on a CPU; and on a machine without loaders of data."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -63,12 +64,14 @@ def test_the_whole_check_runs_on_a_cpu_and_leaves_tables(tmp_path, monkeypatch):
     assert [name for name in sections if name in told] == told
     assert {"forward", "backward", "decode"} <= set(sections)
     not_done = [row["check"] for row in rows if row["section"] == "not done"]
-    assert set(not_done) <= {"ragged"}  # which XLA's CPU compiler has not
+    peers = ["torch sdpa"] * all(map(importlib.util.find_spec, ("torch", "transformers", "peft")))
+    # XLA's CPU compiler has no ragged exchange
+    assert {name for name in not_done if peers or "torch" not in name} <= {"ragged"}
     errors = [row for row in rows if "limit" in row]
     assert len(errors) >= 8
     assert all(row["worst gradient's"] <= row["limit"] for row in errors)
     steps = [row for row in rows if row["section"].startswith("step")]
-    assert [row["contender"] for row in steps] == ["ours", "ours", "torch sdpa", "torch sdpa"]
+    assert [row["contender"] for row in steps] == ["ours", "ours", *peers, *peers]
     tables = outputs["tables"].read_text()
     assert "## parity\n\n| op | case | dtype | impl |" in tables
     # a goal of a GPU is none of a CPU
