@@ -56,7 +56,7 @@ class Settings:
     dim: int = 128
     layers: int = 2
     base_lr: float = 3e-3  # peak learning rate at `short`
-    lr: float = 1e-2  # peak learning rate of an extension
+    lr: float = 3e-3  # peak learning rate of an extension
     test_rows: int = 8
     out: pathlib.Path = pathlib.Path("runs/long_context")  # a folder
 
