@@ -95,8 +95,11 @@ def attention(
         float32, sinks counted; -2.4e38 where it sees nothing.
 
     Raises:
-      ValueError: shapes that do not fit each other, a window below 1, or an unknown `impl`.
+      ValueError: shapes that do not fit each other, both of v and `value_width` or neither, a
+        window below 1, or an unknown `impl`.
     """
+    if (v is None) != (value_width is not None):
+        raise ValueError("give v, or value_width where values are the first numbers of the keys")
     q, k = jnp.asarray(q), jnp.asarray(k)
     v = k[..., :value_width] if v is None else jnp.asarray(v)
     _check(q, k, v, window)

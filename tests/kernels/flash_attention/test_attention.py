@@ -256,6 +256,22 @@ def test_factors_of_a_bias_need_not_lie_as_queries_and_keys_do(num_kv_heads):
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_mesh_changes_nothing_in_bf16_but_rounding():
+    arrays = [jnp.asarray(x, "bfloat16") for x in qkv(8, 2, 12, 12, 8, 4)]
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.square(attention(q, k, v).astype(jnp.float32)))
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    wanted = gradients(*arrays)
+    with use_mesh(make_mesh(MESHES["heads"])):
+        q = jax.device_put(arrays[0], spec("batch", None, "heads", None, shape=arrays[0].shape))
+        found = gradients(q, *arrays[1:])
+    for x, y in zip(found, wanted, strict=True):
+        x, y = [np.asarray(a, np.float32) for a in (x, y)]
+        np.testing.assert_allclose(x, y, atol=2e-2 * np.abs(y).max())
+
+
 def test_each_device_takes_the_keys_of_its_own_query_heads():
     arrays = [jnp.zeros((1, 64, heads, 16)) for heads in (8, 2, 2)]
     with use_mesh(make_mesh(dict(tensor=8))):
@@ -272,6 +288,7 @@ def test_each_device_takes_the_keys_of_its_own_query_heads():
         (((1, 2, 2, 4), (1, 2, 2, 5), (1, 2, 2, 4)), {}, r"they must be \[B, T, N, H\]"),
         (((1, 2, 2, 4),) * 3, dict(window=0), r"window=0; it counts the query itself"),
         (((2, 3, 2, 4),) * 3, dict(k_spans=jnp.ones(3)), r"of k are \(3,\); they must be \(2, 3\)"),
+        (((1, 2, 2, 4),) * 3, dict(value_width=2), r"give v, or value_width where"),
         (((1, 2, 2, 4),) * 3, dict(impl="flash"), r"unknown impl 'flash'; there are reference, "),
     ],
 )  # fmt: skip
