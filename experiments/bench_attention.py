@@ -26,6 +26,7 @@ from experiments.bench import attention, environment
 from experiments.bench.ahead import chip
 from experiments.bench.checks import Absent, Check, ask, one_line, run_checks
 from experiments.bench.results import Results, Row, line
+from experiments.bench.shapes import SHAPES, Shape, Work
 from experiments.bench.timing import in_turn
 from llmprep_jax import cli
 from llmprep_jax.config import only_overrides, override
@@ -51,9 +52,9 @@ class Settings:
     out: pathlib.Path | None = None  # a folder for the numbers; None: docs/results/DEVICE
 
     def __post_init__(self):
-        unknown = [name for name in self.shapes or () if name not in attention.SHAPES]
+        unknown = [name for name in self.shapes or () if name not in SHAPES]
         if unknown:
-            raise ValueError(f"unknown shapes {unknown}; there are {', '.join(attention.SHAPES)}")
+            raise ValueError(f"unknown shapes {unknown}; there are {', '.join(SHAPES)}")
 
 
 def checks(
@@ -65,8 +66,8 @@ def checks(
 ) -> list[Check]:
     """One for each shape and work of it."""
     todo = []
-    for name in shapes or attention.SHAPES:
-        shape = attention.SHAPES[name]
+    for name in shapes or SHAPES:
+        shape = SHAPES[name]
         shape = shape.shrunk(32) if size == "tiny" else shape
         for work in shape.works:
             if work in works:
@@ -78,7 +79,7 @@ def checks(
 
 
 def timed(
-    name: str, shape: attention.Shape, work: attention.Work, dtype: str, rounds: int, at_once: float
+    name: str, shape: Shape, work: Work, dtype: str, rounds: int, at_once: float
 ) -> Iterator[Row]:
     """A row for each contender, by time; those that cannot do it have a note instead."""
     import jax
@@ -107,9 +108,7 @@ def timed(
         yield alike | {"contender": contender, "note": note}
 
 
-def compiled(
-    name: str, shape: attention.Shape, work: attention.Work, dtype: str, target: str
-) -> Iterator[Row]:
+def compiled(name: str, shape: Shape, work: Work, dtype: str, target: str) -> Iterator[Row]:
     """A row for each backend: what its program holds beside its inputs and outputs."""
     alike = {"section": work, "shape": name, "B T N K": shape.sizes}
     device = chip(target)

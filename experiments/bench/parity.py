@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from experiments.bench import attention
-from experiments.bench.attention import Shape
 from experiments.bench.checks import Absent, Check, one_line
 from experiments.bench.results import Row
+from experiments.bench.shapes import Shape
 
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
 

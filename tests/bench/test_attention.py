@@ -1,10 +1,13 @@
 """What the table of attention counts: pairs that see each other, FLOPs and bytes, by hand."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.bench import attention
-from experiments.bench.attention import SHAPES, Shape
 from experiments.bench.checks import Absent, Unfit
+from experiments.bench.shapes import SHAPES, Shape
+from llmprep_jax.kernels import flash_attention
 
 SMALL = Shape(2, 4, 6, 3, 10, 8)
 
@@ -40,6 +43,36 @@ def test_a_contender_that_cannot_do_a_shape_says_why():
         attention.ours("reference", SHAPES["llama-3-8b"], "forward", "bfloat16")
     with pytest.raises(Absent, match="not here: .*nothing_of_this_name"):
         attention.ours("nothing_of_this_name", SMALL, "forward", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("mosaic_latents", None), ("pallas_tpu on latents", "pallas_tpu"), ("chunked", "chunked")],
+)
+def test_latents_are_keys_and_values_for_kernels_that_read_them_once(name, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        flash_attention, "attention", lambda q, k, v, **options: calls.append((v, options))
+    )
+    shape = Shape(1, 3, 2, 1, 4, 2, latent=True, works=("decode",))
+    z = jnp.arange(12.0).reshape(1, 3, 1, 4)
+    attention.function(name, shape, "decode")(jnp.ones((1, 1, 2, 4)), z, None)
+    ((v, options),) = calls
+    assert options["impl"] == asked
+    assert options["q_positions"].tolist() == [[2]]
+    assert options["k_positions"].tolist() == [[0, 1, 2]]
+    if name == "chunked":
+        assert np.ravel(v).tolist() == [0, 1, 4, 5, 8, 9]
+    else:
+        assert v is None
+        assert options["value_width"] == 2
+
+
+def test_a_kernel_of_latents_is_asked_whether_it_can_read_them_so():
+    reason = attention.refusal(
+        "mosaic_latents", SHAPES["deepseek-v3-decode"], "bfloat16", backward=False
+    )
+    assert reason == "it is for Hopper GPUs, not cpu"  # and not that values are no part of keys
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -1,10 +1,9 @@
 """A kernel that is off by little is told from one that is right, and one that fails has a note."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import attention, parity
+from experiments.bench import parity
 from llmprep_jax.kernels.grouped_matmul import blocks, ragged
 
 ARRAY = np.array([1.0, -4.0])
@@ -54,22 +53,3 @@ def test_cases_are_what_their_names_say():
     shape, rest = parity.CASES["spans"]
     spans = np.asarray(parity._options(shape, rest)["q_spans"])
     assert set(spans[0]) == {0, 1, 2}
-
-
-def test_latents_are_read_once_by_a_kernel_of_theirs_as_values_are_by_others(monkeypatch):
-    shape = attention.Shape(1, 3, 2, 1, 4, 2, latent=True, works=("decode",))
-    told = {}
-
-    def latent_forward(q, z, width, places, rule):
-        told.update(q=q.shape, z=z.shape, width=width, places=places, rule=rule)
-        return jnp.zeros((1, 2, 1, 2)), jnp.zeros((1, 2, 1))
-
-    name = "llmprep_jax.kernels.flash_attention.pallas_tpu.latent_forward"
-    monkeypatch.setattr(name, latent_forward)
-    q, z = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 3, 1, 4))
-    o = attention.function("pallas_tpu on latents", shape, "decode")(q, z, None)
-    assert o.shape == (1, 1, 2, 2)
-    assert (told["q"], told["z"], told["width"]) == ((1, 2, 1, 4), (1, 1, 3, 4), 2)
-    assert told["rule"].scale == 0.5
-    assert told["places"][0].positions.tolist() == [[2]]
-    assert told["places"][1].positions.tolist() == [[0, 1, 2]]
