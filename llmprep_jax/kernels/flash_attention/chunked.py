@@ -4,7 +4,8 @@ Few short blocks are written out one after the other, each with the keys up to i
 scores are single products, which a CPU is quickest with, and what a mask in order of columns hides
 is not computed. Longer rows run as a loop over blocks of queries, and inside it over those blocks
 of keys that the queries may see by their values, with the online softmax (Milakov and Gimelshein
-2018). Both read the same tile of scores from `_scores`.
+2018). Both read the same tile of scores from `_scores`. Keys in pages or of 8 bits are always run
+through by the loop, which gathers and widens a block of them at a time.
 """
 
 from typing import NamedTuple
@@ -21,10 +22,12 @@ from llmprep_jax.kernels.flash_attention.masks import (
     ranges,
     visible,
 )
+from llmprep_jax.kernels.flash_attention.stored import NOT_STORED, Stored, clear, gather, num_slots
 
 MIN_BLOCK, MAX_BLOCKS = 128, 8  # queries of a block written out; more blocks compile longer
 WHOLE = 2**24  # scores of all blocks written out, at most: 64 MiB, as XLA may keep them at once
 Q_BLOCK, K_BLOCK = 256, 128  # of the loop
+FEW, FEW_K_BLOCK = 16, 512  # with so few queries a step of it costs more than its products
 
 Array = jax.Array
 
@@ -42,12 +45,17 @@ class Tile(NamedTuple):
 
 
 def forward(
-    q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: tuple[Places, Places], rule: Rule
+    q_BNTH: Array,
+    k_BKSH: Array,
+    v_BKSU: Array,
+    places: tuple[Places, Places],
+    rule: Rule,
+    stored: Stored = NOT_STORED,
 ) -> tuple[Array, Array]:
     """(o, lse), as `reference.forward`."""
-    blocks = _written_out(q_BNTH, k_BKSH, places, rule)
+    blocks = None if rule.stored else _written_out(q_BNTH, k_BKSH, places, rule)
     if blocks is None:
-        return _forward_loop(q_BNTH, k_BKSH, v_BKSU, places, rule)
+        return _forward_loop(q_BNTH, k_BKSH, v_BKSU, places, rule, stored)
     outs = []
     for rows, columns in blocks:
         q, k, v = q_BNTH[:, :, rows], k_BKSH[:, :, columns], v_BKSU[:, :, columns]
@@ -115,7 +123,12 @@ def _cut(places: tuple[Places, Places], rows: slice, columns: slice) -> tuple[Pl
 
 
 def _scores(
-    q_BNTH: Array, k_BKSH: Array, places: tuple[Places, Places], rule: Rule, tile: Tile
+    q_BNTH: Array,
+    k_BKSH: Array,
+    places: tuple[Places, Places],
+    rule: Rule,
+    tile: Tile,
+    k_scale_BKS: Array | None = None,
 ) -> tuple[Array, Array | None]:
     """Scores of a tile before the mask, [B, K, G, T, S], and what is visible of it."""
     (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
@@ -123,6 +136,8 @@ def _scores(
     q_BKGH = q_BNTH.reshape(B, K, G * T, H)
     s = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
     s_BKGTS = s.reshape(B, K, G, T, S) * rule.scale
+    if k_scale_BKS is not None:
+        s_BKGTS *= k_scale_BKS[:, :, None, None]
     columns = tile.q_start + jnp.arange(T), tile.k_start + jnp.arange(S)
     if rule.bias is not None:
         q_BT1, k_B1S = positions(*places, *columns)
@@ -163,9 +178,11 @@ def _may_be_blind(q: Places, rule: Rule) -> bool:
     return not (q.positions is None and q.segments is None and rule.causal and rule.window is None)
 
 
-def _weigh(e_BKGTS: Array, v_BKSU: Array) -> Array:
+def _weigh(e_BKGTS: Array, v_BKSU: Array, scale_BKS: Array | None = None) -> Array:
     """Sums of values [B, K, G, T, U] in float32."""
     B, K, G, T, S = e_BKGTS.shape
+    if scale_BKS is not None:
+        e_BKGTS = e_BKGTS * scale_BKS[:, :, None, None]
     e = e_BKGTS.reshape(B, K, G * T, S).astype(v_BKSU.dtype)
     o = jnp.einsum("bkgs,bksu->bkgu", e, v_BKSU, preferred_element_type=jnp.float32)
     return o.reshape(B, K, G, T, -1)
@@ -203,33 +220,63 @@ def _tile_gradients(
     return dq, dk, dv
 
 
-class Loop(NamedTuple):
-    """Blocks of queries, and keys padded to whole blocks.
+class Keys(NamedTuple):
+    """A block of them.
 
     Attributes:
-      blocks: by block of queries, [I, ...]: places, and the blocks of keys from `low` up to `high`
-        that may be seen.
-      size, k_size: of a block.
+      start: its first column. scales: of int8 keys, and of values, [B, K, S] each, or None.
     """
 
-    keys: tuple[Array, Array]
+    start: Array
+    k: Array
+    v: Array
+    places: Places
+    scales: tuple[Array | None, Array | None] = (None, None)
+
+
+class Loop(NamedTuple):
+    """Blocks of queries, and keys.
+
+    Attributes:
+      keys: keys and values as `_to_bits` has them; one where values are the first of the keys.
+      scales: of each, or none. pages: keys, values and scales are pools if there are any.
+      blocks: by block of queries, [I, ...]: places, and the blocks of keys from `low` up to `high`
+        that may be seen.
+      S: keys. size, k_size: of a block. page: slots of one.
+    """
+
+    keys: tuple[tuple[Array, jnp.dtype], ...]
+    scales: tuple[Array, ...]
+    pages: Array | None
     k_places: Places
     blocks: tuple[Array, Places, Array, Array]
+    S: int
     size: int
     k_size: int
+    page: int
 
     def split(self, x_BNT: Array, fill: float = 0.0) -> Array:
         """An array by query in blocks, [I, B, N, size, ...]; the last is filled up."""
         return _blocks(x_BNT, self.size, axis=2, fill=fill)
 
-    def cut(self, j: Array) -> tuple[Array, Array, Places]:
-        """Keys, values and places of block j."""
-        start = j * self.k_size
-        k, v = [
-            _from_bits(jax.lax.dynamic_slice_in_dim(x, start, self.k_size, 2), dtype)
-            for x, dtype in self.keys
-        ]
-        return k, v, self.k_places.block(start, self.k_size)
+    def cut(self, j: Array, rule: Rule, dtype: jnp.dtype) -> Keys:
+        """Block j in a dtype; the last begins early, and hides what the one before it has."""
+        start = jnp.minimum(j * self.k_size, self.S - self.k_size)
+        places = self.k_places.block(start, self.k_size)
+        if self.S % self.k_size:
+            is_new_S = start + jnp.arange(self.k_size) >= j * self.k_size
+            places = places._replace(segments=jnp.where(is_new_S, places.segments, 0))
+        k, *v = [_from_bits(self._read(x, start), bits).astype(dtype) for x, bits in self.keys]
+        v = v[0] if v else k[..., : rule.value_width]
+        scales = [clear(self._read(x, start), places) for x in self.scales]
+        scales = (scales[0], scales[-1]) if scales else (None, None)
+        return Keys(start, clear(k, places), clear(v, places), places, scales)
+
+    def _read(self, x_BKSH: Array, start: Array) -> Array:
+        if self.pages is None:
+            return jax.lax.dynamic_slice_in_dim(x_BKSH, start, self.k_size, 2)
+        first, count = start // self.page, self.k_size // self.page
+        return gather(x_BKSH, jax.lax.dynamic_slice_in_dim(self.pages, first, count, 1))
 
 
 def _blocks(x: Array, size: int, axis: int, fill: float = 0.0) -> Array:
@@ -258,29 +305,36 @@ def _from_bits(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def _loop(
-    q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: tuple[Places, Places], rule: Rule
+    q_BNTH: Array,
+    k_BKSH: Array,
+    v_BKSU: Array,
+    places: tuple[Places, Places],
+    rule: Rule,
+    stored: Stored = NOT_STORED,
 ) -> Loop:
-    (B, N, T, _), S = q_BNTH.shape, k_BKSH.shape[2]
-    k_size = min(K_BLOCK, S)
+    (B, N, T, _), S = q_BNTH.shape, num_slots(k_BKSH, stored.pages)
+    page = 1 if stored.pages is None else k_BKSH.shape[2]
+    k_size = min(FEW_K_BLOCK if T <= FEW else K_BLOCK, S)
+    k_size = page * max(1, k_size // page)
     size = min(Q_BLOCK, max(16, WHOLE // (B * N * k_size) // 16 * 16), T)
     q, k = places
-    if S % k_size and k.segments is None:  # the keys that are added are padding
+    if S % k_size and k.segments is None:  # what two blocks of keys have is hidden in one
         q, k = [side._replace(segments=jnp.ones((1, n), jnp.int32)) for side, n in ((q, T), (k, S))]
     seen_IJ = jnp.any(may_see(ranges(q, T, size), ranges(k, S, k_size), rule), axis=0)
     any_I = jnp.any(seen_IJ, axis=1)
     low_I = jnp.where(any_I, jnp.argmax(seen_IJ, axis=1), 0)
     high_I = jnp.where(any_I, seen_IJ.shape[1] - jnp.argmax(seen_IJ[:, ::-1], axis=1), 0)
-    rest = -S % k_size
-    pad = lambda x, axis: jnp.pad(x, [(0, rest if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
-    keys = tuple(_to_bits(pad(x, 2)) for x in (k_BKSH, v_BKSU))
+    keys = (k_BKSH,) if rule.stored and rule.value_width is not None else (k_BKSH, v_BKSU)
+    scales = tuple(x for x in (stored.k_scales, stored.v_scales) if x is not None)
     starts_I = jnp.arange(len(low_I)) * size
     q_blocks = jax.tree.map(lambda x: _blocks(x, size, axis=1), q)
     blocks = (starts_I, q_blocks, low_I, high_I)
-    return Loop(keys, jax.tree.map(lambda x: pad(x, 1), k), blocks, size, k_size)
+    keys = tuple(map(_to_bits, keys))
+    return Loop(keys, scales, stored.pages, k, blocks, S, size, k_size, page)
 
 
-def _forward_loop(q_BNTH, k_BKSH, v_BKSU, places, rule):
-    loop = _loop(q_BNTH, k_BKSH, v_BKSU, places, rule)
+def _forward_loop(q_BNTH, k_BKSH, v_BKSU, places, rule, stored):
+    loop = _loop(q_BNTH, k_BKSH, v_BKSU, places, rule, stored)
     (B, N, T, _), K, U = q_BNTH.shape, k_BKSH.shape[1], v_BKSU.shape[-1]
     shape = (B, K, N // K, loop.size)
 
@@ -289,14 +343,15 @@ def _forward_loop(q_BNTH, k_BKSH, v_BKSU, places, rule):
 
         def add(j, so_far):
             max_BKGT, sum_BKGT, o_BKGTU = so_far
-            k, v, k_places = loop.cut(j)
-            tile = Tile(start, j * loop.k_size)
-            s_BKGTS, seen_BTS = _scores(q_B, k, (q_places, k_places), rule, tile)
+            keys = loop.cut(j, rule, q_BNTH.dtype)
+            tile = Tile(start, keys.start)
+            near, (k_scale, v_scale) = (q_places, keys.places), keys.scales
+            s_BKGTS, seen_BTS = _scores(q_B, keys.k, near, rule, tile, k_scale)
             s_BKGTS = _hide(s_BKGTS, seen_BTS, NEG_INF)
             top_BKGT = jnp.maximum(max_BKGT, jnp.max(s_BKGTS, axis=-1))
             e_BKGTS = _hide(jnp.exp(s_BKGTS - top_BKGT[..., None]), seen_BTS, 0.0)
             shrink_BKGT = jnp.exp(max_BKGT - top_BKGT)
-            o_BKGTU = o_BKGTU * shrink_BKGT[..., None] + _weigh(e_BKGTS, v)
+            o_BKGTU = o_BKGTU * shrink_BKGT[..., None] + _weigh(e_BKGTS, keys.v, v_scale)
             return top_BKGT, sum_BKGT * shrink_BKGT + jnp.sum(e_BKGTS, axis=-1), o_BKGTU
 
         zeros = jnp.zeros(shape, jnp.float32)
@@ -315,16 +370,16 @@ def _forward_loop(q_BNTH, k_BKSH, v_BKSU, places, rule):
 def _backward_loop(arrays, k_BKSH, v_BKSU, places, rule):
     q_BNTH, lse_BNT, *rest = arrays
     loop = _loop(q_BNTH, k_BKSH, v_BKSU, places, rule)
-    T, S = q_BNTH.shape[2], k_BKSH.shape[2]
+    T = q_BNTH.shape[2]
 
     def block(sums, xs):
         of_block, (start, q_places, low, high) = xs
 
         def add(j, so_far):
             dq_B, dk, dv = so_far
-            k, v, k_places = loop.cut(j)
-            tile = Tile(start, j * loop.k_size)
-            dq_j, dk_j, dv_j = _tile_gradients(*of_block, k, v, (q_places, k_places), rule, tile)
+            keys = loop.cut(j, rule, q_BNTH.dtype)
+            near, tile = (q_places, keys.places), Tile(start, keys.start)
+            dq_j, dk_j, dv_j = _tile_gradients(*of_block, keys.k, keys.v, near, rule, tile)
             return dq_B + dq_j, *[_add_at(x, tile.k_start, y) for x, y in ((dk, dk_j), (dv, dv_j))]
 
         dq_B = jnp.zeros(of_block[0].shape, jnp.float32)
@@ -335,7 +390,7 @@ def _backward_loop(arrays, k_BKSH, v_BKSU, places, rule):
     # queries that fill the last block have probabilities of 0, however large a bias
     blocks = loop.split(q_BNTH), loop.split(lse_BNT, jnp.inf), *map(loop.split, rest)
     (dk, dv), dq = jax.lax.scan(block, zeros, (blocks, loop.blocks))
-    return _join(dq, T), dk[:, :, :S], dv[:, :, :S]
+    return _join(dq, T), dk, dv
 
 
 def _add_at(sums_BKSH: Array, start: Array, new_BKSH: Array) -> Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule
 from llmprep_jax.kernels.flash_attention.residuals import outputs_like
+from llmprep_jax.kernels.flash_attention.stored import refusal_of_stored
 from llmprep_jax.kernels.platforms import platform
 
 LAYOUT, LAYOUT_NUMBER = "BTNH", 0  # the same, for different functions
@@ -57,7 +58,9 @@ def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: b
 
 
 def by_column_alone(rule: Rule, T: int, S: int) -> str | None:
-    """Why masks that know queries and keys by their columns, from 0 on for both, are not enough."""
+    """Why masks by column, from 0 on for queries and keys, and plain rows are not enough."""
+    if rule.stored:
+        return refusal_of_stored(rule)
     if rule.given:
         return f"it masks by columns, not by {' and '.join(rule.given)}"
     if rule.bias is not None:

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llmprep_jax.kernels.flash_attention.stored import NOT_STORED, Stored
+
 Axes = tuple[str, ...]
 
 
@@ -28,47 +30,59 @@ class Layout:
     shares_keys: bool = False
     is_mesh: bool = False
 
-    def specs(self) -> dict[str, jax.P]:
+    def specs(self, stored: Stored = NOT_STORED) -> dict[str, Any]:
         rows, heads = self.rows or None, self.heads or None
+        kv_heads = None if self.shares_keys else heads
+        # any row may see any page of a pool
+        key_rows = rows if stored.pages is None else None
+        scales = jax.P(key_rows, None, kv_heads)
+        all_stored = Stored(jax.P(rows, None), scales, scales)
         return dict(
             queries=jax.P(rows, None, heads, None),
-            keys=jax.P(rows, None, None if self.shares_keys else heads, None),
+            keys=jax.P(key_rows, None, kv_heads, None),
             rows=jax.P(rows, None, heads),
             places=jax.P(rows, None),
+            stored=jax.tree.map(lambda spec, x: None if x is None else spec, all_stored, stored),
         )
 
-    def place(self, q: jax.Array, k: jax.Array, v: jax.Array, places: Any) -> tuple:
+    def place(self, q: jax.Array, k: jax.Array, v: jax.Array, places: Any, stored: Stored) -> tuple:
         """The arrays as `on_devices` takes them."""
         if not self.is_mesh:
-            return q, k, v, places
-        specs = self.specs()
+            return q, k, v, places, stored
+        specs = self.specs(stored)
         q, k, v = [
             jax.reshard(x, specs[name]) for x, name in ((q, "queries"), (k, "keys"), (v, "keys"))
         ]
-        return q, k, v, jax.tree.map(lambda x: jax.reshard(x, specs["places"]), places)
+        places = jax.tree.map(lambda x: jax.reshard(x, specs["places"]), places)
+        return q, k, v, places, jax.tree.map(jax.reshard, stored, specs["stored"])
 
     def on_devices(self, function: Callable[..., Any], outs: tuple[str, ...]) -> Callable[..., Any]:
-        """`function` of (q, k, v, places, and what there is by query) on each device's part."""
+        """`function` of (q, k, v, places, stored, and what is by query) on each device's part."""
         if not self.is_mesh:
             return function
-        specs = self.specs()
 
-        def call(q, k, v, places, *by_query):
+        def call(q, k, v, places, stored, *by_query):
+            specs = self.specs(stored)
             others = [specs["queries" if x.ndim == 4 else "rows"] for x in by_query]
-            ins = (specs["queries"], specs["keys"], specs["keys"], specs["places"], *others)
+            names = "queries", "keys", "keys", "places", "stored"
             # unchecked: the sum over copies of key heads is written out below
             return jax.shard_map(
-                function, in_specs=ins, out_specs=tuple(specs[x] for x in outs), check_vma=False
-            )(q, k, v, places, *by_query)
+                function,
+                in_specs=(*[specs[name] for name in names], *others),
+                out_specs=tuple(specs[name] for name in outs),
+                check_vma=False,
+            )(q, k, v, places, stored, *by_query)
 
         return call
 
-    def own_heads(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The keys and values [B, S, K, ...] that this device's query heads see."""
+    def own_heads(self, q: jax.Array, *by_key: Any) -> tuple[Any, ...]:
+        """Arrays [B, S, K, ...], or trees of them, of the key heads that this device's query heads
+        see."""
+        k = by_key[0]
         if not self.shares_keys or k.shape[2] == 1:
-            return k, v
+            return by_key
         heads = self._own(q, k)
-        return k[:, :, heads], v[:, :, heads]
+        return jax.tree.map(lambda x: x[:, :, heads], by_key)
 
     def sum_heads(self, dk: jax.Array, dv: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Gradients of all key heads out of those of each device's own, which cross the network in

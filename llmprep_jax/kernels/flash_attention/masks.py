@@ -32,6 +32,7 @@ class Rule(NamedTuple):
         are capped: elementwise over integer arrays that broadcast, so that kernels may call it.
       given: the fields of `Places` that have values; without positions masks are by column.
       value_width: values are the first so many numbers of the keys; None: arrays of their own.
+      stored: "pages" and "scales" where keys and values need them to be read (`stored.Stored`).
     """
 
     causal: bool = True
@@ -41,6 +42,7 @@ class Rule(NamedTuple):
     bias: Bias | None = None
     given: tuple[str, ...] = ()
     value_width: int | None = None
+    stored: tuple[str, ...] = ()
 
 
 class Places(NamedTuple):

@@ -18,6 +18,7 @@ from llmprep_jax.kernels.compat import accumulate_product, mosaic_interpreter
 from llmprep_jax.kernels.flash_attention.gpu_blocks import seen_by_column
 from llmprep_jax.kernels.flash_attention.gpu_tiles import LOG2_E
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF, Places, Rule, sees
+from llmprep_jax.kernels.flash_attention.stored import refusal_of_stored
 from llmprep_jax.kernels.platforms import platform
 
 ROWS, TILE, STAGES = 64, 128, 2  # queries of a warpgroup, keys of a tile, tiles in flight
@@ -51,6 +52,8 @@ def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: b
     """Why it cannot do it; None: it can."""
     if backward:
         return "it has no backward pass"
+    if rule.stored:
+        return refusal_of_stored(rule)
     if rule.given:
         return f"it masks by columns, not by {' and '.join(rule.given)}"
     if rule.bias is not None or rule.soft_cap is not None or rule.scale <= 0:

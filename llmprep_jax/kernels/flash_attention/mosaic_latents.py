@@ -26,6 +26,7 @@ from llmprep_jax.kernels.flash_attention.gpu_blocks import (
     num_splits,
 )
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF, Places, Rule, visible
+from llmprep_jax.kernels.flash_attention.stored import refusal_of_stored
 from llmprep_jax.kernels.platforms import device_kind
 
 LOG2_E = math.log2(math.e)
@@ -57,6 +58,8 @@ def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: b
     """Why it cannot do what the seam asks of a backend; None: it can."""
     if backward:
         return "it has no backward pass"
+    if rule.stored:
+        return refusal_of_stored(rule)
     if rule.value_width is None or k_BKSH.shape[1] != 1:
         return "its values are the first numbers of the keys of one head"
     if not re.search(HOPPER, device_kind()):

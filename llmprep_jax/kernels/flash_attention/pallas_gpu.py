@@ -49,6 +49,7 @@ from llmprep_jax.kernels.flash_attention.gpu_tiles import (
     walk,
 )
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF, Rule
+from llmprep_jax.kernels.flash_attention.stored import refusal_of_stored
 from llmprep_jax.kernels.platforms import platform
 
 FOLDED = 16  # tokens up to which the heads of a group share tiles, as where an answer is made
@@ -57,6 +58,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: bool) -> str | None:
     """Why these kernels cannot do it, forward or backward; None: they can."""
+    if rule.stored:
+        return refusal_of_stored(rule)
     dtype = q_BNTH.dtype
     if dtype.name not in DTYPES:
         return f"it takes {', '.join(DTYPES)}, not {dtype.name}"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from llmprep_jax.kernels import tpu
 from llmprep_jax.kernels.flash_attention import tpu_backward, tpu_forward, tpu_tiles
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule
+from llmprep_jax.kernels.flash_attention.stored import refusal_of_stored
 
 Q_BLOCK, K_BLOCK = 512, 1024  # tokens; half the keys where heads are wide
 WIDE = 128
@@ -24,6 +25,8 @@ Sides = tuple[Places, Places]
 
 def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: bool) -> str | None:
     """Why the kernels cannot do it; None: they can."""
+    if rule.stored:
+        return refusal_of_stored(rule)
     if q_BNTH.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it multiplies float32 and bfloat16, not {q_BNTH.dtype}"
     if max(q_BNTH.shape[3], v_BKSU.shape[3]) > WIDEST:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF, Places, Rule, positions, visible
+from llmprep_jax.kernels.flash_attention.stored import NOT_STORED, Stored, clear, written_out
 
 
 def refusal(
@@ -24,9 +25,17 @@ def forward(
     v_BKSU: jax.Array,
     places: tuple[Places, Places],
     rule: Rule,
+    stored: Stored = NOT_STORED,
 ) -> tuple[jax.Array, jax.Array]:
     """(o [B, N, T, U] in q's dtype, lse [B, N, T] in float32); a row that sees nothing is 0, and
-    its lse NEG_INF."""
+    its lse NEG_INF.
+
+    Args:
+      stored: what k and v need to be read, where `rule.stored` says so.
+    """
+    if rule.stored:
+        k_BKSH, v_BKSU = written_out(k_BKSH, v_BKSU, stored, rule, q_BNTH.dtype)
+    k_BKSH, v_BKSU = [clear(x, places[1]) for x in (k_BKSH, v_BKSU)]
     s_BNTS, seen_BNTS, _ = _scores(q_BNTH, k_BKSH, places, rule)
     lse_BNT = jnp.where(jnp.any(seen_BNTS, -1), jax.nn.logsumexp(s_BNTS, -1), NEG_INF)
     p_BNTS = jnp.where(seen_BNTS, jnp.exp(s_BNTS - lse_BNT[..., None]), 0.0)
@@ -49,6 +58,7 @@ def backward(
     Args:
       delta_BNT: rowsum(do * o) less the gradient of lse, float32.
     """
+    k_BKSH, v_BKSU = [clear(x, places[1]) for x in (k_BKSH, v_BKSU)]
     s_BNTS, seen_BNTS, slope_BNTS = _scores(q_BNTH, k_BKSH, places, rule)
     p_BNTS = jnp.where(seen_BNTS, jnp.exp(s_BNTS - lse_BNT[..., None]), 0.0)
     v_BNSU, k_BNSH = _by_query_head(v_BKSU, q_BNTH), _by_query_head(k_BKSH, q_BNTH)

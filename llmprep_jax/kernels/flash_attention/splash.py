@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF, Places, Rule
+from llmprep_jax.kernels.flash_attention.stored import refusal_of_stored
 from llmprep_jax.kernels.platforms import platform
 
 BLOCK, SMALLEST = 512, 128  # tokens
@@ -26,6 +27,8 @@ def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: b
     """Why it cannot do it; None: it can."""
     if backward:
         return "its backward takes no residuals"
+    if rule.stored:
+        return refusal_of_stored(rule)
     if rule.bias is not None:
         return "it adds no bias"
     by_value = [name for name in rule.given if name != "segments"]
