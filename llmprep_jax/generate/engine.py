@@ -27,7 +27,7 @@ from llmprep_jax.generate.prompt import (
     by_row,
     check_length,
     everywhere,
-    pad_left,
+    pad,
     read_batch,
     read_prompt,
 )
@@ -158,7 +158,7 @@ class Engine:
         tokens_BT, mask_BT = read_batch(tokens, mask, self.cfg.vocab_size)
         check_length(tokens_BT, max_new_tokens, self.cfg.max_seq_len)
         width = bucket(tokens_BT.shape[1], MIN_PROMPT)
-        padded = [pad_left(x_BT, width) for x_BT in (tokens_BT, mask_BT)]
+        padded = [pad(x_BT, width) for x_BT in (tokens_BT, mask_BT)]
         with on_mesh_of(self.model):
             draws = (jax.random.key(seed), np.int32(pad_id), sampling)
             if draft is not None:
@@ -187,11 +187,9 @@ class Engine:
         if cache is not None:
             num_slots, num_used = room(cache)
             needed += num_used
-            if needed > self.cfg.max_seq_len + MAX_BLOCK:  # padding between turns has added up
-                return self._read(tokens_BT, mask_BT, max_new_tokens)
             num_slots = max(num_slots, self._num_slots(needed))
             cache = _refit(reader, cache, num_slots)
-        new = [pad_left(x_BT[:, num_known:], width) for x_BT in (tokens_BT, mask_BT)]
+        new = [pad(x_BT[:, num_known:], width) for x_BT in (tokens_BT, mask_BT)]
         cache, logits_BV = _prefill(reader, *new, cache, block)
         return cache, logits_BV, num_slots if kept else self._num_slots(needed)
 
@@ -208,13 +206,11 @@ class Engine:
         sampling: Sampling,
         max_new_tokens: int,
     ) -> speculative.State:
-        needed = speculative.num_slots(self.model, *tokens_BT.shape, max_new_tokens)
+        needed = speculative.num_slots(self.model, tokens_BT.shape[1], max_new_tokens)
         num_slots = bucket(needed, MIN_SLOTS)
         reader, limit = self._model_for(tokens_BT.size), np.int32(max_new_tokens)
         prompt = (tokens_BT, mask_BT, key, pad_id, limit)
-        state = speculative.prefill(reader, *prompt, sampling, num_slots)
-        stepper = self._stepper(len(tokens_BT), state.drafts_BM.size)
-        return dataclasses.replace(state, cache=_lay_drafts(stepper, state.cache, num_slots))
+        return speculative.prefill(reader, *prompt, sampling, num_slots)
 
     def advance(
         self,
@@ -265,16 +261,8 @@ def _fit(cache: Any, empty: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames="num_slots")
 def _refit(model, cache, num_slots) -> Any:
-    """One row's cache in a model's layout."""
+    """One row's cache with so many slots."""
     return _fit(cache, model.init_cache(1, num_slots))
-
-
-@functools.partial(jax.jit, static_argnames="num_slots")
-def _lay_drafts(model, cache, num_slots) -> Any:
-    """The caches of a model and of its modules in the model's layout."""
-    num_rows = cache[0].positions_BS.shape[0]
-    empty = model.init_cache(num_rows, num_slots), model.init_mtp_cache(num_rows, num_slots)
-    return _fit(cache, empty)
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots", "num_samples"))

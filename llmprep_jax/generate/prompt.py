@@ -1,10 +1,8 @@
 """Prompts: as a user gives them to one batch on the host, and read into a cache on the device.
 
-Rows of unequal length end in the last column (padding left), so that all of them write the same
-slots; their width is a power of two, so that few programs are compiled. A prompt is read in blocks:
-attention scores of T tokens against S slots are [T, S] for each head, blocks bound that, and for
-DeepSeek the choice between the forms of latent attention is made for each. Blocks that are all
-padding, which stand first, are skipped.
+Rows of unequal length start in the first column (padding right, which takes no slot of a cache);
+their width is a power of two, so that few programs are compiled. A prompt is read in blocks, which
+bounds what is computed of all its tokens at once, and those behind the longest row are skipped.
 """
 
 from collections.abc import Sequence
@@ -23,7 +21,7 @@ MIN_BLOCK, MAX_BLOCK = 64, 1024  # tokens of a row that are read at once; a quar
 
 
 def read_batch(tokens: Any, mask: Any | None, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, T] int32 and where they are real, each row ending in the last column.
+    """Tokens [B, T] int32 and where they are real, each row starting in the first column.
 
     Args:
       tokens: ints [B, T], or rows of unequal length, which are padded. mask: True on real tokens;
@@ -34,7 +32,7 @@ def read_batch(tokens: Any, mask: Any | None, vocab_size: int) -> tuple[np.ndarr
         vocabulary.
     """
     if mask is None and _is_ragged(tokens):
-        tokens, mask = _pad(tokens)
+        tokens, mask = _join(tokens)
     tokens_BT = np.asarray(tokens)
     if tokens_BT.ndim != 2 or not tokens_BT.size or tokens_BT.dtype.kind not in "iu":
         raise ValueError(f"tokens are {tokens_BT.dtype} {tokens_BT.shape}; give integers [B, T]")
@@ -42,12 +40,12 @@ def read_batch(tokens: Any, mask: Any | None, vocab_size: int) -> tuple[np.ndarr
     if mask_BT.shape != tokens_BT.shape or not mask_BT.any(axis=1).all():
         raise ValueError(f"mask is {mask_BT.shape} for tokens {tokens_BT.shape}, or hides a row")
     check_ids(tokens_BT, mask_BT, vocab_size)
-    # a stable sort by the mask moves the padding to the left and keeps the order of the rest
-    order_BT = np.argsort(mask_BT, axis=1, kind="stable")
+    # a stable sort by the mask moves the padding to the right and keeps the order of the rest
+    order_BT = np.argsort(~mask_BT, axis=1, kind="stable")
     tokens_BT = np.take_along_axis(np.where(mask_BT, tokens_BT, 0), order_BT, axis=1)
     mask_BT = np.take_along_axis(mask_BT, order_BT, axis=1)
-    first = int(mask_BT.argmax(axis=1).min())
-    return tokens_BT[:, first:].astype(np.int32), mask_BT[:, first:]
+    width = int(mask_BT.sum(axis=1).max())
+    return tokens_BT[:, :width].astype(np.int32), mask_BT[:, :width]
 
 
 def check_ids(tokens_BT: np.ndarray, mask_BT: np.ndarray, vocab_size: int) -> None:
@@ -78,14 +76,13 @@ def _is_ragged(tokens: Any) -> bool:
     return is_rows and all(np.ndim(row) == 1 for row in tokens) and len({*map(len, tokens)}) > 1
 
 
-def _pad(rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+def _join(rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     arrays = [np.asarray(row) for row in rows]
     for number, row in enumerate(arrays):
         if not row.size or row.dtype.kind not in "iu":
             raise ValueError(f"row {number} of the tokens is {rows[number]!r}; give whole numbers")
-    width = max(map(len, arrays))
     lengths_B1 = np.array([[len(row)] for row in arrays])
-    mask_BT = np.arange(width) >= width - lengths_B1
+    mask_BT = np.arange(lengths_B1.max()) < lengths_B1
     tokens_BT = np.zeros(mask_BT.shape, np.int64)
     tokens_BT[mask_BT] = np.concatenate(arrays)
     return tokens_BT, mask_BT
@@ -96,9 +93,9 @@ def bucket(length: int, least: int) -> int:
     return max(1 << (length - 1).bit_length(), least)
 
 
-def pad_left(x_BT: np.ndarray, width: int) -> np.ndarray:
-    """Zeros on the left up to a width."""
-    return np.pad(x_BT, ((0, 0), (width - x_BT.shape[1], 0)))
+def pad(x_BT: np.ndarray, width: int) -> np.ndarray:
+    """Zeros on the right up to a width."""
+    return np.pad(x_BT, ((0, 0), (0, width - x_BT.shape[1])))
 
 
 def block_size(width: int) -> int:
@@ -118,12 +115,13 @@ def read_prompt(
     """(final hidden states, the cache with the prompt in it).
 
     Args:
-      tokens_BT, mask_BT: padded on the left to a multiple of `block`.
+      tokens_BT, mask_BT: padded on the right to a multiple of `block`.
       block: tokens of a row that are read at once.
-      last_only: the hidden states of the last token alone, [B, 1, D].
+      last_only: the hidden states of each row's last token alone, [B, 1, D].
     """
     B, T = tokens_BT.shape
     assert T % block == 0, (T, block)
+    count_B = jnp.sum(mask_BT, axis=1)
     tokens_BT, mask_BT = [by_row(x_BT) for x_BT in (tokens_BT, mask_BT)]
 
     def part(x: Array, index: Array) -> Array:
@@ -136,13 +134,13 @@ def read_prompt(
         )
         x_BTD = everywhere(x_BTD)
         if last_only:
-            return x_BTD[:, -1:], cache
+            at_B11 = (count_B - 1 - index * block)[:, None, None]
+            last_B1D = jnp.take_along_axis(x_BTD, jnp.clip(at_B11, 0, block - 1), axis=1)
+            return jnp.where((at_B11 >= 0) & (at_B11 < block), last_B1D, hidden), cache
         return jax.lax.dynamic_update_slice_in_dim(hidden, x_BTD, index * block, axis=1), cache
 
-    first_B = jnp.argmax(mask_BT, axis=1)
     hidden = jnp.zeros((B, 1 if last_only else T, model.cfg.dim), model.cfg.compute.dtype)
-    first = jnp.min(first_B) // block
-    return jax.lax.fori_loop(first, T // block, read, (hidden, cache))
+    return jax.lax.fori_loop(0, -(-jnp.max(count_B) // block), read, (hidden, cache))
 
 
 def by_row(x: Array) -> Array:

@@ -82,4 +82,4 @@ def is_cache(node: Any) -> bool:
 def room(cache: Any) -> tuple[int, int]:
     """(slots, slots that are used), of those parts that do not go round."""
     parts = [part for part in jax.tree.leaves(cache, is_leaf=is_cache) if not part.is_ring]
-    return parts[0].num_slots, max(int(part.length) for part in parts)
+    return parts[0].num_slots, max(int(part.length_B.max()) for part in parts)

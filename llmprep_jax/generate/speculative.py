@@ -5,8 +5,7 @@ keeps the drafts up to the first that it rejects (Leviathan et al. 2023, algorit
 2023): a draft d of probability q(d) with probability min(1, p(d) / q(d)), and in place of a
 rejected one it draws from max(p - q, 0), normalised, so the text has the model's own distribution
 p. Greedy, both are one-hot and the text is that of plain decoding. Rows keep different numbers of
-tokens but write the same cache slots, so what a row rejects stays in its slots, marked empty, and
-only the slots that every row rejected are written again.
+tokens, and the next step writes over what each rejected.
 
 Letters of this file: M modules, and drafts of a step; W tokens that the modules read in a step.
 """
@@ -121,13 +120,9 @@ def check_draft(model: Any, draft: str | None) -> None:
         )
 
 
-def num_slots(model: nnx.Module, num_rows: int, length: int, max_new_tokens: int) -> int:
-    """Slots that a cache needs.
-
-    A step fills as many as the row that keeps most; the last writes up to 2 M beyond.
-    """
-    M = len(model.mtp)
-    return length + min(num_rows, 1 + M) * (max_new_tokens - 1) + 2 * M
+def num_slots(model: nnx.Module, length: int, max_new_tokens: int) -> int:
+    """Slots that a cache needs: a step writes up to 2 M tokens beyond those that a row keeps."""
+    return length + max_new_tokens + 2 * len(model.mtp)
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -136,15 +131,16 @@ def prefill(model, tokens_BT, mask_BT, key, pad_id, limit, sampling, slots) -> S
     (B, T), M, V = tokens_BT.shape, len(model.mtp), model.cfg.vocab_size
     cache = model.init_cache(B, slots), model.init_mtp_cache(B, slots)
     hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0], block=block_size(T))
-    logits_BV = _logits(model, hidden_BTD[:, -1:])[:, 0]
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(B))
+    rows_B, last_B = jnp.arange(B), jnp.sum(mask_BT, axis=1) - 1
+    logits_BV = _logits(model, hidden_BTD[rows_B, last_B][:, None])[:, 0]
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)
     num_B = jnp.zeros(B, jnp.int32)
     seen_BV = None
     if sampling.switches.penalises:
         seen_BV = _add(jnp.zeros((B, V), bool), jnp.where(mask_BT, tokens_BT, V))
     shaped_BV = shape_logits(logits_BV, seen_BV, sampling)
     first_B = draw(shaped_BV, sampling, _keys(keys_B, num_B, _DRAW))
-    logprobs_B = jax.nn.log_softmax(logits_BV)[jnp.arange(B), first_B]
+    logprobs_B = jax.nn.log_softmax(logits_BV)[rows_B, first_B]
     state = State(
         (main, cache[1]),
         jnp.zeros((B, M), jnp.int32),
@@ -162,8 +158,7 @@ def prefill(model, tokens_BT, mask_BT, key, pad_id, limit, sampling, slots) -> S
         jnp.zeros((B, M), jnp.int32),
     )
     place = Tokens(jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0), mask_BT.astype(jnp.int32))
-    text_BT = jnp.concatenate([tokens_BT[:, 1:], first_B[:, None]], axis=1)
-    last_B = jnp.full(B, T - 1)
+    text_BT = jnp.roll(tokens_BT, -1, axis=1).at[rows_B, last_B].set(first_B)
     return _draft(model, sampling, state, hidden_BTD, text_BT, place, last_B)
 
 
@@ -188,7 +183,8 @@ def _step(model: nnx.Module, stop_ids: Array, sampling: Sampling, state: State) 
     """Verifies the drafts, keeps what is accepted and a token more, and drafts anew."""
     M, limit, size = len(model.mtp), state.limit, state.tokens_BT.shape[1]
     block_BT = jnp.concatenate([state.last_BM[:, -1:], state.drafts_BM], axis=1)
-    start_B = jnp.sum(state.cache[0].segments_BS > 0, axis=1) - (M - 1)
+    length_B = state.cache[0].length_B
+    start_B = length_B - (M - 1)
     hidden_BTD, main = model.features(by_row(block_BT), cache=state.cache[0])
     hidden_BTD = everywhere(hidden_BTD)
     logits_BTV = _logits(model, hidden_BTD)
@@ -206,7 +202,7 @@ def _step(model: nnx.Module, stop_ids: Array, sampling: Sampling, state: State) 
     going_B = ~state.done_B
     state = dataclasses.replace(
         state,
-        cache=(main.keep(num_kept_B, 1 + M), state.cache[1]),
+        cache=(main.back_to(length_B + num_kept_B), state.cache[1]),
         num_B=num_B,
         done_B=state.done_B | jnp.any(kept_BT & stops_BT, axis=1) | (num_B == limit),
         seen_BV=_add(state.seen_BV, jnp.where(kept_BT, new_BT, logits_BTV.shape[-1])),
@@ -273,6 +269,7 @@ def _draft(
     place = jax.tree.map(by_row, place)
     rows_B, rope = jnp.arange(len(last_B)), model.rope(place)
     text_BW = jnp.pad(text_BW, ((0, 0), (0, M)))
+    length_B = state.cache[1].length_B
     cache = state.cache[1].begin(place.positions_BT, place.segments_BT)
     h_BWD, seen_BV, tokens, probs = hidden_BWD, state.seen_BV, [], []
     for m, module in enumerate(model.mtp):
@@ -286,11 +283,11 @@ def _draft(
         text_BW = text_BW.at[rows_B, last_B + 1 + m].set(tokens[-1])
         seen_BV = _add(seen_BV, tokens[-1][:, None])
     # only entries that no draft has entered; a done row's are of no use
-    num_kept_B = jnp.where(state.done_B, 0, last_B - M + 2)
-    ends_BM = last_B[:, None] + jnp.arange(1 - M, 1)
+    num_kept_B = jnp.where(state.done_B, 0, jnp.maximum(last_B - M + 2, 0))
+    ends_BM = jnp.maximum(last_B[:, None] + jnp.arange(1 - M, 1), 0)  # a prompt of one token
     return dataclasses.replace(
         state,
-        cache=(state.cache[0], cache.end().keep(num_kept_B, W)),
+        cache=(state.cache[0], cache.end().back_to(length_B + num_kept_B)),
         drafts_BM=jnp.stack(tokens, axis=1),
         probs_BMV=jnp.stack(probs, axis=1),
         last_BM=jnp.take_along_axis(text_BW, ends_BM, axis=1),

@@ -8,6 +8,7 @@ windows are this one rule.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,8 @@ def place_tokens(
     positions_BT, segments_BT = [_whole_rows(x) for x in (positions_BT, segments_BT)]
     if cache is None:
         return Tokens(positions_BT, segments_BT, in_order or is_counted, is_counted), None
-    num_used = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+    is_traced = isinstance(cache.length_B, jax.core.Tracer)
+    num_used = 0 if is_traced else int(jnp.max(cache.length_B))
     if num_used + tokens_BT.shape[1] > cache.num_slots:
         raise ValueError(
             f"{tokens_BT.shape[1]} tokens do not fit a cache of {cache.num_slots} slots,"
@@ -101,10 +103,12 @@ def attend(
     window: int | None = None,
     scale: float | None = None,
     value_width: int | None = None,
-) -> Float[Array, "B T N U"]:
-    """Causal attention of tokens to others, or to themselves where `keys` is None.
+    return_lse: bool = False,
+) -> Any:
+    """Causal attention of tokens to others, or to themselves where `keys` is None, [B, T, N, U].
 
-    Without values these are the first `value_width` numbers of the keys.
+    Without values these are the first `value_width` numbers of the keys. `return_lse` gives the
+    log-sum-exp of each query's scores too, [B, T, N].
     """
     at_Q, at_K = queries.positions_BT, (queries if keys is None else keys).positions_BT
     if keys is None and queries.in_order:
@@ -124,6 +128,7 @@ def attend(
         k_positions=at_K,
         q_segments=queries.segments_BT,
         k_segments=(queries if keys is None else keys).segments_BT,
+        return_lse=return_lse,
     )
 
 
@@ -214,5 +219,5 @@ class Attention(nnx.Module):
         options = dict(window=window, scale=self.scale)
         if cache is None:
             return self.o(self.within(q_BTNH, k_BTKH, v_BTKH, tokens, **options)), None
-        cache, k_BSKH, v_BSKH, slots = cache.update(layer, k_BTKH, v_BTKH)
+        cache, (k_BSKH, v_BSKH), slots = cache.update(layer, k_BTKH, v_BTKH)
         return self.o(attend(q_BTNH, k_BSKH, v_BSKH, tokens, Tokens(*slots), **options)), cache

@@ -100,16 +100,16 @@ class MLA(nnx.Module):
         Args:
           tokens: positions and segments of x.
           rope: cos and sin of x's positions.
-          cache: latents so far, as keys of one head without values; `begin` was called on it.
+          cache: latents so far, one stream of one head; `begin` was called on it.
           layer: which layer's slots of the cache are meant.
         """
         (q_BTNH, q_BTNR), z_BTZ = keep((self.queries(x_BTD, rope), self.latents(x_BTD, rope)), QKV)
         if cache is None:
             return self.attend(q_BTNH, q_BTNR, z_BTZ, tokens, absorbed=False), None
-        z_BT1Z = z_BTZ[:, :, None]
-        cache, z_BS1Z, _, slots = cache.update(layer, z_BT1Z, z_BT1Z[..., :0])
+        cache, (z_BS1Z,), slots = cache.update(layer, z_BTZ[:, :, None])
         z_BSZ = z_BS1Z[:, :, 0].astype(x_BTD.dtype)
-        return self.attend(q_BTNH, q_BTNR, z_BSZ, tokens, Tokens(*slots)), cache
+        num_used = jnp.max(cache.length_B)
+        return self.attend(q_BTNH, q_BTNR, z_BSZ, tokens, Tokens(*slots), num_used), cache
 
     def queries(self, x_BTD: Float[Array, "B T D"], rope: tuple[Array, Array]) -> tuple:
         """(q_BTNH, q_BTNR): the parts of every head's query without and with rotation."""
@@ -130,21 +130,57 @@ class MLA(nnx.Module):
         z_BSZ: Float[Array, "B S Z"],
         queries: Tokens,
         keys: Tokens | None = None,
+        num_used: Int[Array, ""] | None = None,
         *,
         absorbed: bool | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attention over latents and the output projection; None takes the cheaper form."""
+        """Attention over latents and the output projection; None takes the cheaper form.
+
+        Args:
+          num_used: how many slots of a cache hold tokens, the first ones; None: all.
+        """
         if absorbed is None:  # adapters by row leave no one matrix to absorb
             cheaper = self.absorbed_is_cheaper(q_BTNH.shape[1], z_BSZ.shape[1])
             absorbed = cheaper and not self.kv_b.is_by_row
-        form = self._attend_absorbed if absorbed else self._attend_naive
-        return form(q_BTNH, q_BTNR, z_BSZ, queries, keys)
+        if absorbed:
+            return self._attend_absorbed(q_BTNH, q_BTNR, z_BSZ, queries, keys)
+        with jax.named_scope("naive"):
+            q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
+            is_whole = num_used is None or z_BSZ.shape[1] <= q_BTNH.shape[1]
+            form = self._attend_naive if is_whole else self._attend_by_parts
+            o_BTNU, _ = form(q_BTNH, z_BSZ, queries, keys, num_used)
+        return self.o(o_BTNU)
 
-    @jax.named_scope("naive")
-    def _attend_naive(self, q_BTNH, q_BTNR, z_BSZ, queries, keys):
-        k_BSNH, v_BSNU = self.expand(z_BSZ)
-        q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
-        return self.o(attend(q_BTNH, k_BSNH, v_BSNU, queries, keys, scale=self.scale))
+    def _attend_naive(self, q_BTNH, z_BSZ, queries, keys, _=None):
+        """(o_BTNU, lse_BTN)."""
+        options = dict(scale=self.scale, return_lse=True)
+        return attend(q_BTNH, *self.expand(z_BSZ), queries, keys, **options)
+
+    def _attend_by_parts(self, q_BTNH, z_BSZ, queries, keys, num_used):
+        """The same over T slots at a time, as far as there are tokens: of a cache no more is
+        expanded than that at once, and of a prompt in blocks nothing behind the block.
+        """
+        size, num_slots = q_BTNH.shape[1], z_BSZ.shape[1]
+
+        def part(start):
+            # the last part is moved to where it fits; what it shares with the one before is hidden
+            first = jnp.minimum(start, num_slots - size)
+            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)  # noqa: E731
+            is_new = first + jnp.arange(size) >= start
+            segments_BS = jnp.where(is_new, cut(keys.segments_BT), 0)
+            at = Tokens(cut(keys.positions_BT), segments_BS)
+            o_BTNU, lse_BTN = self._attend_naive(q_BTNH, cut(z_BSZ), queries, at)
+            return o_BTNU.astype(jnp.float32), lse_BTN
+
+        def add(sums, start):
+            def more(sums):
+                return _merge(sums, part(start))
+
+            return jax.lax.cond(start < num_used, more, lambda sums: sums, sums), None
+
+        starts = jnp.arange(size, num_slots, size)
+        (o_BTNU, lse_BTN), _ = jax.lax.scan(add, part(0), starts)
+        return o_BTNU.astype(q_BTNH.dtype), lse_BTN
 
     @jax.named_scope("absorbed")
     def _attend_absorbed(self, q_BTNH, q_BTNR, z_BSZ, queries, keys):
@@ -185,6 +221,13 @@ class MLA(nnx.Module):
 
     def _widths(self) -> tuple[int, int, int]:
         return self.nope_dim, self.rope_dim, self.value_dim
+
+
+def _merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Outputs and log-sum-exps over all keys, of those over two parts of them."""
+    lse_BTN = jnp.logaddexp(one[1], other[1])
+    sums = [o_BTNU * jnp.exp(lse - lse_BTN)[..., None] for o_BTNU, lse in (one, other)]
+    return sums[0] + sums[1], lse_BTN
 
 
 def _temperature(scaling: RopeScaling | None) -> float:

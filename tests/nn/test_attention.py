@@ -145,7 +145,7 @@ def test_given_positions_are_in_order_where_their_caller_says_so():
 
 
 def test_positions_go_on_from_those_in_the_cache():
-    cache = KVCache.create(1, 2, 12, 1, 2)
+    cache = KVCache.create(1, 2, 12, 1, (2, 2))
     mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
     _, cache = place(None, None, mask, cache)
     tokens, _ = place(None, None, None, cache.end())
@@ -157,4 +157,4 @@ def test_contradictory_inputs_are_refused():
     with pytest.raises(ValueError, match="give mask or segment_ids, not both"):
         place(None, ones, ones.astype(bool))
     with pytest.raises(ValueError, match="5 tokens do not fit a cache of 4"):
-        place(None, None, None, KVCache.create(1, 2, 4, 1, 2))
+        place(None, None, None, KVCache.create(1, 2, 4, 1, (2, 2)))

@@ -14,6 +14,7 @@ from llmprep_jax.nn.cache import KVCache
 from tests.grids import cases
 
 LAYERS, ROWS, HEADS, WIDTH, TOTAL = 2, 1, 1, 1, 12
+WIDTHS = (WIDTH, WIDTH)
 
 
 def keys_of(positions, layer):
@@ -28,7 +29,7 @@ def write_block(cache, positions):
     cache, found = cache.begin(positions, jnp.ones_like(positions)), []
     for layer in range(LAYERS):
         keys = keys_of(positions, layer)
-        cache, k, v, slots = cache.update(layer, keys, -keys)
+        cache, (k, v), slots = cache.update(layer, keys, -keys)
         found.append((k, v, *slots))
     return cache.end(), found
 
@@ -50,21 +51,20 @@ cuttings = pytest.mark.parametrize("sizes", [[1] * 12, [3] * 4, [3, 1] * 3], ids
 
 
 @cuttings
-@pytest.mark.parametrize("per_layer", [False, True], ids=["stacked", "listed"])
-def test_a_full_cache_offers_every_token_so_far(sizes, per_layer):
-    cache, end = KVCache.create(LAYERS, ROWS, 16, HEADS, WIDTH, per_layer=per_layer), 0
+def test_a_full_cache_offers_every_token_so_far(sizes):
+    cache, end = KVCache.create(LAYERS, ROWS, 16, HEADS, WIDTHS), 0
     for size in sizes:
         cache, found = write(cache, end, size)
         end += size
         assert found == [list(range(end))] * LAYERS
-    assert int(cache.length) == TOTAL
+    assert cache.length_B.tolist() == [TOTAL]
 
 
 # a block of three goes round once or more often, just once at times, and never
 @cuttings
 @pytest.mark.parametrize("window", [1, 2, 5, 14])
 def test_a_ring_offers_each_token_its_window_at_least(sizes, window):
-    cache, end = KVCache.create(LAYERS, ROWS, window, HEADS, WIDTH, is_ring=True), 0
+    cache, end = KVCache.create(LAYERS, ROWS, window, HEADS, WIDTHS, is_ring=True), 0
     for size in sizes:
         cache, found = write(cache, end, size)
         for positions in found:
@@ -77,24 +77,27 @@ def test_a_ring_offers_each_token_its_window_at_least(sizes, window):
 
 
 def test_slots_of_a_ring_are_taken_in_turn():
-    cache = KVCache.create(LAYERS, ROWS, 5, HEADS, WIDTH, is_ring=True)
+    cache = KVCache.create(LAYERS, ROWS, 5, HEADS, WIDTHS, is_ring=True)
     for start, size in ((0, 3), (3, 1), (4, 1), (5, 3)):
         cache, _ = write(cache, start, size)
     np.testing.assert_array_equal(cache.positions_BS, [[5, 6, 7, 3, 4]])
-    np.testing.assert_array_equal(cache.k[1].ravel(), [105, 106, 107, 103, 104])
+    np.testing.assert_array_equal(cache.streams[0][1].ravel(), [105, 106, 107, 103, 104])
 
 
 def test_an_empty_cache_has_nothing_to_see():
-    cache = KVCache.create(LAYERS, 3, 8, HEADS, WIDTH)
-    assert cache.k.shape == (LAYERS, 3, HEADS, 8, WIDTH)
+    cache = KVCache.create(LAYERS, 3, 8, HEADS, WIDTHS)
+    assert cache.streams[0].shape == (LAYERS, 3, HEADS, 8, WIDTH)
     assert cache.num_slots == 8
     assert not np.any(cache.segments_BS)
 
 
 def test_keys_are_kept_in_the_dtype_of_the_cache():
-    cache = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTH, dtype="bfloat16")
-    cache, _ = write(cache, 0, 3)
-    chex.assert_type([cache.k, cache.v], jnp.bfloat16)
+    cache = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTHS, dtype="bfloat16")
+    cache, found = write_block(cache, np.array([[0, 1, 258]], np.int32))
+    for k, v, *_ in found:
+        chex.assert_type([k, v], jnp.bfloat16)
+    assert found[0][0].ravel()[:3].tolist() == [0, 1, 258]
+    assert [stream.dtype.itemsize for stream in cache.streams] == [2, 2]
 
 
 def test_the_layer_may_be_a_traced_number():
@@ -105,61 +108,79 @@ def test_the_layer_may_be_a_traced_number():
         keys = jnp.full((ROWS, 3, HEADS, WIDTH), 7.0)
         return cache.update(layer, keys, keys)[0].end()
 
-    cache = run(KVCache.create(LAYERS, ROWS, 4, HEADS, WIDTH), 1)
-    np.testing.assert_array_equal(cache.k[:, 0, 0, :, 0], [[0, 0, 0, 0], [7, 7, 7, 0]])
+    cache = run(KVCache.create(LAYERS, ROWS, 4, HEADS, WIDTHS), 1)
+    np.testing.assert_array_equal(cache.streams[0][:, 0, 0, :, 0], [[0, 0, 0, 0], [7, 7, 7, 0]])
 
 
-def test_a_donated_cache_is_updated_in_place():
-    cache = KVCache.create(LAYERS, ROWS, 4096, HEADS, 64)
-    size = cache.k.nbytes
-
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_donated_cache_is_updated_in_place_by_a_loop(rows, dtype):
+    cache = KVCache.create(LAYERS, rows, 4096, HEADS, (64, 64), dtype=dtype)
+    size = cache.streams[0].nbytes
     leaves, structure = jax.tree.flatten(cache)
 
-    def run(leaves):
+    def step(_, leaves):
         cache = structure.unflatten(leaves)
-        positions = jnp.zeros((1, 1), jnp.int32)
-        keys = jnp.ones((ROWS, 1, HEADS, 64))
-        cache = cache.begin(positions, positions + 1)
+        positions = cache.length_B[:, None]
+        keys = jnp.ones((rows, 1, HEADS, 64))
+        cache = cache.begin(positions, jnp.ones_like(positions))
         for layer in range(LAYERS):
-            cache, *_ = cache.update(layer, keys, keys)
+            cache, (k_BSKH, _), _ = cache.update(layer, keys, keys)
+            keys = keys + jnp.sum(k_BSKH[:, :8].astype(jnp.float32))
         return jax.tree.leaves(cache.end())
 
-    compiled = jax.jit(run, donate_argnums=0).lower(leaves).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < size / 100
+    run = jax.jit(lambda leaves: jax.lax.fori_loop(0, 5, step, leaves), donate_argnums=0)
+    assert run.lower(leaves).compile().memory_analysis().temp_size_in_bytes < size / 100
 
 
-@pytest.mark.parametrize("is_ring", [False, True])
-def test_layers_in_a_list_keep_the_same_numbers(is_ring):
-    cache = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTH, is_ring=is_ring)
-    stacked, _ = write(cache, 0, 3)
-    empty = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTH, is_ring=is_ring, per_layer=True)
-    fit = jax.jit(KVCache.fit)
-    listed, _ = write(fit(cache, empty), 0, 3)
-    for layer in range(LAYERS):
-        for found in (listed, fit(stacked, empty)):
-            matrices = found.k[layer].reshape(stacked.k[layer].shape)
-            np.testing.assert_array_equal(matrices, stacked.k[layer])
+def test_rows_of_unequal_length_take_slots_of_their_own():
+    @jax.jit
+    def write_some(cache, segments):
+        positions = cache.length_B[:, None] + jnp.arange(3)
+        keys = positions[:, :, None, None].astype(jnp.float32)
+        cache = cache.begin(positions, segments)
+        cache, *_ = cache.update(0, keys, -keys)
+        return cache.end()
+
+    cache = KVCache.create(1, 2, 8, HEADS, WIDTHS)
+    for counts in ([2, 3], [0, 2], [3, 1]):  # padding at the end of a row takes no slot
+        cache = write_some(cache, (np.arange(3) < np.array(counts)[:, None]).astype(np.int32))
+    assert cache.length_B.tolist() == [5, 6]
+    assert cache.segments_BS.tolist() == [[1] * 5 + [0] * 3, [1] * 6 + [0] * 2]
+    for row, length in enumerate((5, 6)):
+        stored = np.asarray(cache.streams[0])[0, row, 0, :length, 0]
+        assert stored.tolist() == np.asarray(cache.positions_BS)[row, :length].tolist()
+        assert stored.tolist() == list(range(length))
 
 
-@pytest.mark.parametrize("per_layer", [False, True], ids=["stacked", "listed"])
-def test_what_no_row_keeps_is_written_again_and_what_one_row_keeps_is_not(per_layer):
+def test_tokens_that_are_taken_back_are_written_over():
     @jax.jit
     def write_and_keep(cache, kept):
-        # places count what a row has kept so far
-        positions = jnp.sum(cache.segments_BS > 0, axis=1)[:, None] + jnp.arange(3)
+        positions = cache.length_B[:, None] + jnp.arange(3)
         keys = positions[:, :, None, None].astype(jnp.float32)
+        before_B = cache.length_B
         cache = cache.begin(positions, jnp.ones_like(positions))
         cache, *_ = cache.update(0, keys, keys)
-        return cache.end().keep(kept, 3)
+        return cache.end().back_to(before_B + kept)
 
-    cache = KVCache.create(1, 2, 8, HEADS, WIDTH, per_layer=per_layer)
+    cache = KVCache.create(1, 2, 8, HEADS, WIDTHS)
     for kept in ([2, 1], [0, 2]):
         cache = write_and_keep(cache, np.array(kept))
-    assert int(cache.length) == 4
-    assert cache.segments_BS.tolist() == [[1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0, 0, 0]]
-    stored = np.asarray(cache._layer(0)[0])[:, 0, :, 0]
+    assert cache.length_B.tolist() == [2, 3]
+    assert cache.segments_BS.tolist() == [[1, 1] + [0] * 6, [1, 1, 1] + [0] * 5]
+    stored = np.asarray(cache.streams[0])[0, :, 0, :, 0]
     assert stored[0, :2].tolist() == [0, 1]
-    assert stored[1, [0, 2, 3]].tolist() == [0, 1, 2]
+    assert stored[1, :3].tolist() == [0, 1, 2]
+
+
+def test_a_cache_grows_and_its_rows_are_repeated():
+    cache, _ = write(KVCache.create(LAYERS, ROWS, 4, HEADS, WIDTHS, dtype="bfloat16"), 0, 3)
+    empty = KVCache.create(LAYERS, 2, 8, HEADS, WIDTHS, dtype="bfloat16")
+    grown = jax.jit(KVCache.fit)(cache, empty)
+    assert grown.length_B.tolist() == [3, 3]
+    assert grown.segments_BS.tolist() == [[1] * 3 + [0] * 5] * 2
+    for old, new in zip(cache.streams, grown.streams, strict=True):
+        np.testing.assert_array_equal(new[:, :, :, :3], np.repeat(old[:, :, :, :3], 2, axis=1))
 
 
 COLUMNS, WINDOW = 26, 5
@@ -195,7 +216,7 @@ def qkv():
 def read_block(cache, q_BTNH, k_BTKH, v_BTKH, positions, segments):
     found, cache = [], cache.begin(positions, segments)
     for layer in range(LAYERS):
-        cache, k, v, slots = cache.update(layer, k_BTKH * (1 + layer), v_BTKH)
+        cache, (k, v), slots = cache.update(layer, k_BTKH * (1 + layer), v_BTKH)
         tokens = Tokens(positions, segments)
         options = dict(window=WINDOW, scale=1.0)
         found.append(attend(q_BTNH, k / (1 + layer), v, tokens, Tokens(*slots), **options))
@@ -203,24 +224,18 @@ def read_block(cache, q_BTNH, k_BTKH, v_BTKH, positions, segments):
 
 
 SLOT_COUNTS = {"ring": WINDOW, "wide": WINDOW + 2, "full": COLUMNS}
-# each value, and a ring, whose slots differ by row, in both layouts
 CACHES = cases(
-    itertools.product(SLOT_COUNTS, ("stacked", "listed"), ("float32", "bfloat16")),
-    fast=[
-        ("ring", "stacked", "float32"),
-        ("ring", "listed", "bfloat16"),
-        ("wide", "listed", "float32"),
-        ("full", "stacked", "bfloat16"),
-    ],
+    itertools.product(SLOT_COUNTS, ("float32", "bfloat16")),
+    fast=[("ring", "float32"), ("ring", "bfloat16"), ("wide", "float32"), ("full", "bfloat16")],
 )
 
 
 @pytest.mark.parametrize("sizes", [[1] * 26, [7, 1, 7, 1, 7, 1, 1, 1]], ids=str)
-@pytest.mark.parametrize(("slots", "layout", "dtype"), CACHES)
-def test_padding_inside_rows_hides_no_token_of_the_window(slots, layout, dtype, sizes):
-    slots, per_layer = SLOT_COUNTS[slots], layout == "listed"
-    is_ring, kind = slots < COLUMNS, dict(per_layer=per_layer, dtype=dtype)
-    cache, found, start = KVCache.create(LAYERS, 2, slots, 2, 4, is_ring=is_ring, **kind), [], 0
+@pytest.mark.parametrize(("slots", "dtype"), CACHES)
+def test_padding_inside_rows_hides_no_token_of_the_window(slots, dtype, sizes):
+    slots = SLOT_COUNTS[slots]
+    kind = dict(is_ring=slots < COLUMNS, dtype=dtype)
+    cache, found, start = KVCache.create(LAYERS, 2, slots, 2, (4, 4), **kind), [], 0
     q, k, v = [x.astype(jnp.dtype(dtype)) for x in qkv()]
     for size in sizes:
         part = slice(start, start + size)
@@ -232,8 +247,8 @@ def test_padding_inside_rows_hides_no_token_of_the_window(slots, layout, dtype, 
     for layer in range(LAYERS):
         error = np.abs(found[layer] - expected)[SEGMENTS > 0].max()
         assert error < (1e-5 if dtype == "float32" else 0.06)
-    if is_ring:
-        np.testing.assert_array_equal(cache.length, (SEGMENTS > 0).sum(1))
+    if kind["is_ring"]:
+        np.testing.assert_array_equal(cache.length_B, (SEGMENTS > 0).sum(1))
 
 
 def test_a_ring_of_one_row_counts_its_tokens_too():
@@ -243,16 +258,16 @@ def test_a_ring_of_one_row_counts_its_tokens_too():
         cache, *_ = cache.update(0, keys_of(position, 0), keys_of(position, 0))
         return cache.end()
 
-    cache = KVCache.create(1, 1, 3, HEADS, WIDTH, is_ring=True)
+    cache = KVCache.create(1, 1, 3, HEADS, WIDTHS, is_ring=True)
     for position, segment in enumerate([1, 1, 0, 0, 1, 0]):
         cache = write_one(cache, np.full((1, 1), position), np.full((1, 1), segment))
-    assert cache.length.tolist() == [3]
+    assert cache.length_B.tolist() == [3]
     kept = np.asarray(cache.segments_BS) > 0
     assert sorted(np.asarray(cache.positions_BS)[kept]) == [1, 4]
 
 
 def test_a_full_cache_that_overflows_holds_nan_and_no_wrong_number():
-    cache = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTH)
+    cache = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTHS)
     for start in (0, 3):
         cache, _ = write(cache, start, 3)
     _, found = write_block(cache, np.arange(6, 9, dtype=np.int32)[None])

@@ -76,7 +76,7 @@ def test_both_forms_over_a_cache_equal_the_whole(monkeypatch, absorbed):
     mla, x = make(), draw()
     whole = run(mla, x)
     monkeypatch.setattr(MLA, "absorbed_is_cheaper", lambda *_: absorbed)
-    cache, found = KVCache.create(1, 2, S + 3, 1, 24, value_dim=0), []
+    cache, found = KVCache.create(1, 2, S + 3, 1, (24,)), []
 
     @jax.jit
     def step(mla, x, place, cache):

@@ -239,14 +239,11 @@ class Model(LanguageModel):
         self, num_layers: int, batch_size: int, max_len: int, dtype: str | jnp.dtype | None
     ) -> KVCache:
         cfg = self.cfg
-        layers = self.dense_layers if self.moe_layers is None else self.moe_layers
         return KVCache.create(
             num_layers,
             batch_size,
             max_len,
             num_kv_heads=1,
-            head_dim=cfg.kv_rank + cfg.rope_dim,
-            value_dim=0,
+            widths=(cfg.kv_rank + cfg.rope_dim,),
             dtype=dtype or cfg.compute.dtype,
-            per_layer=isinstance(layers, nnx.List),
         )

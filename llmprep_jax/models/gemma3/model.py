@@ -174,13 +174,10 @@ class Model(LanguageModel):
             KVCache.create,
             batch_size=batch_size,
             num_kv_heads=cfg.num_kv_heads,
-            head_dim=cfg.head_dim,
+            widths=(cfg.head_dim, cfg.head_dim),
             dtype=dtype or cfg.compute.dtype,
-            per_layer=isinstance(self.layers, nnx.List),
         )
-        num_full = cfg.num_layers - num_local
-        # one layer at least: an empty tuple of buffers has no dtype
         return Caches(
-            create(max(num_local, 1), num_slots=min(cfg.window, max_len), is_ring=True),
-            create(max(num_full, 1), num_slots=max_len),
+            create(num_local, num_slots=min(cfg.window, max_len), is_ring=True),
+            create(cfg.num_layers - num_local, num_slots=max_len),
         )

@@ -129,7 +129,6 @@ class Model(LanguageModel):
             batch_size,
             max_len,
             cfg.num_kv_heads,
-            cfg.head_dim,
+            (cfg.head_dim, cfg.head_dim),
             dtype=dtype or cfg.compute.dtype,
-            per_layer=isinstance(self.layers, nnx.List),
         )
