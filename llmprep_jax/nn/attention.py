@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmprep_jax.kernels.flash_attention import attention
-from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.cache import KVCache, Seen
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.param import Compute
@@ -101,14 +101,11 @@ def attend(
     keys: Tokens | None = None,
     *,
     window: int | None = None,
-    scale: float | None = None,
-    value_width: int | None = None,
-    return_lse: bool = False,
+    **options: Any,
 ) -> Any:
     """Causal attention of tokens to others, or to themselves where `keys` is None, [B, T, N, U].
 
-    Without values these are the first `value_width` numbers of the keys. `return_lse` gives the
-    log-sum-exp of each query's scores too, [B, T, N].
+    `options` are those of `kernels.flash_attention.attention`.
     """
     at_Q, at_K = queries.positions_BT, (queries if keys is None else keys).positions_BT
     if keys is None and queries.in_order:
@@ -122,14 +119,33 @@ def attend(
         k_BSKH,
         v_BSKU,
         window=window,
-        scale=scale,
-        value_width=value_width,
         q_positions=at_Q,
         k_positions=at_K,
         q_segments=queries.segments_BT,
         k_segments=(queries if keys is None else keys).segments_BT,
-        return_lse=return_lse,
+        **options,
     )
+
+
+def attend_cached(
+    q_BTNH: Float[Array, "B T N H"], seen: Seen, queries: Tokens, **options: Any
+) -> Float[Array, "B T N U"]:
+    """`attend` to what a cache holds; NaN in rows that it has no room for."""
+    k, v, *_ = *seen.streams, None
+    positions_BS, segments_BS = seen.places
+    o_BTNU = attention(
+        q_BTNH,
+        k,
+        v,
+        q_positions=queries.positions_BT,
+        k_positions=positions_BS,
+        q_segments=queries.segments_BT,
+        k_segments=segments_BS,
+        pages=seen.pages_BJ,
+        **dict(zip(("k_scales", "v_scales"), seen.scales, strict=False)),
+        **options,
+    )
+    return seen.or_nan(o_BTNU)
 
 
 class Attention(nnx.Module):
@@ -219,5 +235,5 @@ class Attention(nnx.Module):
         options = dict(window=window, scale=self.scale)
         if cache is None:
             return self.o(self.within(q_BTNH, k_BTKH, v_BTKH, tokens, **options)), None
-        cache, (k_BSKH, v_BSKH), slots = cache.update(layer, k_BTKH, v_BTKH)
-        return self.o(attend(q_BTNH, k_BSKH, v_BSKH, tokens, Tokens(*slots), **options)), cache
+        cache, seen = cache.update(layer, k_BTKH, v_BTKH)
+        return self.o(attend_cached(q_BTNH, seen, tokens, **options)), cache

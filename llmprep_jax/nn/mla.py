@@ -11,14 +11,15 @@ Letters of this file: C key/value latent, Q query latent, R rotary width, U valu
 is cached of a token (C + R); H is the width of a head's part without rotation.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmprep_jax.nn.attention import Tokens, attend
-from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.attention import Tokens, attend, attend_cached
+from llmprep_jax.nn.cache import KVCache, Seen
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.param import Compute
@@ -106,10 +107,9 @@ class MLA(nnx.Module):
         (q_BTNH, q_BTNR), z_BTZ = keep((self.queries(x_BTD, rope), self.latents(x_BTD, rope)), QKV)
         if cache is None:
             return self.attend(q_BTNH, q_BTNR, z_BTZ, tokens, absorbed=False), None
-        cache, (z_BS1Z,), slots = cache.update(layer, z_BTZ[:, :, None])
-        z_BSZ = z_BS1Z[:, :, 0].astype(x_BTD.dtype)
+        cache, seen = cache.update(layer, z_BTZ[:, :, None])
         num_used = jnp.max(cache.length_B)
-        return self.attend(q_BTNH, q_BTNR, z_BSZ, tokens, Tokens(*slots), num_used), cache
+        return self.attend_cached(q_BTNH, q_BTNR, seen, tokens, num_used), cache
 
     def queries(self, x_BTD: Float[Array, "B T D"], rope: tuple[Array, Array]) -> tuple:
         """(q_BTNH, q_BTNR): the parts of every head's query without and with rotation."""
@@ -130,71 +130,78 @@ class MLA(nnx.Module):
         z_BSZ: Float[Array, "B S Z"],
         queries: Tokens,
         keys: Tokens | None = None,
-        num_used: Int[Array, ""] | None = None,
         *,
-        absorbed: bool | None = None,
+        absorbed: bool,
     ) -> Float[Array, "B T D"]:
-        """Attention over latents and the output projection; None takes the cheaper form.
-
-        Args:
-          num_used: how many slots of a cache hold tokens, the first ones; None: all.
-        """
-        if absorbed is None:  # adapters by row leave no one matrix to absorb
-            cheaper = self.absorbed_is_cheaper(q_BTNH.shape[1], z_BSZ.shape[1])
-            absorbed = cheaper and not self.kv_b.is_by_row
+        """Attention over latents in one of the two forms, and the output projection."""
         if absorbed:
-            return self._attend_absorbed(q_BTNH, q_BTNR, z_BSZ, queries, keys)
-        with jax.named_scope("naive"):
-            q_BTNH = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
-            is_whole = num_used is None or z_BSZ.shape[1] <= q_BTNH.shape[1]
-            form = self._attend_naive if is_whole else self._attend_by_parts
-            o_BTNU, _ = form(q_BTNH, z_BSZ, queries, keys, num_used)
+            look = functools.partial(attend, k_BSKH=z_BSZ[:, :, None], v_BSKU=None)
+            return self._attend_absorbed(q_BTNH, q_BTNR, look, queries=queries, keys=keys)
+        o_BTNU, _ = self._attend_naive(_join(q_BTNH, q_BTNR), z_BSZ, queries, keys)
         return self.o(o_BTNU)
 
-    def _attend_naive(self, q_BTNH, z_BSZ, queries, keys, _=None):
+    def attend_cached(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        q_BTNR: Float[Array, "B T N R"],
+        seen: Seen,
+        queries: Tokens,
+        num_used: Int[Array, ""],
+    ) -> Float[Array, "B T D"]:
+        """The same over a cache, whose first `num_used` slots hold tokens, in the cheaper form."""
+        cheaper = self.absorbed_is_cheaper(q_BTNH.shape[1], seen.places[0].shape[1])
+        if cheaper and not self.kv_b.is_by_row:  # adapters by row leave no one matrix to absorb
+            look = functools.partial(attend_cached, seen=seen)
+            return self._attend_absorbed(q_BTNH, q_BTNR, look, queries=queries)
+        q_BTNH = _join(q_BTNH, q_BTNR)
+        z_BSZ, keys = seen.rows(q_BTNH.dtype)[0][:, :, 0], Tokens(*seen.places)
+        o_BTNU = self._attend_by_parts(q_BTNH, z_BSZ, queries, keys, num_used)
+        return self.o(seen.or_nan(o_BTNU))
+
+    @jax.named_scope("naive")
+    def _attend_naive(self, q_BTNH, z_BSZ, queries, keys):
         """(o_BTNU, lse_BTN)."""
         options = dict(scale=self.scale, return_lse=True)
         return attend(q_BTNH, *self.expand(z_BSZ), queries, keys, **options)
 
     def _attend_by_parts(self, q_BTNH, z_BSZ, queries, keys, num_used):
-        """The same over T slots at a time, as far as there are tokens: of a cache no more is
-        expanded than that at once, and of a prompt in blocks nothing behind the block.
+        """The naive form over T slots at a time, as far as there are tokens: no more latents than
+        that are expanded at once, and of a prompt in blocks none behind the block.
         """
-        size, num_slots = q_BTNH.shape[1], z_BSZ.shape[1]
+        num_slots = z_BSZ.shape[1]
+        size = min(q_BTNH.shape[1], num_slots)
 
         def part(start):
             # the last part is moved to where it fits; what it shares with the one before is hidden
             first = jnp.minimum(start, num_slots - size)
             cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)  # noqa: E731
-            is_new = first + jnp.arange(size) >= start
-            segments_BS = jnp.where(is_new, cut(keys.segments_BT), 0)
+            is_new_S = first + jnp.arange(size) >= start
+            segments_BS = jnp.where(is_new_S, cut(keys.segments_BT), 0)
             at = Tokens(cut(keys.positions_BT), segments_BS)
             o_BTNU, lse_BTN = self._attend_naive(q_BTNH, cut(z_BSZ), queries, at)
             return o_BTNU.astype(jnp.float32), lse_BTN
 
         def add(sums, start):
-            def more(sums):
-                return _merge(sums, part(start))
-
+            more = lambda sums: _merge(sums, part(start))  # noqa: E731
             return jax.lax.cond(start < num_used, more, lambda sums: sums, sums), None
 
-        starts = jnp.arange(size, num_slots, size)
-        (o_BTNU, lse_BTN), _ = jax.lax.scan(add, part(0), starts)
-        return o_BTNU.astype(q_BTNH.dtype), lse_BTN
+        starts, sums = jnp.arange(size, num_slots, size), part(0)
+        if len(starts):
+            sums, _ = jax.lax.scan(add, sums, starts)
+        return sums[0].astype(q_BTNH.dtype)
 
     @jax.named_scope("absorbed")
-    def _attend_absorbed(self, q_BTNH, q_BTNR, z_BSZ, queries, keys):
+    def _attend_absorbed(self, q_BTNH, q_BTNR, look, **tokens):
+        """`look` is attention to latents."""
         w = self.kv_b.weight().astype(self.dtype)
         if has_mesh():
             w = jax.reshard(w, spec(None, "heads", None, shape=w.shape))
         w_CNH, w_CNU = jnp.split(w, [self.nope_dim], axis=-1)
         sums = dict(preferred_element_type=jnp.float32)
         q_BTNC = jnp.einsum("BTNH,CNH->BTNC", q_BTNH.astype(self.dtype), w_CNH, **sums)
-        q_BTNZ = jnp.concatenate([q_BTNC.astype(q_BTNR.dtype), q_BTNR], axis=-1)
-        options = dict(scale=self.scale, value_width=self.kv_rank)
-        o_BTNC = attend(q_BTNZ, z_BSZ[:, :, None], None, queries, keys, **options)
-        o_BTNC = o_BTNC.astype(self.dtype)
-        o_BTNU = jnp.einsum("BTNC,CNU->BTNU", o_BTNC, w_CNU, **sums)
+        q_BTNZ = _join(q_BTNC.astype(q_BTNR.dtype), q_BTNR)
+        o_BTNC = look(q_BTNZ, scale=self.scale, value_width=self.kv_rank, **tokens)
+        o_BTNU = jnp.einsum("BTNC,CNU->BTNU", o_BTNC.astype(self.dtype), w_CNU, **sums)
         return self.o(o_BTNU.astype(q_BTNR.dtype))
 
     def expand(self, z_BSZ: Float[Array, "B S Z"]) -> tuple[Array, Array]:
@@ -221,6 +228,10 @@ class MLA(nnx.Module):
 
     def _widths(self) -> tuple[int, int, int]:
         return self.nope_dim, self.rope_dim, self.value_dim
+
+
+def _join(q_BTNH: Array, q_BTNR: Array) -> Float[Array, "B T N _"]:
+    return jnp.concatenate([q_BTNH, q_BTNR], axis=-1)
 
 
 def _merge(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -164,9 +164,9 @@ def test_rematerialisation_changes_no_gradient(name, remat):
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def empty_cache(is_listed, model):
-    return (listed(model) if is_listed else model).init_cache(ROWS, SLOTS)
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def empty_cache(is_listed, model, kind=()):
+    return (listed(model) if is_listed else model).init_cache(ROWS, SLOTS, **dict(kind))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -174,10 +174,10 @@ def step(is_listed, model, tokens, mask, cache):
     return (listed(model) if is_listed else model)(tokens, mask=mask, cache=cache)
 
 
-def decode(model, tokens, blocks, mask=None, is_listed=False):
+def decode(model, tokens, blocks, mask=None, is_listed=False, **kind):
     """Logits of tokens that come in blocks, from the cache."""
     mask = np.ones(tokens.shape, bool) if mask is None else mask
-    cache, logits, start = empty_cache(is_listed, model), [], 0
+    cache, logits, start = empty_cache(is_listed, model, tuple(kind.items())), [], 0
     for size in blocks:
         part = slice(start, start + size)
         out = step(is_listed, model, tokens[:, part], mask[:, part], cache)
@@ -194,7 +194,7 @@ def test_decoding_from_the_cache_equals_the_full_forward(name, blocks):
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_listed_layers_decode_from_a_cache_of_one_buffer_a_layer(name):
+def test_listed_layers_decode_from_the_same_cache(name):
     found = decode(model_of(name), make_tokens(), FIVES, is_listed=True)
     np.testing.assert_allclose(found, logits_of(name), atol=1e-5)
 
@@ -221,6 +221,17 @@ def test_left_padded_rows_decode_as_alone(name):
     found = decode(model_of(name), tokens, FIVES, mask)
     for row, expected in enumerate(logits_of_rows(name, tokens[0, 5:], tokens[1, 3:])):
         np.testing.assert_allclose(found[row, mask[row]], expected, atol=1e-5)
+
+
+@families
+def test_a_cache_in_pages_or_in_8_bits_decodes_alike(name):
+    model, tokens, mask = model_of(name), make_tokens(), np.arange(LENGTH) < [[9], [14]]
+    plain, paged, small = [
+        decode(model, tokens, FIVES, mask, **kind)
+        for kind in ({}, dict(page_size=4), dict(page_size=4, dtype="int8"))
+    ]
+    np.testing.assert_allclose(paged[mask], plain[mask], atol=1e-5)
+    assert 0 < np.abs(small - plain)[mask].max() < 0.02 * np.abs(plain[mask]).max()
 
 
 @families

@@ -1,5 +1,6 @@
 """The cache against a list: what a query finds after any cutting of the tokens into blocks."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmprep_jax.nn.attention import Tokens, attend
+from llmprep_jax.nn.attention import Tokens, attend_cached
 from llmprep_jax.nn.cache import KVCache
 from tests.grids import cases
 
@@ -29,8 +30,8 @@ def write_block(cache, positions):
     cache, found = cache.begin(positions, jnp.ones_like(positions)), []
     for layer in range(LAYERS):
         keys = keys_of(positions, layer)
-        cache, (k, v), slots = cache.update(layer, keys, -keys)
-        found.append((k, v, *slots))
+        cache, seen = cache.update(layer, keys, -keys)
+        found.append((*seen.rows(jnp.float32), *seen.places))
     return cache.end(), found
 
 
@@ -93,11 +94,31 @@ def test_an_empty_cache_has_nothing_to_see():
 
 def test_keys_are_kept_in_the_dtype_of_the_cache():
     cache = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTHS, dtype="bfloat16")
-    cache, found = write_block(cache, np.array([[0, 1, 258]], np.int32))
-    for k, v, *_ in found:
-        chex.assert_type([k, v], jnp.bfloat16)
-    assert found[0][0].ravel()[:3].tolist() == [0, 1, 258]
+    positions = np.array([[0, 1, 257]], np.int32)
+    cache = cache.begin(positions, np.ones_like(positions))
+    cache, seen = cache.update(0, keys_of(positions, 0), -keys_of(positions, 0))
+    chex.assert_type(seen.streams, jnp.bfloat16)
+    assert seen.streams[0].ravel()[:3].tolist() == [0, 1, 256]  # 257 has 9 bits
     assert [stream.dtype.itemsize for stream in cache.streams] == [2, 2]
+
+
+def test_in_8_bits_numbers_keep_their_sign_and_half_a_step_of_the_largest():
+    cache = KVCache.create(1, 1, 4, 2, (8,), dtype="int8")
+    new = np.random.default_rng(0).normal(size=(1, 3, 2, 8)).astype(np.float32) * [[[10], [1]]]
+    new[0, 1] = 0
+    positions = np.arange(3, dtype=np.int32)[None]
+    cache, seen = cache.begin(positions, positions + 1).update(0, new)
+    assert cache.streams[0].nbytes == 4 * 2 * 8
+    error = np.abs(seen.rows(jnp.float32)[0][:, :3] - new)
+    assert (error <= np.abs(new).max(-1, keepdims=True) / 254 * 1.001).all()
+    assert error[:, 0].max() > 0
+
+
+def test_what_a_cache_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="a cache of int32; it may be of a float dtype, or int8"):
+        KVCache.create(1, 1, 4, 1, WIDTHS, dtype="int32")
+    with pytest.raises(ValueError, match="a ring has no pages"):
+        KVCache.create(1, 1, 4, 1, WIDTHS, is_ring=True, page_size=2)
 
 
 def test_the_layer_may_be_a_traced_number():
@@ -125,8 +146,8 @@ def test_a_donated_cache_is_updated_in_place_by_a_loop(rows, dtype):
         keys = jnp.ones((rows, 1, HEADS, 64))
         cache = cache.begin(positions, jnp.ones_like(positions))
         for layer in range(LAYERS):
-            cache, (k_BSKH, _), _ = cache.update(layer, keys, keys)
-            keys = keys + jnp.sum(k_BSKH[:, :8].astype(jnp.float32))
+            cache, seen = cache.update(layer, keys, keys)
+            keys = keys + jnp.sum(seen.streams[0][:, :8].astype(jnp.float32))
         return jax.tree.leaves(cache.end())
 
     run = jax.jit(lambda leaves: jax.lax.fori_loop(0, 5, step, leaves), donate_argnums=0)
@@ -216,27 +237,41 @@ def qkv():
 def read_block(cache, q_BTNH, k_BTKH, v_BTKH, positions, segments):
     found, cache = [], cache.begin(positions, segments)
     for layer in range(LAYERS):
-        cache, (k, v), slots = cache.update(layer, k_BTKH * (1 + layer), v_BTKH)
-        tokens = Tokens(positions, segments)
-        options = dict(window=WINDOW, scale=1.0)
-        found.append(attend(q_BTNH, k / (1 + layer), v, tokens, Tokens(*slots), **options))
+        cache, seen = cache.update(layer, k_BTKH * (1 + layer), v_BTKH)
+        tokens, q = Tokens(positions, segments), q_BTNH / (1 + layer)
+        found.append(attend_cached(q, seen, tokens, window=WINDOW, scale=1.0))
     return cache.end(), jnp.stack(found)
 
 
-SLOT_COUNTS = {"ring": WINDOW, "wide": WINDOW + 2, "full": COLUMNS}
+def make_cache(kind, dtype):
+    """Two rows; pages in no order, more than enough."""
+    slots = {"ring": WINDOW, "wide": WINDOW + 2}.get(kind, COLUMNS)
+    more = dict(is_ring=slots < COLUMNS, dtype=dtype)
+    if kind != "pages":
+        return KVCache.create(LAYERS, 2, slots, 2, (4, 4), **more)
+    cache = KVCache.create(LAYERS, 2, slots, 2, (4, 4), **more, page_size=4, num_pages=15)
+    pages = np.random.default_rng(1).permutation(15)[:14].reshape(2, 7)
+    return dataclasses.replace(cache, pages_BJ=jnp.asarray(pages, jnp.int32))
+
+
 CACHES = cases(
-    itertools.product(SLOT_COUNTS, ("float32", "bfloat16")),
-    fast=[("ring", "float32"), ("ring", "bfloat16"), ("wide", "float32"), ("full", "bfloat16")],
+    itertools.product(("ring", "wide", "full", "pages"), ("float32", "bfloat16", "int8")),
+    fast=[
+        ("ring", "float32"),
+        ("ring", "int8"),
+        ("wide", "float32"),
+        ("full", "bfloat16"),
+        ("pages", "float32"),
+        ("pages", "int8"),
+    ],
 )
 
 
 @pytest.mark.parametrize("sizes", [[1] * 26, [7, 1, 7, 1, 7, 1, 1, 1]], ids=str)
-@pytest.mark.parametrize(("slots", "dtype"), CACHES)
-def test_padding_inside_rows_hides_no_token_of_the_window(slots, dtype, sizes):
-    slots = SLOT_COUNTS[slots]
-    kind = dict(is_ring=slots < COLUMNS, dtype=dtype)
-    cache, found, start = KVCache.create(LAYERS, 2, slots, 2, (4, 4), **kind), [], 0
-    q, k, v = [x.astype(jnp.dtype(dtype)) for x in qkv()]
+@pytest.mark.parametrize(("kind", "dtype"), CACHES)
+def test_padding_inside_rows_hides_no_token_of_the_window(kind, dtype, sizes):
+    cache, found, start = make_cache(kind, dtype), [], 0
+    q, k, v = [x.astype("bfloat16" if dtype == "bfloat16" else "float32") for x in qkv()]
     for size in sizes:
         part = slice(start, start + size)
         places = [x[:, part].astype(np.int32) for x in (POSITIONS, SEGMENTS)]
@@ -246,8 +281,8 @@ def test_padding_inside_rows_hides_no_token_of_the_window(slots, dtype, sizes):
     found, expected = np.concatenate(found, axis=2), dense(*qkv(), WINDOW)
     for layer in range(LAYERS):
         error = np.abs(found[layer] - expected)[SEGMENTS > 0].max()
-        assert error < (1e-5 if dtype == "float32" else 0.06)
-    if kind["is_ring"]:
+        assert error < {"float32": 1e-5, "bfloat16": 0.06, "int8": 0.06}[dtype]
+    if cache.is_ring:
         np.testing.assert_array_equal(cache.length_B, (SEGMENTS > 0).sum(1))
 
 
@@ -266,12 +301,16 @@ def test_a_ring_of_one_row_counts_its_tokens_too():
     assert sorted(np.asarray(cache.positions_BS)[kept]) == [1, 4]
 
 
-def test_a_full_cache_that_overflows_holds_nan_and_no_wrong_number():
-    cache = KVCache.create(LAYERS, ROWS, 8, HEADS, WIDTHS)
-    for start in (0, 3):
-        cache, _ = write(cache, start, 3)
-    _, found = write_block(cache, np.arange(6, 9, dtype=np.int32)[None])
-    for k, v, *_ in found:
-        # the write is moved to where it fits, over a token that was seen
-        assert np.isnan(k[0, 0, 5:]).all()
-        assert np.isnan(v[0, 0, 5:]).all()
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_a_row_without_room_gives_nan_and_the_other_what_it_should(page_size):
+    q, k, v = [x[:, :3] for x in qkv()]
+    positions, ones = np.tile(np.arange(3, dtype=np.int32), (2, 1)), np.ones((2, 3), np.int32)
+    cache = KVCache.create(LAYERS, 2, 8, 2, (4, 4), page_size=page_size)
+    if page_size is None:
+        cache = dataclasses.replace(cache, length_B=jnp.asarray([0, 3], jnp.int32))
+    else:
+        cache = dataclasses.replace(cache, pages_BJ=jnp.asarray([[2, 0], [3, -1]], jnp.int32))
+    for number, fits in enumerate([[True, True], [True, False], [False, False]]):
+        cache, out = read_block(cache, q, k, v, positions + 3 * number, ones)
+        assert np.isfinite(out).all(axis=(0, 2, 3, 4)).tolist() == fits
+        assert np.isnan(out).all(axis=(0, 2, 3, 4)).tolist() == np.logical_not(fits).tolist()

@@ -223,10 +223,17 @@ class Model(LanguageModel):
 
     @on_own_mesh
     def init_cache(
-        self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
+        self,
+        batch_size: int,
+        max_len: int,
+        dtype: str | jnp.dtype | None = None,
+        **pages: int | None,
     ) -> KVCache:
-        """An empty cache for `max_len` tokens a row, of kv_rank + rope_dim numbers a layer."""
-        return self._cache(self.cfg.num_layers, batch_size, max_len, dtype)
+        """An empty cache for `max_len` tokens a row, of kv_rank + rope_dim numbers a layer.
+
+        `dtype` and `pages` as `KVCache.create`.
+        """
+        return self._cache(self.cfg.num_layers, batch_size, max_len, dtype, **pages)
 
     @on_own_mesh
     def init_mtp_cache(
@@ -236,7 +243,12 @@ class Model(LanguageModel):
         return self._cache(len(self.mtp), batch_size, max_len, dtype)
 
     def _cache(
-        self, num_layers: int, batch_size: int, max_len: int, dtype: str | jnp.dtype | None
+        self,
+        num_layers: int,
+        batch_size: int,
+        max_len: int,
+        dtype: str | jnp.dtype | None,
+        **pages: int | None,
     ) -> KVCache:
         cfg = self.cfg
         return KVCache.create(
@@ -246,4 +258,5 @@ class Model(LanguageModel):
             num_kv_heads=1,
             widths=(cfg.kv_rank + cfg.rope_dim,),
             dtype=dtype or cfg.compute.dtype,
+            **pages,
         )

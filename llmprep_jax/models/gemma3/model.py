@@ -165,9 +165,16 @@ class Model(LanguageModel):
 
     @on_own_mesh
     def init_cache(
-        self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
+        self,
+        batch_size: int,
+        max_len: int,
+        dtype: str | jnp.dtype | None = None,
+        **pages: int | None,
     ) -> Caches:
-        """Empty caches for `max_len` tokens a row; local layers keep the last `window` of them."""
+        """Empty caches for `max_len` tokens a row; local layers keep the last `window` of them.
+
+        `dtype` as `KVCache.create`, and `pages`, which are the global layers'.
+        """
         cfg = self.cfg
         num_local = sum(cfg.local_layers())
         create = functools.partial(
@@ -179,5 +186,5 @@ class Model(LanguageModel):
         )
         return Caches(
             create(num_local, num_slots=min(cfg.window, max_len), is_ring=True),
-            create(cfg.num_layers - num_local, num_slots=max_len),
+            create(cfg.num_layers - num_local, num_slots=max_len, **pages),
         )

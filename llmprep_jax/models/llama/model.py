@@ -120,9 +120,13 @@ class Model(LanguageModel):
 
     @on_own_mesh
     def init_cache(
-        self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
+        self,
+        batch_size: int,
+        max_len: int,
+        dtype: str | jnp.dtype | None = None,
+        **pages: int | None,
     ) -> KVCache:
-        """An empty cache for `max_len` tokens a row."""
+        """An empty cache for `max_len` tokens a row; `dtype` and `pages` as `KVCache.create`."""
         cfg = self.cfg
         return KVCache.create(
             cfg.num_layers,
@@ -131,4 +135,5 @@ class Model(LanguageModel):
             cfg.num_kv_heads,
             (cfg.head_dim, cfg.head_dim),
             dtype=dtype or cfg.compute.dtype,
+            **pages,
         )
