@@ -127,6 +127,23 @@ def test_what_activations_need_of_other_devices_crosses_the_network_in_bf16():
     assert "f32" not in {x.dtype for x in gathered}  # weights are cast before they are sent
 
 
+@pytest.mark.parametrize("kind", [{}, {"dtype": "int8"}, {"page_size": 44}], ids=str)
+def test_a_decode_step_sends_nothing_of_what_is_cached(kind):
+    cfg = Config(96, 32, 64, 2, 4, 2, 8, max_seq_len=64, tie_embeddings=False)
+    num_slots = 44  # no other size
+    with use_mesh(make_mesh({"fsdp": 4, "tensor": 2})):
+        model = jax.eval_shape(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))
+        cache = registry.build(cfg, rngs=nnx.Rngs(0)).init_cache(8, num_slots, **kind)
+        leaves, structure = jax.tree.flatten(cache)
+
+        def step(model, leaves, tokens):
+            return jax.tree.leaves(model(tokens, cache=structure.unflatten(leaves)))
+
+        sent = collectives(jax.jit(step).lower(model, leaves, placed((8, 1))))
+    assert sent
+    assert not [x for x in sent if num_slots in x.shape]
+
+
 def test_a_device_s_own_sum_is_float32_and_rounded_once():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(8, 2, 2048)), rng.normal(size=(2048, 16))
