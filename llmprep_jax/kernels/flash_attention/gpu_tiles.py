@@ -21,6 +21,7 @@ from llmprep_jax.kernels.flash_attention.gpu_blocks import (
     sizes_of,
 )
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule, sees
+from llmprep_jax.kernels.flash_attention.stored import Stored, num_slots
 
 LOG2_E = math.log2(math.e)
 
@@ -38,6 +39,7 @@ class Task(NamedTuple):
       fold: tokens, where rows are the tokens of each head of a group, one head after the other; 0:
         rows are tokens of one head.
       splits: parts of the keys, each for a program of its own.
+      page: slots of one, a whole number of tiles; 0: keys are in rows.
     """
 
     rule: Rule
@@ -50,6 +52,7 @@ class Task(NamedTuple):
     by_value: bool
     fold: int = 0
     splits: int = 1
+    page: int = 0
 
     @property
     def num_q_blocks(self) -> int:
@@ -71,11 +74,20 @@ class Task(NamedTuple):
 
 
 def task_of(
-    which: str, q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: Pair, rule: Rule
+    which: str,
+    q_BNTH: Array,
+    k_BKSH: Array,
+    v_BKSU: Array,
+    places: Pair,
+    rule: Rule,
+    pages_BJ: Array | None = None,
 ) -> Task:
-    (_, N, T, H), (K, S), U = q_BNTH.shape, k_BKSH.shape[1:3], v_BKSU.shape[-1]
-    sizes = sizes_of(which, H, U, q_BNTH.dtype, T, S)
-    return Task(rule, sizes, T, S, H, U, N // K, bool(jax.tree.leaves(places)))
+    (_, N, T, H), K, U = q_BNTH.shape, k_BKSH.shape[1], v_BKSU.shape[-1]
+    sizes = sizes_of(which, H, U, q_BNTH.dtype, T, k_BKSH.shape[2])
+    task = Task(rule, sizes, T, k_BKSH.shape[2], H, U, N // K, bool(jax.tree.leaves(places)))
+    if pages_BJ is None:
+        return task
+    return task._replace(S=num_slots(k_BKSH, pages_BJ), page=k_BKSH.shape[2])
 
 
 def round_up(n: int, size: int) -> int:
@@ -89,6 +101,28 @@ def padded(width: int) -> int:
 def tile_spec(rows: int, width: int, index: Callable[..., tuple]) -> pl.BlockSpec:
     """Rows of one head of [B, T, N, H]."""
     return pl.BlockSpec((None, rows, None, padded(width)), index)
+
+
+def stored_spec(x_BKSH: Array, task: Task) -> pl.BlockSpec:
+    """All that a program may read of one key head of a cache, which lies by head: [B, K, S, H], a
+    pool [P, K, page, H], or scales of either."""
+    head = lambda n: jax.lax.div(n, task.group)  # noqa: E731
+    if task.page:
+        shape, index = (len(x_BKSH), None, task.page), lambda i, n, b: (0, head(n), 0)
+    else:
+        length = round_up(task.S, task.sizes.k)
+        shape, index = (None, None, length), lambda i, n, b: (b, head(n), 0)
+    if x_BKSH.ndim == 3:
+        return pl.BlockSpec(shape, index)
+    return pl.BlockSpec((*shape, padded(x_BKSH.shape[3])), lambda *at: (*index(*at), 0))
+
+
+def stored_specs(stored: Stored, task: Task) -> Stored:
+    """Of a row's pages, and of scales."""
+    scales = [
+        None if x is None else stored_spec(x, task) for x in (stored.k_scales, stored.v_scales)
+    ]
+    return Stored(row_specs(stored.pages, task.S // max(1, task.page)), *scales)
 
 
 def row_specs(values: Any, length: int) -> Any:
@@ -107,12 +141,15 @@ def load_tile(
     rows_left: Any,
     width: int,
     head: tuple[Array, ...] = (),
+    page: tuple[Array, ...] = (),
+    counts: Array | None = None,
 ) -> list[Array]:
     """`size` rows by the parts of their width, with zeros where `rows_left` are fewer.
 
     Args:
-      ref: [T, H], or [T, N, H] of which `head` is read. rows_left: from `start` on; None: as many
-        as are asked for.
+      ref: [T, H], or [T, N, H] of which `head` is read, or [P, T, H] of which `page` is.
+      rows_left: from `start` on; None: as many as are asked for. counts: [size, 1], False where a
+        row is 0 whatever is there.
     """
     tiles = []
     for first, wide in cut_width(width):
@@ -122,7 +159,10 @@ def load_tile(
         if first + wide > width:
             real = jnp.broadcast_to(first + jnp.arange(wide)[None] < width, (size, wide))
             mask = real if mask is None else mask & real
-        at = ref.at[pl.ds(start, size), *head, pl.ds(first, wide)]
+        if counts is not None:
+            real = jnp.broadcast_to(counts, (size, wide))
+            mask = real if mask is None else mask & real
+        at = ref.at[*page, pl.ds(start, size), *head, pl.ds(first, wide)]
         tiles.append(plgpu.load(at, mask=mask, other=None if mask is None else 0.0))
     return tiles
 
@@ -178,11 +218,19 @@ def dots(a: list[Array], b: list[Array]) -> Array:
 
 
 def scores(
-    task: Task, q: list[Array], k: list[Array], at: Pair, head: Array, masked: bool
+    task: Task,
+    q: list[Array],
+    k: list[Array],
+    at: Pair,
+    head: Array,
+    masked: bool,
+    k_scale: Array | None = None,
 ) -> tuple[Array, Array | float]:
     """(scores in 1 / `task.unit`, -inf where hidden; the slope of the cap) of a tile."""
     rule, slope = task.rule, 1.0
     s = dots(q, k)
+    if k_scale is not None:
+        s *= k_scale[None]
     if task.scales_first:
         s *= rule.scale
     if rule.bias is not None:
@@ -236,15 +284,42 @@ def tokens_left(total: int, size: int, start: Array) -> Array | None:
     return total - start if total % size else None
 
 
+class Keys(NamedTuple):
+    """A block of keys and values by the parts of their widths, and scales of 8-bit ones."""
+
+    k: list[Array]
+    v: list[Array]
+    places: Places
+    k_scale: Array | None = None
+    v_scale: Array | None = None
+
+
 def load_keys(
-    task: Task, k_ref: Ref, v_ref: Ref, places: Places, j: Array, masked: bool
-) -> tuple[list[Array], list[Array], Places]:
-    """(keys, values, places) of block j; only of a masked one may some be missing."""
+    task: Task, k_ref: Ref, v_ref: Ref, places: Places, j: Array, masked: bool, stored: Stored
+) -> Keys:
+    """Block j; only of a masked one may some be missing.
+
+    What a cache holds in empty slots is not read: NaN would spread.
+    """
     start, size = j * task.sizes.k, task.sizes.k
     left = tokens_left(task.S, size, start) if masked else None
-    k = load_tile(k_ref, start, size, left, task.H)
-    v = load_tile(v_ref, start, size, left, task.U)
-    return k, v, load_places(places, start, size, left, axis=1)
+    at = load_places(places, start, size, left, axis=1)
+    counts = None
+    if (task.fold or task.rule.stored) and places.segments is not None:
+        counts = load_rows(places.segments, start, size, left, 0)[:, None] > 0
+    page, first = (), start
+    if task.page:
+        page = (stored.pages[jax.lax.div(start, task.page)],)
+        first = jax.lax.rem(start, task.page)
+    k = load_tile(k_ref, first, size, left, task.H, (), page)
+    v = load_tile(v_ref, first, size, left, task.U, (), page, counts)
+    scales = []
+    for ref in (stored.k_scales, stored.v_scales):
+        if ref is not None:
+            scales.append(load_rows(ref, first, size, left, 0.0, page))
+            if counts is not None:
+                scales[-1] = jnp.where(counts[:, 0], scales[-1], 0.0)
+    return Keys(k, v, at, *scales)
 
 
 def hide_tail(task: Task, s: Array, j: Array, masked: bool) -> Array:

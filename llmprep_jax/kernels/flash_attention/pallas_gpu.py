@@ -43,13 +43,15 @@ from llmprep_jax.kernels.flash_attention.gpu_tiles import (
     row_specs,
     scores,
     store_tile,
+    stored_spec,
+    stored_specs,
     task_of,
     tile_spec,
     tokens_left,
     walk,
 )
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF, Rule
-from llmprep_jax.kernels.flash_attention.stored import refusal_of_stored
+from llmprep_jax.kernels.flash_attention.stored import NOT_STORED, Stored, num_slots
 from llmprep_jax.kernels.platforms import platform
 
 FOLDED = 16  # tokens up to which the heads of a group share tiles, as where an answer is made
@@ -58,8 +60,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: bool) -> str | None:
     """Why these kernels cannot do it, forward or backward; None: they can."""
-    if rule.stored:
-        return refusal_of_stored(rule)
     dtype = q_BNTH.dtype
     if dtype.name not in DTYPES:
         return f"it takes {', '.join(DTYPES)}, not {dtype.name}"
@@ -68,6 +68,8 @@ def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: b
         return "an array is empty"
     for which in ("dq", "dkv") if backward else ("forward",):
         sizes = sizes_of(which, H, U, dtype, T, S)
+        if "pages" in rule.stored and S % sizes.k:
+            return f"pages of {S} slots are no whole tiles of {sizes.k}"
         need = shared_bytes(which, sizes, H, U, dtype)
         if need > SHARED_BYTES:
             return (
@@ -78,16 +80,24 @@ def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: b
 
 
 def forward(
-    q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: Pair, rule: Rule
+    q_BNTH: Array,
+    k_BKSH: Array,
+    v_BKSU: Array,
+    places: Pair,
+    rule: Rule,
+    stored: Stored = NOT_STORED,
 ) -> tuple[Array, Array]:
     """(o, lse), as `reference.forward`."""
     (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
+    if rule.value_width is not None and stored.k_scales is not None:
+        stored = stored._replace(v_scales=stored.k_scales)
     if T > FOLDED:
-        o_PBNTU, lse_PBNT = _forward(q_BNTH, k_BKSH, v_BKSU, places, rule)
+        o_PBNTU, lse_PBNT = _forward(q_BNTH, k_BKSH, v_BKSU, places, rule, stored)
         return o_PBNTU[0], lse_PBNT[0]
-    places = _fold(places, (T, k_BKSH.shape[2]), N // K)
+    places = _fold(places, (T, num_slots(k_BKSH, stored.pages)), N // K)
     rows = N // K * T
-    o, lse = _forward(q_BNTH.reshape(B, K, rows, H), k_BKSH, v_BKSU, places, rule, fold=T)
+    q_BKRH = q_BNTH.reshape(B, K, rows, H)
+    o, lse = _forward(q_BKRH, k_BKSH, v_BKSU, places, rule, stored, fold=T)
     o, lse = join_parts(o, lse)
     return o.astype(q_BNTH.dtype).reshape(B, N, T, -1), lse.reshape(B, N, T)
 
@@ -102,28 +112,41 @@ def _fold(places: Pair, lengths: tuple[int, int], group: int) -> Pair:
 
 
 def _forward(
-    q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: Pair, rule: Rule, fold: int = 0
+    q_BNTH: Array,
+    k_BKSH: Array,
+    v_BKSU: Array,
+    places: Pair,
+    rule: Rule,
+    stored: Stored,
+    fold: int = 0,
 ) -> tuple[Array, Array]:
     """(o, lse) of each part of the keys, which is one but where `fold` is given."""
-    task = task_of("forward", q_BNTH, k_BKSH, v_BKSU, places, rule)
+    task = task_of("forward", q_BNTH, k_BKSH, v_BKSU, places, rule, stored.pages)
     (B, N, T, H), S, U, I = q_BNTH.shape, task.S, task.U, task.num_q_blocks
     P = num_splits(B * N * I, task.num_k_blocks) if fold else 1
     task = task._replace(fold=fold, splits=P)
-    q_BTNH, k_BSKH, v_BSKU = [x.swapaxes(1, 2) for x in (q_BNTH, k_BKSH, v_BKSU)]
+    if rule.value_width is not None:  # a slice would be a copy
+        v_BKSU = k_BKSH
+    keys = k_BKSH, v_BKSU
+    if fold or rule.stored:  # as a cache has them
+        key_specs = [stored_spec(x, task) for x in keys]
+    else:
+        keys = [x.swapaxes(1, 2) for x in keys]
+        whole = lambda i, n, b: (b, 0, jax.lax.div(n, task.group), 0)  # noqa: E731
+        key_specs = [tile_spec(round_up(S, task.sizes.k), x, whole) for x in (H, U)]
 
     def block(i: Array) -> Array:  # causal blocks of most keys first
         return I - 1 - jax.lax.rem(i, I)
 
-    whole = lambda i, n, b: (b, 0, jax.lax.div(n, task.group), 0)  # noqa: E731
     part = lambda i, n, b: (jax.lax.div(i, I), b, block(i), n, 0)  # noqa: E731
     bounds = blocks_seen(places, rule, (T, S), task.sizes) if task.by_value else None
     specs = [
         tile_spec(task.sizes.q, H, lambda i, n, b: (b, block(i), n, 0)),
-        tile_spec(round_up(S, task.sizes.k), H, whole),
-        tile_spec(round_up(S, task.sizes.k), U, whole),
+        *key_specs,
         row_specs(places[0], round_up(T, task.sizes.q)),
         row_specs(places[1], round_up(S, task.sizes.k)),
         row_specs(bounds, I),
+        stored_specs(stored, task),
     ]
     row = pl.BlockSpec(
         (None, None, None, task.sizes.q), lambda i, n, b: (jax.lax.div(i, I), b, n, block(i))
@@ -139,7 +162,7 @@ def _forward(
             jax.ShapeDtypeStruct((P, B, N, T), jnp.float32),
         ],
         name="attention_forward",
-    )(q_BTNH, k_BSKH, v_BSKU, *places, bounds)
+    )(q_BNTH.swapaxes(1, 2), *keys, *places, bounds, stored)
     return o_PBTNU.swapaxes(2, 3), lse_PBNT
 
 
@@ -233,7 +256,19 @@ def _call(kernel: Callable[..., None], task: Task, **options: Any) -> Callable[.
     return pl.pallas_call(kernel, compiler_params=params, interpret=platform() == "cpu", **options)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, q_places, k_places, bounds, o_ref, lse_ref, *, task: Task):
+def _forward_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    q_places,
+    k_places,
+    bounds,
+    stored,
+    o_ref,
+    lse_ref,
+    *,
+    task: Task,
+):
     I, size, head = task.num_q_blocks, task.sizes.q, pl.program_id(1)
     i = I - 1 - jax.lax.rem(pl.program_id(0), I)
     part = jax.lax.div(pl.program_id(0), I)
@@ -246,13 +281,16 @@ def _forward_kernel(q_ref, k_ref, v_ref, q_places, k_places, bounds, o_ref, lse_
 
     def body(masked, j, carry):
         top, total, sums = carry
-        k, v, k_at = load_keys(task, k_ref, v_ref, k_places, j, masked)
-        s, _ = scores(task, q, k, (q_at, k_at), head, masked)
+        keys = load_keys(task, k_ref, v_ref, k_places, j, masked, stored)
+        k, v = [[x.astype(q[0].dtype) for x in parts] for parts in (keys.k, keys.v)]
+        s, _ = scores(task, q, k, (q_at, keys.places), head, masked, keys.k_scale)
         s = hide_tail(task, s, j, masked)
         new_top = jnp.maximum(top, jnp.max(s, axis=1) * task.unit)
         e = jnp.exp2(s * task.unit - new_top[:, None])
         shrink = jnp.exp2(top - new_top)
         total = total * shrink + jnp.sum(e, axis=1)
+        if keys.v_scale is not None:
+            e *= keys.v_scale[None]
         e = e.astype(v[0].dtype)
         sums = [x * shrink[:, None] + dot(e, y, (1, 0)) for x, y in zip(sums, v, strict=True)]
         return new_top, total, sums
@@ -292,7 +330,7 @@ def _queries_kernel(
     q_at = load_places(q_places, i * size, size, left, axis=0)
 
     def body(masked, j, sums):
-        k, v, k_at = load_keys(task, k_ref, v_ref, k_places, j, masked)
+        k, v, k_at, *_ = load_keys(task, k_ref, v_ref, k_places, j, masked, NOT_STORED)
         s, slope = scores(task, q, k, (q_at, k_at), head, masked)
         s = hide_tail(task, s, j, masked)
         p = jnp.exp2(s * task.unit - lse[:, None])

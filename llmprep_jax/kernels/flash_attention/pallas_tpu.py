@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from llmprep_jax.kernels import tpu
 from llmprep_jax.kernels.flash_attention import tpu_backward, tpu_forward, tpu_tiles
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule
-from llmprep_jax.kernels.flash_attention.stored import refusal_of_stored
+from llmprep_jax.kernels.flash_attention.stored import NOT_STORED, Stored, num_slots
 
 Q_BLOCK, K_BLOCK = 512, 1024  # tokens; half the keys where heads are wide
 WIDE = 128
 WIDEST = 1024
 FEW = 128  # rows of queries
+PAGES = 16  # of a tile at most, each an operand
 
 Array = jax.Array
 Sides = tuple[Places, Places]
@@ -25,8 +26,10 @@ Sides = tuple[Places, Places]
 
 def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: bool) -> str | None:
     """Why the kernels cannot do it; None: they can."""
-    if rule.stored:
-        return refusal_of_stored(rule)
+    if "pages" in rule.stored:
+        page, limits = k_BKSH.shape[2], (K_BLOCK // 2, K_BLOCK, 2 * K_BLOCK)
+        if None in [_page_tile(page, k_BKSH.dtype, limit) for limit in limits]:
+            return f"no tile is made of pages of {page} slots of {k_BKSH.dtype.name}, or they of it"
     if q_BNTH.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it multiplies float32 and bfloat16, not {q_BNTH.dtype}"
     if max(q_BNTH.shape[3], v_BKSU.shape[3]) > WIDEST:
@@ -37,31 +40,43 @@ def refusal(q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, rule: Rule, backward: b
 
 
 def forward(
-    q_BNTH: Array, k_BKSH: Array, v_BKSU: Array, places: Sides, rule: Rule
+    q_BNTH: Array,
+    k_BKSH: Array,
+    v_BKSU: Array,
+    places: Sides,
+    rule: Rule,
+    stored: Stored = NOT_STORED,
 ) -> tuple[Array, Array]:
     """(o, lse), as `reference.forward`."""
     if rule.value_width is not None and rule.value_width % 128 == 0:
-        return latent_forward(q_BNTH, k_BKSH, rule.value_width, places, rule)
-    return _forward(q_BNTH, k_BKSH, v_BKSU, places, rule, None)
+        return latent_forward(q_BNTH, k_BKSH, rule.value_width, places, rule, stored)
+    if rule.value_width is not None and stored.k_scales is not None:
+        stored = stored._replace(v_scales=stored.k_scales)
+    return _forward(q_BNTH, k_BKSH, v_BKSU, places, rule, None, stored)
 
 
 def latent_forward(
-    q_BNTH: Array, z_BKSH: Array, width: int, places: Sides, rule: Rule
+    q_BNTH: Array,
+    z_BKSH: Array,
+    width: int,
+    places: Sides,
+    rule: Rule,
+    stored: Stored = NOT_STORED,
 ) -> tuple[Array, Array]:
     """As `forward` with keys z and values z[..., :width], read once for both.
 
     DeepSeek-V2 section 2.1.2, with the up-projections absorbed: K is 1, H 576 and the width 512.
     A width is a multiple of 128, and so should H be, else XLA lays slots out innermost and copies.
     """
-    return _forward(q_BNTH, z_BKSH, None, places, rule, width)
+    return _forward(q_BNTH, z_BKSH, None, places, rule, width, stored)
 
 
-def _forward(q_BNTH, k_BKSH, v_BKSU, places, rule, latent):
-    spec, (q, k) = _plan(q_BNTH, k_BKSH, latent or v_BKSU.shape[-1], places, rule)
+def _forward(q_BNTH, k_BKSH, v_BKSU, places, rule, latent, stored):
+    spec, (q, k) = _plan(q_BNTH, k_BKSH, latent or v_BKSU.shape[-1], places, rule, stored.pages)
     spec = spec._replace(latent=latent)
     table, values = tpu_tiles.table_of(q, k, spec), tpu_tiles.values_of(q, k, spec)
     arrays = _fold(q_BNTH, spec), k_BKSH, v_BKSU
-    o, lse = tpu_forward.forward(*arrays, values, table, spec, tpu.interprets())
+    o, lse = tpu_forward.forward(*arrays, values, table, spec, tpu.interprets(), stored)
     return tuple(x.reshape(*q_BNTH.shape[:3], *x.shape[3:]) for x in (o, lse))
 
 
@@ -85,10 +100,10 @@ def backward(
 
 
 def _plan(
-    q_BNTH: Array, k_BKSH: Array, U: int, places: Sides, rule: Rule
+    q_BNTH: Array, k_BKSH: Array, U: int, places: Sides, rule: Rule, pages: Array | None = None
 ) -> tuple[tpu_tiles.Spec, Sides]:
     """Statics, and places as the kernels see them."""
-    (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
+    (B, N, T, H), K, S = q_BNTH.shape, k_BKSH.shape[1], num_slots(k_BKSH, pages)
     group, folded = N // K, 1
     if group > 1 and group * T <= Q_BLOCK:
         group, folded = 1, group
@@ -99,11 +114,23 @@ def _plan(
     k_limit = K_BLOCK if max(H, U) <= WIDE else K_BLOCK // 2
     if T <= FEW:  # a step takes as long as its copy from memory: 1 MiB or half
         k_limit *= 2
-    k_block, by_row = tpu.block(S, k_limit), bool(names)
-    return (
-        tpu_tiles.Spec(rule, T, S, tpu.block(T, Q_BLOCK), k_block, group, folded, names, by_row),
-        places,
-    )
+    k_block, by_row, page = tpu.block(S, k_limit), bool(names), 0
+    if pages is not None:
+        page = k_BKSH.shape[2]
+        k_block = min(_page_tile(page, k_BKSH.dtype, k_limit), S)
+    q_block = tpu.block(T, Q_BLOCK)
+    spec = tpu_tiles.Spec(rule, T, S, q_block, k_block, group, folded, names, by_row, page=page)
+    return spec, places
+
+
+def _page_tile(page: int, dtype: jax.typing.DTypeLike, limit: int) -> int | None:
+    """Slots of a tile of keys: some pages, or a part of one; None: there is no such tile."""
+    if page > limit:
+        size = tpu.block(page, limit)
+        return None if page % size else size
+    count = min(limit // page, PAGES)
+    # rows of a tile in VMEM: 8 of 32 bits, 32 of 8
+    return None if count > 1 and page % (32 // jnp.dtype(dtype).itemsize) else count * page
 
 
 def _fold_places(places: Sides, sizes: tuple[int, int, int], folded: int, rule: Rule) -> Sides:

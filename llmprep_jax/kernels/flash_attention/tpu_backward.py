@@ -36,11 +36,12 @@ def query_gradients(
     """dq, [B, N, T, H] in q's dtype."""
     (B, N, _, H), U = q_BNTH.shape, v_BKSU.shape[-1]
     specs = block_specs(spec, H, U, [x.shape[1] for x in values])
+    by_key = *specs["k"], *specs["v"]
     column = pltpu.VMEM((spec.q_block, tpu.LANES), jnp.float32)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
         grid=(B, N, spec.num_q_blocks, tiles.num_steps(table.q_low, table.q_high)),
-        in_specs=[*specs["values"], *[specs[x] for x in ("q", "k", "v", "o", "row", "row")]],
+        in_specs=[*specs["values"], specs["q"], *by_key, specs["o"], *[specs["row"]] * 2],
         out_specs=specs["q"],
         scratch_shapes=[
             *tiles.columns(values[:1], spec.q_block),
@@ -81,11 +82,13 @@ def _query_kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
         delta_column_ref[...] = tpu.to_column(delta_ref[...])
         tiles.fill(columns_ref, q_values_ref)
 
-    def add(is_masked: bool):
+    def add(is_masked: bool, has_padding: bool = False):
         tile = q_tile(spec, n, i, j, columns_ref, k_values_ref)
         k, v = [
             tpu.within(ref[...], tile.k_start, spec.S, 0, spec.k_block) for ref in (k_ref, v_ref)
         ]
+        if has_padding:
+            k, v = [tiles.clear_padding(x, k_values_ref, 0, spec) for x in (k, v)]
         s = tiles.scores(q_ref[...], k, tile, spec)
         p = jnp.exp(s - tpu.lanes(lse_column_ref[...], spec.k_block))
         if is_masked:
@@ -94,7 +97,7 @@ def _query_kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
         ds = p * (dp - tpu.lanes(delta_column_ref[...], spec.k_block)) * tiles.slope(s, spec)
         sums_ref[...] += tpu.multiply(ds.astype(k.dtype), k, (1, 0))
 
-    on_kind(spec, kinds_ref, b, i, j, j < end, add)
+    on_kind(spec, kinds_ref, b, i, j, j < end, add, functools.partial(add, has_padding=True))
 
     @pl.when(step == pl.num_programs(3) - 1)
     def finish():

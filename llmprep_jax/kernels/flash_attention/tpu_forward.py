@@ -3,7 +3,8 @@
 Output, maximum and sum of a block of queries are in VMEM until its last block of keys has been
 added (the online softmax of Milakov and Gimelshein 2018). A query that sees nothing adds up what
 its first tile happens to hold, which a later key that it sees would shrink to 0; if there is none
-its maximum still is NEG_INF at the end.
+its maximum still is NEG_INF at the end. Small pages make up a tile, each an operand that is fetched
+by the row's table; 8-bit keys and values are widened in VMEM.
 """
 
 import functools
@@ -16,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from llmprep_jax.kernels import tpu
 from llmprep_jax.kernels.flash_attention import tpu_tiles as tiles
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF
+from llmprep_jax.kernels.flash_attention.stored import Stored
 from llmprep_jax.kernels.flash_attention.tpu_tiles import Spec, Table, Tile
 
 Array = jax.Array
@@ -29,15 +31,27 @@ def forward(
     table: Table,
     spec: Spec,
     interpret: bool,
+    stored: Stored,
 ) -> tuple[Array, Array]:
     """(o [B, N, T, U], lse [B, N, T]); v is None where `spec.latent` says what values are."""
     (B, N, T, H), U = q_BNTH.shape, spec.latent or v_BKSU.shape[-1]
     specs = block_specs(spec, H, U, [x.shape[1] for x in values])
+    by_key = dict(k=k_BKSH, v=v_BKSU)
+    # a row a head, which HBM does not pad
+    by_key |= {
+        name: None if x is None else x[:, :, None]
+        for name, x in dict(k_scale=stored.k_scales, v_scale=stored.v_scales).items()
+    }
+    by_key = {name: x for name, x in by_key.items() if x is not None}
+    scalars = [table.q_low, table.q_high, table.kinds]
+    if spec.page:
+        rest = tiles.padded_pages(spec) - stored.pages.shape[1]
+        scalars.append(jnp.pad(stored.pages, ((0, 0), (0, rest))).reshape(-1))
     statistic = pltpu.VMEM((spec.q_block, tpu.LANES), jnp.float32)
     grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
+        num_scalar_prefetch=len(scalars),
         grid=(B, N, spec.num_q_blocks, tiles.num_steps(table.q_low, table.q_high)),
-        in_specs=[*specs["values"], *[specs[x] for x in ("qk" if v_BKSU is None else "qkv")]],
+        in_specs=[*specs["values"], specs["q"], *[spec for x in by_key for spec in specs[x]]],
         out_specs=[specs["o"], specs["row"]],
         scratch_shapes=[
             *tiles.columns(values[:1], spec.q_block),
@@ -46,25 +60,33 @@ def forward(
             pltpu.VMEM((spec.q_block, U), jnp.float32),
         ],
     )
-    arrays = [x for x in (q_BNTH, k_BKSH, v_BKSU) if x is not None]
+    # of a pool it reads what rows have
+    read = [
+        jax.ShapeDtypeStruct(
+            (B, x.shape[1], spec.S, x.shape[3] if name in "kv" else 1),
+            x.dtype,
+        )
+        for name, x in by_key.items()
+    ]
     outs = [
         jax.ShapeDtypeStruct((B, N, T, U), q_BNTH.dtype),
         jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
     ]
     o, lse_BN1T = pl.pallas_call(
-        functools.partial(_kernel, spec=spec),
+        functools.partial(_kernel, spec=spec, names=tuple(by_key)),
         grid_spec=grid_spec,
         out_shape=outs,
-        cost_estimate=tiles.cost(spec, H + U, arrays, outs),
+        cost_estimate=tiles.cost(spec, H + U, (q_BNTH, *read), outs),
         compiler_params=tpu.params("parallel", "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="attention_forward",
-    )(table.q_low, table.q_high, table.kinds, *values, *arrays)
+    )(*scalars, *values, q_BNTH, *[x for x in by_key.values() for _ in range(spec.num_pages)])
     return o, lse_BN1T[:, :, 0]
 
 
 def block_specs(spec: Spec, H: int, U: int, num_values: list[int]) -> dict:
-    """Of a grid (row, query head, block of queries, step over keys)."""
+    """Of a grid (row, query head, block of queries, step over keys); of what there is by key one
+    for each page of a tile."""
 
     def of_query(b, n, i, step, *_):
         return b, n, i, 0
@@ -72,18 +94,27 @@ def block_specs(spec: Spec, H: int, U: int, num_values: list[int]) -> dict:
     def key_block(b, i, step, low, high):
         return tiles.at_step(low, high, b, i, step, spec.num_q_blocks, spec)
 
-    def of_key(b, n, i, step, low, high, *_):
-        return b, n // spec.group, key_block(b, i, step, low, high), 0
+    def of_key(c, is_row=False):
+        def index(b, n, i, step, low, high, kinds, *pages):
+            j = key_block(b, i, step, low, high)
+            at, part = tiles.page_at(*pages, b, j, c, spec) if spec.page else (b, j)
+            return at, n // spec.group, *((0, part) if is_row else (part, 0))
+
+        return index
 
     def of_row(b, n, i, step, *_):
         return b, n, 0, i
 
+    keys, pages = min(spec.k_block, spec.page or spec.k_block), range(spec.num_pages)
+    scale = [pl.BlockSpec((None, None, 1, keys), of_key(c, True)) for c in pages]
     specs = dict(
         q=pl.BlockSpec((None, None, spec.q_block, H), of_query),
         o=pl.BlockSpec((None, None, spec.q_block, U), of_query),
         row=pl.BlockSpec((None, None, 1, spec.q_block), of_row),
-        k=pl.BlockSpec((None, None, spec.k_block, H), of_key),
-        v=pl.BlockSpec((None, None, spec.k_block, U), of_key),
+        k=[pl.BlockSpec((None, None, keys, H), of_key(c)) for c in pages],
+        v=[pl.BlockSpec((None, None, keys, U), of_key(c)) for c in pages],
+        k_scale=scale,
+        v_scale=scale,
         values=[],
     )
     if num_values:
@@ -97,14 +128,17 @@ def block_specs(spec: Spec, H: int, U: int, num_values: list[int]) -> dict:
     return specs
 
 
-def _kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
+def _kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec, names: tuple[str, ...]):
+    """`names` are of what there is by key: k, v, k_scale, v_scale."""
     q_values_ref = k_values_ref = columns_ref = None
+    if spec.page:
+        _, *refs = refs
     if spec.names:
         q_values_ref, k_values_ref, *refs = refs
-    q_ref, k_ref, *refs = refs
-    v_ref = None
-    if spec.latent is None:
-        v_ref, *refs = refs
+    q_ref, *refs = refs
+    by_key = {}
+    for name in names:
+        by_key[name], refs = refs[: spec.num_pages], refs[spec.num_pages :]
     o_ref, lse_ref, *refs = refs
     if spec.names:
         columns_ref, *refs = refs
@@ -120,9 +154,23 @@ def _kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
         sums_ref[...] = jnp.zeros_like(sums_ref)
         tiles.fill(columns_ref, q_values_ref)
 
-    def add(is_masked: bool):
+    def read(name: str) -> Array | None:
+        if name not in by_key:
+            return None
+        parts = [ref[...] for ref in by_key[name]]
+        axis = 0 if name in "kv" else 1
+        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
+        return x.astype(q_ref.dtype) if axis == 0 else x
+
+    def add(is_masked: bool, has_padding: bool = False):
+        def clear(x: Array, axis: int) -> Array:
+            """Without what was read past the end, nor at padding, which may be NaN."""
+            x = tpu.within(x, j * spec.k_block, spec.S, axis, spec.k_block)
+            return tiles.clear_padding(x, k_values_ref, axis, spec) if has_padding else x
+
         tile = q_tile(spec, n, i, j, columns_ref, k_values_ref)
-        s = tiles.scores(q_ref[...], k_ref[...], tile, spec)
+        k, k_scale = read("k"), read("k_scale")
+        s = tiles.scores(q_ref[...], k, tile, spec, k_scale)
         if is_masked:
             s = jnp.where(tiles.seen(tile, spec), s, NEG_INF)
         old_max = max_ref[...]
@@ -131,12 +179,15 @@ def _kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
         shrink = jnp.exp(old_max - new_max)
         max_ref[...] = new_max
         sum_ref[...] = sum_ref[...] * shrink + jnp.sum(e, axis=1, keepdims=True)
-        v = k_ref[:, : spec.latent] if v_ref is None else v_ref[...]
-        v = tpu.within(v, j * spec.k_block, spec.S, 0, spec.k_block)
+        v, v_scale = (k[:, : spec.latent], k_scale) if spec.latent else (read("v"), read("v_scale"))
+        if v_scale is None:
+            v = clear(v, 0)
+        else:
+            e = e * clear(v_scale, 1)
         sums_ref[...] *= tpu.lanes(shrink, v.shape[1])
         sums_ref[...] += tpu.multiply(e.astype(v.dtype), v, (1, 0))
 
-    on_kind(spec, kinds_ref, b, i, j, j < end, add)
+    on_kind(spec, kinds_ref, b, i, j, j < end, add, functools.partial(add, has_padding=True))
 
     @pl.when(step == pl.num_programs(3) - 1)
     def finish():
@@ -159,9 +210,15 @@ def q_tile(spec: Spec, n, i, j, columns_ref, k_values_ref) -> Tile:
     return Tile(*starts, n * spec.folded, 0, (spec.q_block, spec.k_block), q_values, k_values)
 
 
-def on_kind(spec: Spec, kinds_ref, b, i, j, is_in_range, add) -> None:
-    """`add` of a tile, with the mask where not all of it is seen; not at all where none is."""
+def on_kind(spec: Spec, kinds_ref, b, i, j, is_in_range, add, add_padded=None) -> None:
+    """`add` of a tile, with the mask where not all of it is seen; not at all where none is.
+
+    Args:
+      add_padded: in its place where some of the keys are padding.
+    """
     i, j = jnp.minimum(i, spec.num_q_blocks - 1), jnp.minimum(j, spec.num_k_blocks - 1)
     kind = jnp.where(is_in_range, tiles.kind(kinds_ref, b, i, j, spec), tiles.HIDDEN)
     pl.when(kind == tiles.PARTLY)(lambda: add(True))
     pl.when(kind == tiles.WHOLLY)(lambda: add(False))
+    if "segments" in spec.names:
+        pl.when(kind == tiles.PADDED)(lambda: (add_padded or add)(True))

@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llmprep_jax.kernels.flash_attention.masks import Places, Rule, may_see, ranges
-from llmprep_jax.kernels.tpu import LANES, multiply, to_column
+from llmprep_jax.kernels.tpu import LANES, lanes, multiply, to_column
 
-HIDDEN, PARTLY, WHOLLY = 0, 1, 2  # how much of a tile is seen
+HIDDEN, PARTLY, WHOLLY, PADDED = 0, 1, 2, 3  # how much of a tile is seen; partly, with padding
 
 Array = jax.Array
 
@@ -36,6 +36,7 @@ class Spec(NamedTuple):
       by_row: whether rows differ in what they see.
       latent: values are the first so many numbers of keys, and no array of their own; None: they
         are one.
+      page: slots of one, of which a tile has some or is a part; 0: keys are in rows.
     """
 
     rule: Rule
@@ -48,6 +49,7 @@ class Spec(NamedTuple):
     names: tuple[str, ...]
     by_row: bool
     latent: int | None = None
+    page: int = 0
 
     @property
     def num_q_blocks(self) -> int:
@@ -56,6 +58,11 @@ class Spec(NamedTuple):
     @property
     def num_k_blocks(self) -> int:
         return pl.cdiv(self.S, self.k_block)
+
+    @property
+    def num_pages(self) -> int:
+        """Of a tile of keys, or that each has a part of."""
+        return max(1, self.k_block // self.page) if self.page else 1
 
     @property
     def has_heads(self) -> bool:
@@ -87,6 +94,9 @@ def table_of(q: Places, k: Places, spec: Spec) -> Table:
     shape = (len(rows[0]) if rows else 1, spec.num_q_blocks, spec.num_k_blocks)
     seen_BIJ, all_BIJ = jnp.broadcast_to(seen_BIJ, shape), jnp.broadcast_to(all_BIJ, shape)
     kinds_BIJ = seen_BIJ.astype(jnp.int32) + all_BIJ
+    if k.segments is not None:
+        has_padding_B1J = ranges(Places(k.segments), spec.S, spec.k_block).positions[0] <= 0
+        kinds_BIJ = jnp.where(seen_BIJ & has_padding_B1J[:, None], PADDED, kinds_BIJ)
     kinds_BIJ = jnp.pad(kinds_BIJ, ((0, 0), (0, 0), (0, -kinds_BIJ.shape[2] % 16)))
     kinds_BIWX = kinds_BIJ.reshape(*kinds_BIJ.shape[:2], -1, 16)
     words_BIW = jnp.sum(kinds_BIWX << (2 * jnp.arange(16)), axis=3, dtype=jnp.int32)
@@ -141,6 +151,21 @@ def values_of(q: Places, k: Places, spec: Spec) -> tuple[Array, ...]:
 # --- inside a kernel ---
 
 
+def page_at(pages: jax.Ref, b: Array, j: Array, c: int, spec: Spec) -> tuple[Array, Array | int]:
+    """(page, which tile of it) of the c-th page of a tile of keys."""
+    if spec.page > spec.k_block:
+        tiles_a_page = spec.page // spec.k_block
+        at, part = j // tiles_a_page, j % tiles_a_page
+    else:
+        at, part = j * spec.num_pages + c, 0
+    return pages[b * padded_pages(spec) + at], part
+
+
+def padded_pages(spec: Spec) -> int:
+    """Pages of a row, by whole tiles."""
+    return pl.cdiv(spec.S // spec.page, spec.num_pages) * spec.num_pages
+
+
 def index(ref: jax.Ref, b: Array, i: Array, count: int, spec: Spec) -> Array:
     """The scalar of a row and a block, of `count` blocks a row."""
     return ref[b * count + i if spec.by_row else i]
@@ -188,10 +213,22 @@ class Tile(NamedTuple):
     k_values: tuple[Array, ...] = ()
 
 
-def scores(a: Array, b: Array, tile: Tile, spec: Spec) -> Array:
-    """Of the tile, before the mask: rows of `a` times rows of `b`."""
+def clear_padding(x: Array, k_values_ref: jax.Ref, axis: int, spec: Spec) -> Array:
+    """Values of a tile, or a row of scales, with 0 at keys of segment 0."""
+    at = spec.names.index("segments")
+    is_key = k_values_ref[at : at + 1] > 0
+    if axis == 0:  # in 32 bits, as a mask of columns is
+        is_key = lanes(to_column(k_values_ref[at : at + 1]), x.shape[1]) > 0
+        return jnp.where(is_key, x.astype(jnp.float32), 0.0).astype(x.dtype)
+    return jnp.where(is_key, x, 0.0)
+
+
+def scores(a: Array, b: Array, tile: Tile, spec: Spec, k_scale: Array | None = None) -> Array:
+    """Of the tile, before the mask: rows of `a` times rows of `b`, and of these times a scale."""
     rule = spec.rule
     s = multiply(a, b, (1, 1)) * rule.scale
+    if k_scale is not None:
+        s *= k_scale
     if rule.bias is not None:
         head = jnp.full((1, 1), tile.head, jnp.int32)
         if spec.has_heads:
@@ -250,7 +287,7 @@ def slope(s: Array, spec: Spec) -> Array | float:
     return spec.rule.scale if cap is None else (1 - jnp.square(s / cap)) * spec.rule.scale
 
 
-def cost(spec: Spec, widths: int, arrays: Sequence[Array], outs: Sequence[Any]) -> pl.CostEstimate:
+def cost(spec: Spec, widths: int, arrays: Sequence[Any], outs: Sequence[Any]) -> pl.CostEstimate:
     """For XLA's scheduler, of masks by column.
 
     Args:

@@ -26,7 +26,7 @@ class Cached:
     H: int = 16
     U: int | None = 16
     width: int | None = None
-    page: int = 16
+    page: int = 32
     bits: int = 32
     window: int | None = None
     soft_cap: float | None = None

@@ -2,11 +2,15 @@
 
 import functools
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from llmprep_jax.kernels.flash_attention import attention, chunked
+from llmprep_jax.kernels.flash_attention import attention, chunked, pallas_tpu
+from llmprep_jax.kernels.platforms import tell_once
 from tests.grids import cases
 from tests.kernels.flash_attention.caches import Cached
 from tests.kernels.flash_attention.problems import assert_close
@@ -14,15 +18,16 @@ from tests.kernels.flash_attention.problems import assert_close
 CACHES = [
     Cached(T=3, bits=8, window=30, soft_cap=2.0, sinks=True),
     Cached(page=0, bits=8, S=90, N=6, H=24, U=8),
-    Cached(K=1, N=8, H=40, U=None, width=32, bits=8),
-    Cached(bits=16, T=20, S=80, window=25),
+    Cached(K=1, N=8, H=136, U=None, width=128, bits=8),
+    Cached(bits=16, page=16, T=20, S=80, window=25),
     Cached(),
     Cached(K=1, N=8, H=40, U=None, width=32),
     Cached(page=0, bits=8, K=1, N=8, H=40, U=None, width=32, bias=True),
-    Cached(bits=8, K=4, page=8, T=20, soft_cap=1.0),
-    Cached(page=48, bits=8, T=2, bias=True),
-    Cached(page=32, B=1, sinks=True),
-    Cached(page=96, bits=16, window=11),
+    Cached(bits=8, K=4, T=20, soft_cap=1.0),
+    Cached(page=128, S=256, bits=8, T=2, bias=True),
+    Cached(page=16, B=1, sinks=True),
+    Cached(page=64, S=192, bits=16, window=11),
+    Cached(page=0, S=90, bits=8, K=4),
 ]
 FAST = CACHES[:4]
 
@@ -35,29 +40,38 @@ def run(options, impl):
     return dict(zip(("o", "lse"), call(**arrays), strict=True))
 
 
-def wanted_and_found(cache, impl):
-    """Of rows of numbers by the reference, and of the cache."""
-    stored, rows = cache.problem()
-    return run(rows, "reference"), run(stored, impl)
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Of which rows have several; some tiles have pages, some pages have tiles."""
+    for module, sizes in BLOCKS.items():
+        for name, size in sizes.items():
+            monkeypatch.setattr(module, name, size)
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+BLOCKS = {
+    chunked: dict(FEW_K_BLOCK=70, K_BLOCK=40),
+    pallas_tpu: dict(Q_BLOCK=16, K_BLOCK=32, WIDE=16, FEW=4),
+}
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "pallas_tpu", "pallas_gpu"])
 @pytest.mark.parametrize("cache", cases(CACHES, fast=FAST), ids=str)
-def test_a_cache_is_the_rows_that_it_holds(cache, impl, monkeypatch):
-    monkeypatch.setattr(chunked, "FEW_K_BLOCK", 40)
-    monkeypatch.setattr(chunked, "K_BLOCK", 40)
-    wanted, found = wanted_and_found(cache, impl)
+def test_a_cache_is_the_rows_that_it_holds(cache, impl, recwarn):
+    tell_once.cache_clear()
+    stored, rows = cache.problem()
+    found, wanted = run(stored, impl), run(rows, "reference")
+    assert not [x for x in recwarn if "another takes its place" in str(x.message)]
     assert_close(found, wanted, 2e-2 if cache.bits == 16 else 1e-5)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(pages=np.zeros((2, 6), int)), r"pages \(2, 6\) of pools .* for 3 rows"),
+        (dict(pages=np.zeros((2, 3), int)), r"pages \(2, 3\) of pools .* for 3 rows"),
         (dict(v_scales=None), "give k_scales and v_scales, or k_scales alone"),
         (dict(k_scales=None), "give k_scales and v_scales, or k_scales alone"),
-        (dict(k=np.zeros((10, 16, 2, 16), "float32")), "of float32 and int8 keys and values"),
-        (dict(k_scales=np.zeros((3, 96, 2))), r"they must be \(10, 16, 2\), of int8"),
+        (dict(k=np.zeros((6, 32, 2, 16), "float32")), "of float32 and int8 keys and values"),
+        (dict(k_scales=np.zeros((3, 96, 2))), r"they must be \(6, 32, 2\), of int8"),
         (dict(bias=(np.zeros((3, 1, 1, 2)), np.zeros((3, 96, 1, 2)))), "factors of a bias"),
         (dict(k_segments=np.zeros((3, 16), int)), r"of k are \(3, 16\); they must be \(3, 96\)"),
     ],
@@ -73,3 +87,37 @@ def test_a_cache_has_no_derivative_and_says_so(cache):
     stored, _ = cache.problem()
     with pytest.raises(ValueError, match="keys in pages or with scales have no derivatives"):
         jax.grad(lambda q: attention(**stored | dict(q=q)).sum())(stored["q"])
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "pallas_tpu"])
+def test_what_padding_holds_spreads_nowhere(impl):
+    draw = np.random.default_rng(0).standard_normal
+    q, k, v = [
+        draw((2, T, heads, 16)).astype("float32") for T, heads in ((24, 4), (50, 2), (50, 2))
+    ]
+    segments = np.ones((2, 50), int)
+    segments[:, 20:23], segments[:, 45:] = 0, 0
+    is_real = segments[..., None, None] > 0
+
+    def gradients(k, v):
+        def loss(q, k, v):
+            options = dict(q_segments=segments[:, :24], k_segments=segments, causal=False)
+            o, lse = attention(q, k, v, **options, impl=impl, return_lse=True)
+            return jnp.sum(jnp.sin(o) + jnp.where(lse > -1e38, lse, 0)[..., None])
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
+
+    found = gradients(*[np.where(is_real, x, np.nan) for x in (k, v)])
+    wanted = gradients(*[np.where(is_real, x, 0) for x in (k, v)])
+    chex.assert_trees_all_close(found, wanted, atol=1e-5)
+
+
+@pytest.mark.slow  # each step of the grid by itself, in Python: 10 s
+@pytest.mark.parametrize("cache", [CACHES[0], Cached(page=16, T=2)], ids=str)
+def test_no_step_of_the_grid_races_with_another_over_pages(cache, capfd):
+    stored, rows = cache.problem()
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(params):
+        found = run(stored, "pallas_tpu")
+    assert "race" not in capfd.readouterr().out.lower()
+    assert_close(found, run(rows, "reference"), 1e-5)
