@@ -130,6 +130,8 @@ PROBES = {
     "width 256": Probe(H=256, U=256),
     "widths 192/128": Probe(H=192),
     "widths 576/512, one key head": Probe(K=1, H=576, U=512),
+    "one query, pages of 64": Probe(T=1, S=64, rule=Rule(stored=("pages",))),
+    "one query, 8-bit keys": Probe(T=1, rule=Rule(stored=("scales",))),
     "float32": Probe(dtype="float32"),
     "float16": Probe(dtype="float16"),
 }
@@ -148,6 +150,8 @@ def capabilities() -> str:
 def _cell(impl: str, probe: Probe, reasons: list[str]) -> str:
     """ "both", "forward" or "no", and the number of the reason."""
     forward, backward = [_refusal(impl, probe, x) for x in (False, True)]
+    if forward is None and probe.rule.stored:
+        return "forward"  # which the seam says for all
     reason = forward or backward
     if reason is None:
         return "both"

@@ -1,6 +1,7 @@
 """Caches in pages and of 8 bits: what each backend computes from them, and what it holds."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -11,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llmprep_jax.kernels.flash_attention import attention, chunked, pallas_tpu
 from llmprep_jax.kernels.platforms import tell_once
+from llmprep_jax.sharding import make_mesh, spec, use_mesh
 from tests.grids import cases
 from tests.kernels.flash_attention.caches import Cached
 from tests.kernels.flash_attention.problems import assert_close
@@ -121,3 +123,26 @@ def test_no_step_of_the_grid_races_with_another_over_pages(cache, capfd):
         found = run(stored, "pallas_tpu")
     assert "race" not in capfd.readouterr().out.lower()
     assert_close(found, run(rows, "reference"), 1e-5)
+
+
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(tensor=8)], ids=str)
+def test_rows_on_a_mesh_share_their_pools(mesh):
+    stored, rows = Cached(B=4, N=8, bits=8).problem()
+    wanted = run(rows, "reference")
+    places = dict(q=("batch", None, "heads", None), pages=("batch", None))
+    places |= {
+        f"{side}_{name}": ("batch", None) for side in "qk" for name in ("positions", "segments")
+    }
+    places |= dict.fromkeys(("k", "v"), (None, None, "kv_heads", None))
+    places |= dict.fromkeys(("k_scales", "v_scales"), (None, None, "kv_heads"))
+    arrays = {k: x for k, x in stored.items() if isinstance(x, jax.Array)}
+    rest = {k: x for k, x in stored.items() if k not in arrays}
+    with use_mesh(make_mesh(mesh)):
+        placed = {k: jax.device_put(x, spec(*places[k], shape=x.shape)) for k, x in arrays.items()}
+        call = jax.jit(functools.partial(attention, **rest, return_lse=True))
+        compiled = call.lower(**placed).compile()
+        found = dict(zip(("o", "lse"), compiled(**placed), strict=True))
+    assert_close(found, wanted, 1e-5)
+    assert not re.findall(
+        r"all-gather|all-reduce|all-to-all|collective-permute", compiled.as_text()
+    )
