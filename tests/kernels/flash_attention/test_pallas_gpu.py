@@ -159,6 +159,15 @@ def compiled(card, H, U, *, T=1024, S=None, values="", backward, dtype="bfloat16
         return jax.jit(function).lower(*arrays).compile(compiler_options=options)
 
 
+def assert_kernels_alone(card, H, U, *, T, backward, dtype="bfloat16", **options):
+    """One kernel, or three; nothing beside them but o, dk, dv and rows of float32."""
+    program = compiled(card, H, U, T=T, backward=backward, dtype=dtype, **options)
+    assert program.as_text().count("gpu.triton") == (3 if backward else 1)
+    row, itemsize = 8 * 4, 4 if dtype == "float32" else 2
+    a_token = 2 * row + itemsize * (8 * U + 2 * (H + U)) if backward else row
+    assert program.memory_analysis().temp_size_in_bytes < 1.1 * T * a_token
+
+
 WIDTHS = [(64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (576, 512)]
 
 
@@ -167,21 +176,21 @@ WIDTHS = [(64, 64), (80, 80), (128, 128), (192, 128), (256, 256), (576, 512)]
 @pytest.mark.parametrize(("H", "U"), WIDTHS, ids=str)
 def test_kernels_compile_for_an_h100_without_spilling(card, H, U, backward):
     for values in ("", "oep"):
-        compiled(card, H, U, values=values, backward=backward, T=1000)
+        assert_kernels_alone(card, H, U, values=values, backward=backward, T=1000)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_kernels_of_float32_compile_too(card, backward):
-    compiled(card, 128, 128, backward=backward, dtype="float32", T=1000)
+    assert_kernels_alone(card, 128, 128, backward=backward, dtype="float32", T=1000)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_kernels_compile_with_caps_windows_and_biases(card, backward):
-    options = dict(window=512, soft_cap=50.0, backward=backward)
-    compiled(card, 256, 256, **options)
-    compiled(card, 128, 128, values="oep", bias=alibi, **options)
+    options = dict(T=1024, window=512, soft_cap=50.0, backward=backward)
+    assert_kernels_alone(card, 256, 256, **options)
+    assert_kernels_alone(card, 128, 128, values="oep", bias=alibi, **options)
 
 
 @pytest.mark.slow
