@@ -162,6 +162,15 @@ def test_no_array_of_all_tokens_and_words_is_formed():
     assert temporaries("whole") > logits
 
 
+def test_logits_that_are_kept_are_not_written_again_to_find_the_targets():
+    def total(x, w, targets):
+        return jnp.sum(linear_cross_entropy(x, w, targets, impl="whole"))
+
+    shapes = ((64, 8), jnp.float32), ((8, 8192), jnp.float32), ((64,), jnp.int32)
+    program = jax.jit(total).lower(*[jax.ShapeDtypeStruct(*x) for x in shapes]).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1.5 * 64 * 8192 * 4
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [

@@ -25,8 +25,11 @@ def sums(
 ) -> tuple[Sums, jax.Array]:
     """As of `chunked`, and the logits [N, V]."""
     logits_NV = logits(x_ND, gather(w.astype(head.dtype)), head)
-    is_wanted_NV = targets_N[:, None] == jnp.arange(logits_NV.shape[1])
-    wanted_N = jnp.sum(jnp.where(is_wanted_NV, logits_NV, 0.0), axis=1)
+    # looked up: a masked sum is written out whole by XLA's CPU compiler before it adds
+    targets_N1 = targets_N[:, None]
+    at_N1 = jnp.clip(targets_N1, 0, logits_NV.shape[1] - 1)
+    found_N1 = jnp.take_along_axis(logits_NV, at_N1, axis=1)
+    wanted_N = jnp.where(at_N1 == targets_N1, found_N1, 0.0)[:, 0]
     total_N = jnp.sum(logits_NV, axis=1) if head.label_smoothing else jnp.zeros_like(wanted_N)
     return Sums(jax.nn.logsumexp(logits_NV, axis=1), wanted_N, total_N), logits_NV
 
