@@ -5,6 +5,7 @@ the exact (erf) one and "gelu_tanh" the approximation, as the checkpoints mean t
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -47,7 +48,20 @@ class GatedMlp(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate_BTF, up_BTF = keep((self.gate(x_BTD), self.up(x_BTD)), MLP_HIDDEN)
-        return self.down(ACTIVATIONS[self.act](gate_BTF) * up_BTF)
+        return self.down(_gated(self.act)(gate_BTF, up_BTF))
+
+
+@functools.cache
+def _gated(act: str) -> Callable[[Array, Array], Array]:
+    """act(gate) * up, of which the backward pass keeps these two alone.
+
+    Autodiff would keep the activation's inner values too, each as large as the gates.
+    """
+
+    def multiply(gate_BTF: Array, up_BTF: Array) -> Array:
+        return ACTIVATIONS[act](gate_BTF) * up_BTF
+
+    return jax.checkpoint(multiply, prevent_cse=False)
 
 
 class Mlp(nnx.Module):

@@ -54,6 +54,13 @@ def test_a_gated_layer_multiplies_its_two_halves(act):
     np.testing.assert_allclose(mlp(x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+def test_of_a_gated_layer_only_gate_up_and_their_product_are_kept(act):
+    mlp = random_module(lambda: GatedMlp(8, 16, act=act, compute=Compute(), rngs=nnx.Rngs(0)))
+    _, backward = jax.vjp(lambda mlp, x: mlp(x), mlp, draw(2, 3, 8))
+    assert [x.shape for x in jax.tree.leaves(backward)].count((2, 3, 16)) == 3
+
+
 def test_a_plain_layer_has_one_half():
     mlp = random_module(lambda: Mlp(8, 16, compute=Compute(), rngs=nnx.Rngs(0)))
     x = draw(2, 3, 8)
