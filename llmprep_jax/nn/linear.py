@@ -22,6 +22,7 @@ from llmprep_jax.types import Array, Float, Int
 
 fan_in_normal = jax.nn.initializers.lecun_normal
 _HIDDEN = ("batch", "seq", "act_embed")
+NARROW = 4  # times as many inputs as outputs, and more
 PRODUCT = "product"  # name of a `contract`'s result, for what the backward pass keeps
 
 
@@ -114,8 +115,30 @@ def _contract_backward(eqn, dtype, axes, out_dtype, residuals, dy):
     (x_dims, w_dims), y_dims = eqn.split("->")[0].split(","), eqn.split("->")[1]
     dy = dy.astype(dtype)
     dx = _product(f"{y_dims},{w_dims}->{x_dims}", dy, w, dtype, x.dtype, sharding=sharding_of(x))
-    eqn, place = f"{x_dims},{y_dims}->{w_dims}", sharding_of(w)
-    return dx, _product(eqn, x, dy, dtype, w.dtype, sharding=place, sum_dtype=jnp.float32)
+    dw_eqn, place = f"{x_dims},{y_dims}->{w_dims}", sharding_of(w)
+    if not has_mesh() and _is_narrow(eqn, w):
+        return dx, _outer(dw_eqn, x.astype(dtype), dy).astype(w.dtype)
+    return dx, _product(dw_eqn, x, dy, dtype, w.dtype, sharding=place, sum_dtype=jnp.float32)
+
+
+def _is_narrow(eqn: str, w: Array) -> bool:
+    """Whether a weight has few outputs beside its inputs, as an adapter's first factor."""
+    w_dims, y_dims = eqn.split("->")[0].split(",")[1], eqn.split("->")[1]
+    outs = math.prod(n for dim, n in zip(w_dims, w.shape, strict=True) if dim in y_dims)
+    return NARROW * outs**2 <= w.size
+
+
+def _outer(eqn: str, x: Array, dy: Array) -> Array:
+    """The gradient of a narrow weight, as the transpose of dy^T x.
+
+    XLA's CPU compiler lays the first operand of x^T dy out anew, and takes longer over it than over
+    the product (1.8 ms against 0.6 for 512 tokens, 1,536 inputs and 16 outputs).
+    """
+    (x_dims, y_dims), w_dims = eqn.split("->")[0].split(","), eqn.split("->")[1]
+    turned = "".join(sorted(w_dims, key=lambda dim: dim not in y_dims))
+    dw = jnp.einsum(f"{y_dims},{x_dims}->{turned}", dy, x, preferred_element_type=jnp.float32)
+    # or the compiler takes the transpose back
+    return jnp.einsum(f"{turned}->{w_dims}", jax.lax.optimization_barrier(dw))
 
 
 contract.defvjp(_contract_forward, _contract_backward)

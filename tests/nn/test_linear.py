@@ -14,6 +14,8 @@ SHAPES = {
     "BTNH,NHD->BTD": ((2, 3, 4, 5), (4, 5, 8)),
     "BTD,DF->BTF": ((2, 3, 8), (8, 16)),
     "BTD,VD->BTV": ((2, 3, 8), (32, 8)),
+    "BTD,DR->BTR": ((2, 3, 8), (8, 2)),
+    "BTNH,NHR->BTR": ((2, 3, 4, 4), (4, 4, 2)),
 }
 equations = pytest.mark.parametrize("eqn", SHAPES)
 
@@ -36,6 +38,18 @@ def test_contract_and_its_gradients_are_those_of_einsum(eqn):
     dy = jnp.asarray(np.random.default_rng(1).normal(size=ours.shape), jnp.float32)
     for found, expected in zip(vjp(dy), plain_vjp(dy), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_outputs", "is_turned"), [(8, False), (64, True)])
+def test_the_gradient_of_a_narrow_weight_does_not_turn_its_inputs(num_outputs, is_turned):
+    def loss(w, x):
+        return jnp.sum(jnp.sin(contract("BTD,DR->BTR", x, w, jnp.float32, (None,) * 3)))
+
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(96, num_outputs), (4, 50, 96)]
+    ]
+    program = jax.jit(jax.grad(loss)).lower(*shapes).compile().as_text()
+    assert ("f32[96,200]" in program) == is_turned
 
 
 @equations
