@@ -99,6 +99,15 @@ def test_clipping_bounds_the_global_norm():
     np.testing.assert_allclose([new["a"][0], new["b"][0]], [-6e-7, -8e-7], rtol=1e-4)
 
 
+@pytest.mark.parametrize(("clip_norm", "factor"), [(5.0, 1.0), (2.5, 0.5), (10.0, 1.0)])
+def test_clipping_shortens_a_long_gradient_and_no_other(clip_norm, factor):
+    # with eps = 1e6 a first step is lr * gradient / eps
+    cfg = OptimConfig(lr=1e6, schedule="constant", weight_decay=0.0, clip_norm=clip_norm, eps=1e6)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    new = updates(cfg, {"a": jnp.array([3.0]), "b": jnp.array([-4.0])}, params)
+    np.testing.assert_allclose([new["a"][0], new["b"][0]], [-3 * factor, 4 * factor], rtol=1e-4)
+
+
 def test_lora_plus_without_lora_is_refused():
     with pytest.raises(ValueError, match="nothing trained is a factor of LoRA; leave it at 1"):
         make_optimizer(OptimConfig(lora_plus=2.0), PARAMS, 10)
