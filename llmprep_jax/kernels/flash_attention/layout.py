@@ -47,6 +47,7 @@ class Layout:
 
     def place(self, q: jax.Array, k: jax.Array, v: jax.Array, places: Any, stored: Stored) -> tuple:
         """The arrays as `on_devices` takes them."""
+        q, k, v, places, stored = _vary_alike((q, k, v, places, stored))
         if not self.is_mesh:
             return q, k, v, places, stored
         specs = self.specs(stored)
@@ -66,12 +67,14 @@ class Layout:
             others = [specs["queries" if x.ndim == 4 else "rows"] for x in by_query]
             names = "queries", "keys", "keys", "places", "stored"
             # unchecked: the sum over copies of key heads is written out below
-            return jax.shard_map(
+            here = jax.shard_map(
                 function,
+                axis_names=set(_free_axes()),
                 in_specs=(*[specs[name] for name in names], *others),
                 out_specs=tuple(specs[name] for name in outs),
                 check_vma=False,
             )(q, k, v, places, stored, *by_query)
+            return _vary_alike((here, q))[0]  # which no check has told them
 
         return call
 
@@ -107,15 +110,34 @@ class Layout:
 
 
 def layout_of(q: jax.Array, k: jax.Array, splits_heads: bool) -> Layout:
-    """The layout for queries as they lie; none without a mesh, and inside `jax.shard_map`."""
+    """The layout for queries as they lie; none without a mesh, or where `jax.shard_map` has taken
+    all of its axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
+    if not _free_axes():
         return Layout()
     spec = (*jax.typeof(q).sharding.spec, *[None] * 4)[:4]
     rows, heads = [(x,) if isinstance(x, str) else tuple(x or ()) for x in (spec[0], spec[2])]
     heads = heads if splits_heads else ()
     num_shards = math.prod(mesh.shape[axis] for axis in heads)
     return Layout(rows, heads, bool(heads) and k.shape[2] % num_shards > 0, True)
+
+
+def _free_axes() -> Axes:
+    """Of the mesh in force, but those that an outer `jax.shard_map` is over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)
+
+
+def _vary_alike(arrays: Any) -> Any:
+    """All differ over those axes of an outer `jax.shard_map` that one of them differs over."""
+    leaves = jax.tree.leaves(arrays)
+    axes = frozenset().union(*[jax.typeof(x).manual_axis_type.varying for x in leaves])
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, arrays)
 
 
 def join_widths(x: jax.Array, more: jax.Array) -> jax.Array:
@@ -134,7 +156,6 @@ def repeat_heads(x_BSKH: jax.Array, copies: int) -> jax.Array:
 
 def _spec(x_BTNH: jax.Array) -> jax.P | None:
     """How rows, tokens and heads lie on a mesh, and widths whole; None where there is no say."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
+    if not _free_axes():
         return None
     return jax.P(*jax.typeof(x_BTNH).sharding.spec[:3])

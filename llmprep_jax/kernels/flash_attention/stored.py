@@ -55,8 +55,8 @@ def num_slots(k_BKSH: Array, pages_BJ: Array | None) -> int:
 
 def gather(pool_PKSH: Array, pages_BJ: Array) -> Array:
     """Pages one after the other, [B, K, J page, ...]."""
-    x_BJKSH = pool_PKSH.at[pages_BJ].get(mode="promise_in_bounds")
-    x_BKJSH = jnp.moveaxis(x_BJKSH, 2, 1)
+    heads_K1 = jnp.arange(pool_PKSH.shape[1])[:, None]  # indexed too: else a transpose follows
+    x_BKJSH = pool_PKSH.at[pages_BJ[:, None], heads_K1].get(mode="promise_in_bounds")
     return x_BKJSH.reshape(*x_BKJSH.shape[:2], -1, *x_BKJSH.shape[4:])
 
 

@@ -239,6 +239,29 @@ def test_a_mesh_changes_nothing(mesh, heads):
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_rows_that_a_shard_map_has_split_leave_heads_to_the_other_axes(num_kv_heads):
+    arrays = qkv(8, num_kv_heads, 12, 12, 8, 4)
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(attention(q, k, v, window=5)), axis=(1, 2, 3))
+
+    def gradients(rows):
+        return jax.jit(jax.value_and_grad(lambda *x: rows(*x).sum(), argnums=(0, 1, 2)))
+
+    wanted = gradients(loss)(*arrays)
+    with use_mesh(make_mesh(dict(data=2, tensor=4))):
+        placed = [
+            jax.device_put(x, spec("batch", None, name, None, shape=x.shape))
+            for x, name in zip(arrays, ("heads", "kv_heads", "kv_heads"), strict=True)
+        ]
+        split = jax.shard_map(
+            loss, in_specs=jax.P("data"), out_specs=jax.P("data"), axis_names={"data"}
+        )
+        found = gradients(split)(*placed)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_factors_of_a_bias_need_not_lie_as_queries_and_keys_do(num_kv_heads):
     arrays = (*qkv(8, num_kv_heads, 6, 6, 2, 4), draw(2, 6, 8, 3, seed=4), draw(1, 6, 8, 3, seed=5))
 

@@ -20,7 +20,7 @@ from tests.kernels.flash_attention.problems import assert_close
 CACHES = [
     Cached(T=3, bits=8, window=30, soft_cap=2.0, sinks=True),
     Cached(page=0, bits=8, S=90, N=6, H=24, U=8),
-    Cached(K=1, N=8, H=136, U=None, width=128, bits=8),
+    Cached(K=1, N=8, H=136, U=None, width=128, bits=8, page=64, S=192),
     Cached(bits=16, page=16, T=20, S=80, window=25),
     Cached(),
     Cached(K=1, N=8, H=40, U=None, width=32),
