@@ -22,7 +22,7 @@ from llmprep_jax.kernels.flash_attention.layout import (
     repeat_heads,
 )
 from llmprep_jax.kernels.flash_attention.masks import Bias, Places, Rule
-from llmprep_jax.kernels.flash_attention.stored import NOT_STORED, Stored, num_slots
+from llmprep_jax.kernels.flash_attention.stored import NOT_STORED, Stored, num_slots, pools_of_head
 from llmprep_jax.kernels.platforms import platform, tell_once
 
 OUTPUT = "attention"  # the name under which remat policies may keep outputs and lse
@@ -241,10 +241,17 @@ def _attention(
 
 def _run(q, k, v, places, stored, rule, impl, layout):
     def run(q_BTNH, k_BSKH, v_BSKU, places, stored):
+        head = None if stored.pages is None else layout.own_head(q_BTNH, k_BSKH)
         scales = stored.k_scales, stored.v_scales
-        k_BSKH, v_BSKU, scales = layout.own_heads(q_BTNH, k_BSKH, v_BSKU, scales)
+        if head is None:
+            k_BSKH, v_BSKU, scales = layout.own_heads(q_BTNH, k_BSKH, v_BSKU, scales)
         *heads, scales = jax.tree.map(_swap, (q_BTNH, k_BSKH, v_BSKU, scales))
-        more = (Stored(stored.pages, *scales),) if rule.stored else ()
+        stored = Stored(stored.pages, *scales)
+        if head is not None:
+            q_BNTH, k_PKSH, v_PKSU = heads
+            *pools, stored = pools_of_head(k_PKSH, v_PKSU, stored, head)
+            heads = [q_BNTH, *pools]
+        more = (stored,) if rule.stored else ()
         with jax.named_scope("attention"):
             o_BNTU, lse_BNT = backend(impl, *heads, rule).forward(*heads, places, rule, *more)
         return _swap(o_BNTU), _swap(lse_BNT)

@@ -87,6 +87,12 @@ class Layout:
         heads = self._own(q, k)
         return jax.tree.map(lambda x: x[:, :, heads], by_key)
 
+    def own_head(self, q: jax.Array, k: jax.Array) -> jax.Array | None:
+        """The one key head of all that are here that this device's query heads see; None: there are
+        no others, or they see several."""
+        heads = self._own(q, k) if self.shares_keys and k.shape[2] > 1 else ()
+        return heads[0] if len(heads) == 1 else None
+
     def sum_heads(self, dk: jax.Array, dv: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Gradients of all key heads out of those of each device's own, which cross the network in
         k's dtype and are summed in float32."""

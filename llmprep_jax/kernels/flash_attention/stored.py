@@ -60,6 +60,18 @@ def gather(pool_PKSH: Array, pages_BJ: Array) -> Array:
     return x_BKJSH.reshape(*x_BKJSH.shape[:2], -1, *x_BKJSH.shape[4:])
 
 
+def pools_of_head(
+    k_PKSH: Array, v_PKSU: Array, stored: Stored, head: Array
+) -> tuple[Array, Array, Stored]:
+    """Pools of one key head, which the heads of a page are pages of; cut out it would be a copy."""
+    num_heads = k_PKSH.shape[1]
+    k, v, k_scales, v_scales = jax.tree.map(
+        lambda x: x.reshape(-1, 1, *x.shape[2:]),
+        (k_PKSH, v_PKSU, stored.k_scales, stored.v_scales),
+    )
+    return k, v, Stored(stored.pages * num_heads + head, k_scales, v_scales)
+
+
 def written_out(
     k_BKSH: Array, v_BKSU: Array, stored: Stored, rule: Rule, dtype: jax.typing.DTypeLike
 ) -> tuple[Array, Array]:
