@@ -14,7 +14,7 @@ from tests.models.tiny import CONFIGS
 
 FAMILIES = {family.name: family for family in registry.FAMILIES}
 MODEL_TYPES = [kind for family in registry.FAMILIES for kind in family.model_types]
-many = hypothesis.settings(max_examples=300, deadline=None)
+many = hypothesis.settings(max_examples=100, deadline=None)
 
 
 @pytest.fixture(scope="module", autouse=True)

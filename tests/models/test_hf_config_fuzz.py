@@ -72,7 +72,7 @@ def is_one_line_about(folder: pathlib.Path, message: str) -> bool:
 
 
 @hypothesis.given(configs)
-@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.settings(max_examples=80, deadline=None)
 def test_any_config_is_refused_in_one_line_that_names_the_folder(folder, config):
     assert is_one_line_about(folder, refusal_of(folder, json.dumps(config).encode()))
 
