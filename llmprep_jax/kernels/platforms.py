@@ -2,6 +2,8 @@
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,17 @@ def device_kind() -> str:
 @functools.cache
 def tell_once(line: str) -> None:
     warnings.warn(line, stacklevel=2)
+
+
+def in_32_bits(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A Pallas call whose own numbers have 32 bits whatever `jax_enable_x64` says: else they are
+    of both kinds, which no chip's compiler takes."""
+
+    def call(*arrays: jax.Array) -> Any:
+        with jax.enable_x64(False):
+            return kernel(*arrays)
+
+    return call
 
 
 def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:

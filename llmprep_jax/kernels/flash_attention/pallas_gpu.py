@@ -52,7 +52,7 @@ from llmprep_jax.kernels.flash_attention.gpu_tiles import (
 )
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF, Rule
 from llmprep_jax.kernels.flash_attention.stored import NOT_STORED, Stored, num_slots
-from llmprep_jax.kernels.platforms import platform
+from llmprep_jax.kernels.platforms import in_32_bits, platform
 
 FOLDED = 16  # tokens up to which the heads of a group share tiles, as where an answer is made
 DTYPES = ("float32", "bfloat16", "float16")
@@ -253,7 +253,9 @@ def _backward_keys(
 
 def _call(kernel: Callable[..., None], task: Task, **options: Any) -> Callable[..., Any]:
     params = plgpu.CompilerParams(num_warps=task.sizes.warps, num_stages=task.sizes.stages)
-    return pl.pallas_call(kernel, compiler_params=params, interpret=platform() == "cpu", **options)
+    interpret = platform() == "cpu"
+    call = pl.pallas_call(kernel, compiler_params=params, interpret=interpret, **options)
+    return in_32_bits(call)
 
 
 def _forward_kernel(

@@ -17,6 +17,7 @@ from llmprep_jax.kernels import tpu
 from llmprep_jax.kernels.flash_attention import tpu_tiles as tiles
 from llmprep_jax.kernels.flash_attention.tpu_forward import block_specs, on_kind, q_tile
 from llmprep_jax.kernels.flash_attention.tpu_tiles import Spec, Table, Tile
+from llmprep_jax.kernels.platforms import in_32_bits
 
 Array = jax.Array
 
@@ -52,7 +53,7 @@ def query_gradients(
     )
     arrays = q_BNTH, k_BKSH, v_BKSU, do_BNTU, lse_BNT[:, :, None], delta_BNT[:, :, None]
     out = jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype)
-    return pl.pallas_call(
+    kernel = pl.pallas_call(
         functools.partial(_query_kernel, spec=spec),
         grid_spec=grid_spec,
         out_shape=out,
@@ -60,7 +61,8 @@ def query_gradients(
         compiler_params=tpu.params("parallel", "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="attention_dq",
-    )(table.q_low, table.q_high, table.kinds, *values, *arrays)
+    )
+    return in_32_bits(kernel)(table.q_low, table.q_high, table.kinds, *values, *arrays)
 
 
 def _query_kernel(low_ref, high_ref, kinds_ref, *refs, spec: Spec):
@@ -138,7 +140,7 @@ def key_gradients(
     )
     arrays = q_BNTH, k_BKSH, v_BKSU, do_BNTU, lse_BNT[:, :, None], delta_BNT[:, :, None]
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (k_BKSH, v_BKSU)]
-    return pl.pallas_call(
+    kernel = pl.pallas_call(
         functools.partial(_key_kernel, spec=spec),
         grid_spec=grid_spec,
         out_shape=shapes,
@@ -146,7 +148,8 @@ def key_gradients(
         compiler_params=tpu.params(*["parallel"] * 3, "arbitrary", "arbitrary"),
         interpret=interpret,
         name="attention_dkv",
-    )(table.k_low, table.k_high, table.kinds, *values, *arrays)
+    )
+    return in_32_bits(kernel)(table.k_low, table.k_high, table.kinds, *values, *arrays)
 
 
 def _key_specs(spec: Spec, H: int, U: int, num_values: list[int]) -> dict:

@@ -19,6 +19,7 @@ from llmprep_jax.kernels.flash_attention import tpu_tiles as tiles
 from llmprep_jax.kernels.flash_attention.masks import NEG_INF
 from llmprep_jax.kernels.flash_attention.stored import Stored
 from llmprep_jax.kernels.flash_attention.tpu_tiles import Spec, Table, Tile
+from llmprep_jax.kernels.platforms import in_32_bits
 
 Array = jax.Array
 
@@ -72,7 +73,7 @@ def forward(
         jax.ShapeDtypeStruct((B, N, T, U), q_BNTH.dtype),
         jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
     ]
-    o, lse_BN1T = pl.pallas_call(
+    kernel = pl.pallas_call(
         functools.partial(_kernel, spec=spec, names=tuple(by_key)),
         grid_spec=grid_spec,
         out_shape=outs,
@@ -80,7 +81,9 @@ def forward(
         compiler_params=tpu.params("parallel", "parallel", "parallel", "arbitrary"),
         interpret=interpret,
         name="attention_forward",
-    )(*scalars, *values, q_BNTH, *[x for x in by_key.values() for _ in range(spec.num_pages)])
+    )
+    pages = [x for x in by_key.values() for _ in range(spec.num_pages)]
+    o, lse_BN1T = in_32_bits(kernel)(*scalars, *values, q_BNTH, *pages)
     return o, lse_BN1T[:, :, 0]
 
 

@@ -185,6 +185,21 @@ def test_kernels_of_float32_compile_too(card, backward):
     assert_kernels_alone(card, 128, 128, backward=backward, dtype="float32", T=1000)
 
 
+def test_kernels_count_in_32_bits_whatever_others_do():
+    problem = Problem(T=40, values="ps", window=30, bias="function", K=1, H=8, B=1)
+    wanted = run(problem, "reference")
+    with jax.enable_x64(True):
+        found = run(problem, "pallas_gpu")
+    assert_close(found, wanted, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_kernels_compile_where_others_count_in_64_bits(card, backward):
+    with jax.enable_x64(True):
+        compiled(card, 64, 64, values="oep", backward=backward)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_kernels_compile_with_caps_windows_and_biases(card, backward):

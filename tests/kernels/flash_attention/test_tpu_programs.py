@@ -85,6 +85,13 @@ def test_forward_and_backward_compile(shape, chip):
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
 
 
+@pytest.mark.slow  # 5 s
+def test_kernels_compile_where_others_count_in_64_bits():
+    with jax.enable_x64(True):
+        program = compiled(dataclasses.replace(SHAPES["Llama-3.2-1B"], T=1024), "v5p")
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
+
+
 @pytest.mark.slow  # two programs each: 15 s
 @pytest.mark.parametrize("shape", [NARROW, "DeepSeek-V3"])
 def test_temporaries_are_linear_in_length(shape):
