@@ -109,14 +109,17 @@ def draw(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, values in by_bucket.items():
         style = ":" if "window" in name else "-"
         panel.stairs(values, ends, label=name, baseline=None, linestyle=style, linewidth=1.8)
     panel.axvline(short, color="grey", linewidth=0.8)
     panel.set(xlabel="position of a byte in its row", ylabel="perplexity of a byte", yscale="log")
+    for formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     panel.set_xlim(0, ends[-1])
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=8)
+    # below, where no line is
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
