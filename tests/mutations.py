@@ -1,4 +1,4 @@
-"""Forty places where the code is broken on purpose, each with the tests that must see it.
+"""Places where the code is broken on purpose, each with the tests that must see it.
 
     make mutations                     # all of them, about half an hour on two cores
     python -m tests.mutations 3 17     # some
@@ -82,6 +82,30 @@ MUTATIONS = [
         "(k.segments > 0)",
         "(k.segments >= 0)",
         "kernels/flash_attention/test_masks.py models/test_laws.py",
+    ),
+    Mutation(
+        "kernels/flash_attention/masks.py",
+        "seen &= k.positions - q.positions < rule.window",
+        "seen &= k.positions - q.positions <= rule.window",
+        "kernels/flash_attention/test_masks.py",
+    ),
+    Mutation(
+        "kernels/flash_attention/masks.py",
+        "(q.spans == k.spans) & (k.spans > 0)",
+        "(q.spans == k.spans)",
+        "kernels/flash_attention/test_masks.py",
+    ),
+    Mutation(
+        "kernels/flash_attention/gpu_blocks.py",
+        "jnp.exp(lse_PBNT - top_BNT)",
+        "1.0",
+        "kernels/flash_attention/test_pallas_gpu.py",
+    ),
+    Mutation(
+        "kernels/flash_attention/api.py",
+        "sums_BTN - dlse_BTN",
+        "sums_BTN",
+        "kernels/flash_attention/test_attention.py",
     ),
     Mutation(
         "kernels/flash_attention/chunked.py",
