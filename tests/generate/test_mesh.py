@@ -25,10 +25,10 @@ MESHES = {
 PAIRS = cases(
     itertools.product(("llama-tied-9-3-heads", "qwen2-window", "gemma3", "deepseek-v3"), MESHES),
     fast=[
-        ("llama-tied-9-3-heads", "data"),
         ("qwen2-window", "tensor"),
     ],
     slow=[
+        ("llama-tied-9-3-heads", "data"),
         ("gemma3", "fsdp-tensor"),
         ("deepseek-v3", "expert-tensor"),
         ("llama-tied-9-3-heads", "expert-tensor"),

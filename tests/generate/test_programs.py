@@ -46,7 +46,8 @@ def test_temperatures_and_lengths_share_programs(traces):
     cfg = dataclasses.replace(LONG, max_seq_len=900)
     model, tokens = random_model(cfg), make_tokens(1, 100)
     temperatures, new_tokens, lengths = (0.3, 1.0, 1.7), (4, 20, 200), (5, 33, 35, 100)
-    for temperature, new, length in itertools.product(temperatures, new_tokens, lengths):
+    calls = zip(itertools.cycle(temperatures), itertools.product(new_tokens, lengths))
+    for temperature, (new, length) in calls:
         settings = dict(temperature=temperature, top_k=5 + new, seed=new, pad_id=length)
         found = lp.generate_tokens(
             model, tokens[:, :length], max_new_tokens=new, stop_ids=range(new % 8), **settings

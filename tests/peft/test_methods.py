@@ -52,7 +52,8 @@ METHODS = {
 }
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # of a method above, each of which compiles its programs again
-VARIANTS = ("dora-rslora", "oft-exact", "oft-coft", "ia3-outputs", "dora-head", "dora-biases")
+VARIANTS = ("dora-rslora", "lokr-both", "oft-exact", "oft-coft")
+VARIANTS += ("ia3-outputs", "dora-head", "dora-biases")
 each_method = pytest.mark.parametrize(
     "method",
     [
