@@ -221,7 +221,10 @@ def on_kind(spec: Spec, kinds_ref, b, i, j, is_in_range, add, add_padded=None) -
     """
     i, j = jnp.minimum(i, spec.num_q_blocks - 1), jnp.minimum(j, spec.num_k_blocks - 1)
     kind = jnp.where(is_in_range, tiles.kind(kinds_ref, b, i, j, spec), tiles.HIDDEN)
-    pl.when(kind == tiles.PARTLY)(lambda: add(True))
+    is_partly = kind == tiles.PARTLY
+    if add_padded is not None and "segments" in spec.names:
+        pl.when(kind == tiles.PADDED)(lambda: add_padded(True))
+    else:
+        is_partly |= kind == tiles.PADDED
+    pl.when(is_partly)(lambda: add(True))
     pl.when(kind == tiles.WHOLLY)(lambda: add(False))
-    if "segments" in spec.names:
-        pl.when(kind == tiles.PADDED)(lambda: (add_padded or add)(True))
