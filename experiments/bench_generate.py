@@ -2,10 +2,11 @@
 
     python -m experiments.bench_generate [work=decode] [rounds=5] [out=FILE.json]
 
-work: decode (one row, 128 tokens after 64), prefill (one row of 512 tokens, to its first token) or
-batch (8 rows, 64 tokens after 64; without llama.cpp). Greedy. Weights: SmolLM2-135M-Instruct, or
-`model=` any GGUF file. llama.cpp takes part where the package llama-cpp-python is installed, on
-float32 and bf16 copies of the file, written for the run. A ratio is the peer's median over ours.
+work: decode (one row, 128 tokens after 64), prefill (one row of 512 tokens, to its first token),
+batch (8 rows, 64 tokens after 64; without llama.cpp) or first (our first answer by dtype, compiled
+and from a cache). Greedy. Weights: SmolLM2-135M-Instruct, or `model=` any GGUF file. llama.cpp
+takes part where llama-cpp-python is installed, on float32 and bf16 copies of the file, written for
+the run. A ratio is the peer's median over ours.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -25,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from configs.data.shipped import DATA, find_smollm2
+from experiments.bench import first
 from experiments.study import contest
 from llmprep_jax import cli
 from llmprep_jax.config import only_overrides, override
@@ -34,7 +36,7 @@ from llmprep_jax.config import only_overrides, override
 class Settings:
     """What is timed; `rounds` timed calls of each contender."""
 
-    work: Literal["decode", "prefill", "batch"] = "decode"  # as above
+    work: Literal["decode", "prefill", "batch", "first"] = "decode"  # as above
     model: str | None = None  # None: SmolLM2-135M-Instruct
     rounds: int = 5  # timed calls of each contender
     out: pathlib.Path | None = None  # a JSON file for the numbers
@@ -57,12 +59,12 @@ def transformers(folder: str, dtype: str, tokens: np.ndarray, new: int) -> Calla
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     inputs = torch.tensor(tokens, device=device).long()
-    settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-    mask = torch.ones_like(inputs)
+    lengths = dict(max_new_tokens=new, min_new_tokens=new)
+    settings = dict(lengths, do_sample=False, pad_token_id=0, attention_mask=inputs * 0 + 1)
 
     def call():
         with torch.inference_mode():
-            return loaded.generate(inputs, attention_mask=mask, **settings).cpu()
+            return loaded.generate(inputs, **settings).cpu()
 
     return call
 
@@ -70,9 +72,8 @@ def transformers(folder: str, dtype: str, tokens: np.ndarray, new: int) -> Calla
 def llama_cpp(path: str, tokens: np.ndarray, new: int) -> Callable[[], Any]:
     from llama_cpp import Llama
 
-    cores, context = len(os.sched_getaffinity(0)), tokens.shape[1] + new
-    threads = dict(n_threads=cores, n_threads_batch=cores)
-    loaded = Llama(path, n_ctx=context, n_batch=512, **threads, verbose=False)
+    threads = dict.fromkeys(("n_threads", "n_threads_batch"), len(os.sched_getaffinity(0)))
+    loaded = Llama(path, n_ctx=tokens.shape[1] + new, n_batch=512, **threads, verbose=False)
 
     def call():
         loaded.reset()
@@ -117,6 +118,8 @@ def write_gguf(source: str, target: pathlib.Path, dtype: Literal["F32", "BF16"])
 def main(arguments: list[str]) -> cli.Outputs:
     settings = override(Settings(), only_overrides(arguments))
     model = settings.model or find_smollm2()
+    if settings.work == "first":
+        return first.compare(model, settings.out)
     rows, prompt, new = SIZES[settings.work]
     inputs = dict(tokens=prompts(model, rows, prompt), new=new)
     with tempfile.TemporaryDirectory() as temporary:
@@ -131,9 +134,8 @@ def main(arguments: list[str]) -> cli.Outputs:
                 contenders[f"llama.cpp, {dtype}"] = (llama_cpp, dict(inputs, path=path))
         scores = contest.compete(contenders, rounds=settings.rounds)
     tokens = rows * (prompt if settings.work == "prefill" else new)
-    return contest.report(
-        settings.out, f"{settings.work}: {rows} x {prompt} tokens in, {new} out", tokens, scores
-    )
+    title = f"{settings.work}: {rows} x {prompt} tokens in, {new} out"
+    return contest.report(settings.out, title, tokens, scores)
 
 
 def prompts(model: str, rows: int, length: int) -> np.ndarray:
