@@ -20,7 +20,6 @@ from flax import nnx
 
 from llmprep_jax.generate import layout, speculative
 from llmprep_jax.generate.prompt import (
-    MAX_BLOCK,
     MIN_PROMPT,
     block_size,
     bucket,
@@ -163,7 +162,8 @@ class Engine:
             draws = (jax.random.key(seed), np.int32(pad_id), sampling)
             if draft is not None:
                 padded = [np.repeat(x_BT, num_samples, axis=0) for x_BT in padded]
-                return self._start_drafts(*padded, *draws, max_new_tokens)
+                length = tokens_BT.shape[1]
+                return self._start_drafts(*padded, *draws, length, max_new_tokens)
             kept = prompt_cache and prompt_cache.take(self.weights, tokens_BT[0])
             cache, logits_BV, num_slots = self._read(tokens_BT, mask_BT, max_new_tokens, kept)
             seen = padded if sampling.switches.penalises else None
@@ -181,8 +181,7 @@ class Engine:
         cache, num_known = kept or (None, 0)
         length = tokens_BT.shape[1] - num_known
         width = bucket(length, MIN_PROMPT)
-        block = block_size(width)
-        needed = -(-length // block) * block + max_new_tokens
+        needed = max(width, length + max_new_tokens)
         reader = self._model_for(len(tokens_BT) * width)
         if cache is not None:
             num_slots, num_used = room(cache)
@@ -190,12 +189,12 @@ class Engine:
             num_slots = max(num_slots, self._num_slots(needed))
             cache = _refit(reader, cache, num_slots)
         new = [pad(x_BT[:, num_known:], width) for x_BT in (tokens_BT, mask_BT)]
-        cache, logits_BV = _prefill(reader, *new, cache, block)
+        cache, logits_BV = _prefill(reader, *new, cache, block_size(length))
         return cache, logits_BV, num_slots if kept else self._num_slots(needed)
 
     def _num_slots(self, needed: int) -> int:
         """A power of two, or what the model's context can need."""
-        return min(bucket(needed, MIN_SLOTS), max(needed, self.cfg.max_seq_len + MAX_BLOCK))
+        return min(bucket(needed, MIN_SLOTS), max(needed, self.cfg.max_seq_len))
 
     def _start_drafts(
         self,
@@ -204,13 +203,14 @@ class Engine:
         key: Array,
         pad_id: np.int32,
         sampling: Sampling,
+        length: int,
         max_new_tokens: int,
     ) -> speculative.State:
-        needed = speculative.num_slots(self.model, tokens_BT.shape[1], max_new_tokens)
-        num_slots = bucket(needed, MIN_SLOTS)
+        needed = speculative.num_slots(self.model, length, max_new_tokens)
+        num_slots = bucket(max(needed, tokens_BT.shape[1]), MIN_SLOTS)
         reader, limit = self._model_for(tokens_BT.size), np.int32(max_new_tokens)
         prompt = (tokens_BT, mask_BT, key, pad_id, limit)
-        return speculative.prefill(reader, *prompt, sampling, num_slots)
+        return speculative.prefill(reader, *prompt, sampling, num_slots, block_size(length))
 
     def advance(
         self,

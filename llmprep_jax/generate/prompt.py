@@ -17,7 +17,7 @@ from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Bool, Float, Int
 
 MIN_PROMPT = 32  # tokens of the narrowest batch
-MIN_BLOCK, MAX_BLOCK = 64, 1024  # tokens of a row that are read at once; a quarter of the batch's
+MIN_BLOCK, MAX_BLOCK = 64, 4096  # tokens of a row that are read at once
 
 
 def read_batch(tokens: Any, mask: Any | None, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,9 +98,15 @@ def pad(x_BT: np.ndarray, width: int) -> np.ndarray:
     return np.pad(x_BT, ((0, 0), (0, width - x_BT.shape[1])))
 
 
-def block_size(width: int) -> int:
-    """How many tokens of a row are read at once, where rows are `width` long, a power of two."""
-    return min(max(width // 4, MIN_BLOCK), MAX_BLOCK, width)
+def block_size(length: int) -> int:
+    """How many tokens are read at once of rows up to `length` long: all, or a quarter of the power
+    of two where one quarter at least is padding.
+
+    SmolLM2 on two cores reads 2,048 tokens at once in 0.76 of the time that four quarters take.
+    """
+    width = bucket(length, MIN_PROMPT)
+    quarter = max(width // 4, MIN_BLOCK)
+    return min(quarter if length <= width - quarter else width, MAX_BLOCK)
 
 
 def read_prompt(

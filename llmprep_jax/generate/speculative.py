@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.generate.prompt import block_size, by_row, everywhere, read_prompt
+from llmprep_jax.generate.prompt import by_row, everywhere, read_prompt
 from llmprep_jax.generate.sampler import Sampling, draw, shape_logits
 from llmprep_jax.nn.attention import Tokens
 from llmprep_jax.nn.cache import KVCache
@@ -125,12 +125,12 @@ def num_slots(model: nnx.Module, length: int, max_new_tokens: int) -> int:
     return length + max_new_tokens + 2 * len(model.mtp)
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def prefill(model, tokens_BT, mask_BT, key, pad_id, limit, sampling, slots) -> State:
+@functools.partial(jax.jit, static_argnames=("slots", "block"))
+def prefill(model, tokens_BT, mask_BT, key, pad_id, limit, sampling, slots, block) -> State:
     """Reads the prompts in, draws the first token and drafts the next ones."""
-    (B, T), M, V = tokens_BT.shape, len(model.mtp), model.cfg.vocab_size
+    B, M, V = len(tokens_BT), len(model.mtp), model.cfg.vocab_size
     cache = model.init_cache(B, slots), model.init_mtp_cache(B, slots)
-    hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0], block=block_size(T))
+    hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0], block=block)
     rows_B, last_B = jnp.arange(B), jnp.sum(mask_BT, axis=1) - 1
     logits_BV = _logits(model, hidden_BTD[rows_B, last_B][:, None])[:, 0]
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)

@@ -387,9 +387,12 @@ def _put_in_pages_here(
 
 def _put_here(old_LBKSH: Array, new_BKTH: Array, layer: Array, start_B: Array) -> Array:
     num_rows = len(start_B)
-    if num_rows == 1:
-        start = (layer, 0, 0, start_B[0], 0)
-        return jax.lax.dynamic_update_slice(old_LBKSH, new_BKTH[None], start)
+    # on TPUs slice by slice: a scatter, or a loop of them, lays the whole cache out anew
+    if num_rows == 1 or platform() == "tpu":
+        for row in range(num_rows):
+            start = (layer, row, 0, start_B[row], 0)
+            old_LBKSH = jax.lax.dynamic_update_slice(old_LBKSH, new_BKTH[None, row, None], start)
+        return old_LBKSH
     rows_B = jnp.arange(num_rows, dtype=jnp.int32)
     at_B3 = jnp.stack([jnp.broadcast_to(layer, num_rows), rows_B, start_B], axis=1)
     numbers = jax.lax.ScatterDimensionNumbers(
