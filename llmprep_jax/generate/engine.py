@@ -189,7 +189,7 @@ class Engine:
             num_slots = max(num_slots, self._num_slots(needed))
             cache = _refit(reader, cache, num_slots)
         new = [pad(x_BT[:, num_known:], width) for x_BT in (tokens_BT, mask_BT)]
-        cache, logits_BV = _prefill(reader, *new, cache, block_size(length))
+        cache, logits_BV = _prefill(reader, *new, cache, block_size(length, width))
         return cache, logits_BV, num_slots if kept else self._num_slots(needed)
 
     def _num_slots(self, needed: int) -> int:
@@ -210,7 +210,8 @@ class Engine:
         num_slots = bucket(max(needed, tokens_BT.shape[1]), MIN_SLOTS)
         reader, limit = self._model_for(tokens_BT.size), np.int32(max_new_tokens)
         prompt = (tokens_BT, mask_BT, key, pad_id, limit)
-        return speculative.prefill(reader, *prompt, sampling, num_slots, block_size(length))
+        block = block_size(length, tokens_BT.shape[1])
+        return speculative.prefill(reader, *prompt, sampling, num_slots, block)
 
     def advance(
         self,

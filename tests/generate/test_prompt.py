@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from llmprep_jax.generate.prompt import block_size, read_prompt
+from llmprep_jax.generate.prompt import block_size, bucket, read_prompt
 from tests.models.tiny import make_model, make_tokens
 
 
@@ -44,7 +44,8 @@ def test_blocks_change_neither_hidden_states_nor_what_is_decoded_after_them(name
 
 
 def test_a_prompt_is_read_at_once_or_by_quarters_that_are_not_all_padding():
-    lengths = {1: 32, 32: 32, 100: 128, 128: 128, 129: 64, 192: 64, 193: 256, 300: 128, 385: 512}
-    assert {length: block_size(length) for length in lengths} == lengths
-    assert block_size(5000) == 2048
-    assert block_size(20000) == 4096
+    found = {length: block_size(length, bucket(length, 32)) for length in (1, 32, 100, 128)}
+    assert found == {1: 32, 32: 32, 100: 128, 128: 128}
+    found = {length: block_size(length, bucket(length, 32)) for length in (129, 192, 193, 300, 385)}
+    assert found == {129: 64, 192: 64, 193: 256, 300: 128, 385: 512}
+    assert [block_size(length, bucket(length, 32)) for length in (5000, 20000)] == [2048, 4096]
