@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmprep_jax.kernels.flash_attention import attention
-from llmprep_jax.nn.cache import KVCache, Seen
+from llmprep_jax.nn.cache import KVCache, Seen, widen
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.param import Compute
@@ -130,11 +130,11 @@ def attend(
 def attend_cached(
     q_BTNH: Float[Array, "B T N H"], seen: Seen, queries: Tokens, **options: Any
 ) -> Float[Array, "B T N U"]:
-    """`attend` to what a cache holds; NaN in rows that it has no room for."""
+    """`attend` to what a cache holds; NaN in rows that it has no room for. `scale` is an option."""
     k, v, *_ = *seen.streams, None
     positions_BS, segments_BS = seen.places
     o_BTNU = attention(
-        q_BTNH,
+        widen(q_BTNH, k.shape[-1]),
         k,
         v,
         q_positions=queries.positions_BT,
@@ -142,10 +142,11 @@ def attend_cached(
         q_segments=queries.segments_BT,
         k_segments=segments_BS,
         pages=seen.pages_BJ,
+        layer=seen.layer,
         **dict(zip(("k_scales", "v_scales"), seen.scales, strict=False)),
         **options,
     )
-    return seen.or_nan(o_BTNU)
+    return seen.or_nan(o_BTNU if v is None else o_BTNU[..., : seen.widths[-1]])
 
 
 class Attention(nnx.Module):

@@ -15,7 +15,8 @@ Slots are contiguous, or lie in pages of a pool that all rows share (PagedAttent
 2023): `pages_BJ` says which page holds a row's j-th `page_size` slots, and whoever batches requests
 hands them out. Numbers are kept as they are or in 8 bits, with a scale a token and head. On a CPU
 bf16 is kept as 16-bit integers: XLA's CPU compiler copies the whole of a bf16 array that a loop
-updates to float32 and back at every step, and integers it does not.
+updates to float32 and back at every step, and integers it does not. On a TPU widths are filled up
+with zeros to whole lanes: it lays narrower arrays out otherwise than its kernels read them.
 
 Letters of this file: P pages of a pool, J pages of a row.
 """
@@ -27,8 +28,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llmprep_jax.nn.slots import pages_of, put, put_in_pages
 from llmprep_jax.sharding import has_mesh, platform, sharding_of, spec
 from llmprep_jax.types import Array, Bool, Float, Int
+
+LANES = 128  # of a TPU's registers
 
 
 class Block(NamedTuple):
@@ -51,28 +55,35 @@ class Seen(NamedTuple):
     """What a block's tokens may attend to in one layer.
 
     Attributes:
-      streams: [B, S, K, H] each, or pools [P, page, K, H]. scales: float32 [..., K] of each where
-        they are int8; else empty. pages_BJ: of pools.
+      streams: [L, B, S, K, H] each, with the `layer` that is meant; or of it alone, [B, S, K, H],
+        or pools of all layers, [P, page, K, H]. scales: float32 [..., K] of each where they are
+        int8; else empty. pages_BJ: of pools.
       places: positions and segments, [B, S]. fits_B: whether the block's own tokens are there.
+      widths: of each stream, behind which are zeros.
     """
 
     streams: tuple[Array, ...]
     scales: tuple[Array, ...]
+    layer: int | Int[Array, ""] | None
     pages_BJ: Int[Array, "B J"] | None
     places: tuple[Int[Array, "B S"], Int[Array, "B S"]]
     fits_B: Bool[Array, "B"] | None
+    widths: tuple[int, ...]
 
     def rows(self, dtype: jax.typing.DTypeLike) -> tuple[Float[Array, "B S K _"], ...]:
         """The streams as contiguous rows of numbers."""
         arrays = [x[..., None] for x in self.scales]
         arrays = [*self.streams, *arrays]
+        if self.layer is not None:
+            arrays = [_layer(x, self.layer) for x in arrays]
         if self.pages_BJ is not None:
             at_BJ = jnp.maximum(self.pages_BJ, 0)
             arrays = [x[at_BJ].reshape(len(at_BJ), -1, *x.shape[2:]) for x in arrays]
         streams, scales = arrays[: len(self.streams)], arrays[len(self.streams) :]
         if scales:
             streams = [x * scale for x, scale in zip(streams, scales, strict=True)]
-        return tuple(x.astype(dtype) for x in streams)
+        streams = zip(streams, self.widths, strict=True)
+        return tuple(x[..., :width].astype(dtype) for x, width in streams)
 
     def or_nan(self, o_BTNU: Float[Array, "B T N U"]) -> Float[Array, "B T N U"]:
         """Outputs, NaN in rows that the cache had no room for."""
@@ -88,13 +99,15 @@ class KVCache:
 
     Attributes:
       streams: [L, B, K, S, H] each, or pools [L, P, K, page, H]: keys and values, or latents,
-        which are both (`nn.mla`). scales: of int8 ones, with H = 1; else empty.
+        which are both (`nn.mla`). scales: of int8 ones, [L, B, K, 1, S] or [L, P, K, 1, page],
+        as kernels read them; else empty.
       positions_BS, segments_BS: of the token in each slot; segment 0 is an empty slot or padding.
       length_B: slots that each row has taken; of a ring the tokens so far, of which the next goes
         into slot `length` modulo S.
       pages_BJ: which page of the pool is each row's j-th, -1 for none; None: no pages.
       block: the tokens being written, between `begin` and `end`.
-      dtype: of what is kept. is_ring: whether slots are reused.
+      widths: of each stream, behind which are zeros. dtype: of what is kept. is_ring: whether
+        slots are reused.
     """
 
     streams: tuple[Array, ...]
@@ -104,6 +117,7 @@ class KVCache:
     length_B: Int[Array, "B"]
     pages_BJ: Int[Array, "B J"] | None = None
     block: Block | None = None
+    widths: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
     dtype: str = dataclasses.field(default="float32", metadata=dict(static=True))
     is_ring: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
@@ -152,17 +166,18 @@ class KVCache:
 
         def zeros(width: int, dtype: jnp.dtype) -> Array:
             size = num_slots if page_size is None else page_size
+            width = -(-width // LANES) * LANES if platform() == "tpu" and width > 1 else width
             shape = (num_layers, num_rows, num_kv_heads, size, width)
             rows = "batch" if page_size is None else None
             lies = spec(None, rows, "kv_heads", None, None, shape=shape)
             return jnp.zeros(shape, dtype, out_sharding=lies)
 
         streams = tuple(zeros(width, stored) for width in widths)
-        scales = tuple(zeros(1, jnp.float32) for _ in widths) if dtype == jnp.int8 else ()
+        scales = [zeros(1, jnp.float32).swapaxes(3, 4) for _ in widths if dtype == jnp.int8]
         rows = spec("batch", None, shape=(batch_size, num_slots))
         slots = jnp.zeros((batch_size, num_slots), jnp.int32, out_sharding=rows)
-        kind = dict(pages_BJ=pages_BJ, dtype=dtype.name, is_ring=is_ring)
-        return cls(streams, scales, slots, slots, slots[:, 0], **kind)
+        kind = dict(pages_BJ=pages_BJ, widths=tuple(widths), dtype=dtype.name, is_ring=is_ring)
+        return cls(streams, tuple(scales), slots, slots, slots[:, 0], **kind)
 
     @property
     def num_slots(self) -> int:
@@ -176,7 +191,8 @@ class KVCache:
         if not self.is_ring:
             fits_B = start_B + num_new <= self.num_slots
             if self.pages_BJ is not None:
-                fits_B &= jnp.all((self._pages_of(start_B, num_new) >= 0) | ~real_BT, axis=1)
+                pages_BT = pages_of(self.pages_BJ, start_B, num_new, self.streams[0].shape[3])
+                fits_B &= jnp.all((pages_BT >= 0) | ~real_BT, axis=1)
             num_taken_B = jnp.max(jnp.where(real_BT, 1 + jnp.arange(num_new), 0), axis=1)
         else:
             num_taken_B = jnp.sum(real_BT, axis=1)
@@ -203,46 +219,45 @@ class KVCache:
         hit_BST = real_BT[:, None] & (count_BT[:, None] == number_BS[:, :, None])
         return jnp.where(jnp.any(hit_BST, axis=2), jnp.argmax(hit_BST, axis=2), -1)
 
-    def _pages_of(self, start_B: Array, num_new: int) -> Int[Array, "B T"]:
-        """The page that each of so many slots from `start` on lies in, -1 for none."""
-        at_BT = (start_B[:, None] + jnp.arange(num_new)) // self.streams[0].shape[3]
-        return jnp.take_along_axis(self.pages_BJ, at_BT, axis=1, mode="fill", fill_value=-1)
-
     @jax.named_scope("cache")
     def update(
         self, layer: int | Int[Array, ""], *new_BTKH: Float[Array, "B T K _"]
     ) -> tuple["KVCache", Seen]:
         """Writes one layer's new tokens, an array for each stream; and what these may attend to."""
-        new = [x.swapaxes(1, 2) for x in new_BTKH]
+        new = [
+            widen(x.swapaxes(1, 2), old.shape[-1])
+            for x, old in zip(new_BTKH, self.streams, strict=True)
+        ]
         new = _in_8_bits(new) if self.scales else [self._encode(x) for x in new]
-        written, seen = [], []
-        for old, x_BKTH in zip((*self.streams, *self.scales), new, strict=True):
-            written.append(self._write(old, x_BKTH, layer))
-            if self.block.columns_BS is None:
-                seen.append(_layer(written[-1], layer))
-            else:
-                seen.append(jnp.concatenate([_layer(old, layer), x_BKTH], axis=2))
-        count = len(self.streams)
-        cache = dataclasses.replace(
-            self, streams=tuple(written[:count]), scales=tuple(written[count:])
-        )
-        return cache, Seen(
-            tuple(self._decode(x).swapaxes(1, 2) for x in seen[:count]),
-            tuple(x[..., 0].swapaxes(1, 2) for x in seen[count:]),
-            self.pages_BJ,
+        old, count = (*self.streams, *map(_swap, self.scales)), len(self.streams)
+        written = [self._write(x, new_BKTH, layer) for x, new_BKTH in zip(old, new, strict=True)]
+        seen, pages_BJ, which = written, self.pages_BJ, None
+        if self.block.columns_BS is not None:
+            pairs = zip(old, new, strict=True)
+            seen = [jnp.concatenate([_layer(x, layer), new], axis=2) for x, new in pairs]
+        elif pages_BJ is None:
+            which = layer
+        else:  # one pool has the pages of all layers
+            num_pages = self.streams[0].shape[1]
+            pages_BJ = jnp.where(pages_BJ < 0, -1, layer * num_pages + pages_BJ)
+            seen = [x.reshape(-1, *x.shape[2:]) for x in written]
+        return dataclasses.replace(
+            self, streams=tuple(written[:count]), scales=tuple(map(_swap, written[count:]))
+        ), Seen(
+            tuple(self._decode(x).swapaxes(-3, -2) for x in seen[:count]),
+            tuple(x[..., 0].swapaxes(-2, -1) for x in seen[count:]),
+            which,
+            pages_BJ,
             self.block.places,
             self.block.fits_B,
+            self.widths,
         )
 
     def _write(self, old: Array, new_BKTH: Array, layer: int | Int[Array, ""]) -> Array:
         if self.pages_BJ is None:
             return _write(old, new_BKTH, layer, self.block)
-        start_B, num_new = self.block.start_B, new_BKTH.shape[2]
-        pages_BT = self._pages_of(start_B, num_new)
-        at_BT = (start_B[:, None] + jnp.arange(num_new)) % self.streams[0].shape[3]
-        # beyond the pool: a token without a page is dropped
-        pages_BT = jnp.where(pages_BT < 0, old.shape[1], pages_BT)
-        return _put_in_pages(old, new_BKTH, jnp.asarray(layer, jnp.int32), pages_BT, at_BT)
+        at = jnp.asarray(layer, jnp.int32), self.pages_BJ, self.block.start_B
+        return put_in_pages(old, new_BKTH, *at)
 
     def end(self) -> "KVCache":
         """The cache once all layers have written the announced tokens."""
@@ -312,6 +327,16 @@ class KVCache:
         return jax.lax.bitcast_convert_type(x, jnp.dtype(self.dtype))
 
 
+def widen(x: Array, width: int) -> Array:
+    """With zeros behind the last axis up to a width."""
+    missing = width - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+def _swap(x_LBKSH: Array) -> Array:
+    return x_LBKSH.swapaxes(3, 4)
+
+
 def _in_8_bits(streams: list[Array]) -> list[Array]:
     """Streams [B, K, T, H] as int8, then the scales of each, [B, K, T, 1]."""
     scales = []
@@ -332,7 +357,7 @@ def _layer(stream_LBKSH: Array, layer: int | Int[Array, ""]) -> Array:
 def _write(old_LBKSH: Array, new_BKTH: Array, layer: int | Int[Array, ""], block: Block) -> Array:
     """A stream with a block's tokens in their slots of one layer."""
     if block.columns_BS is None:
-        return _put(old_LBKSH, new_BKTH, jnp.asarray(layer, jnp.int32), block.start_B)
+        return put(old_LBKSH, new_BKTH, jnp.asarray(layer, jnp.int32), block.start_B)
     old_BKSH, columns_BS = _layer(old_LBKSH, layer), block.columns_BS
     moved_BKSH = jax.vmap(lambda x_KTH, at_S: x_KTH[:, at_S])(new_BKTH, columns_BS)
     is_moved = (columns_BS >= 0)[:, None, :, None]
@@ -344,60 +369,3 @@ def _write_places(old_BS: Array, new_BT: Array, block: Block) -> Array:
     """Positions, or segments, with a block's in their slots."""
     new_B1T1 = new_BT.astype(old_BS.dtype)[:, None, :, None]
     return _write(old_BS[None, :, None, :, None], new_B1T1, 0, block)[0, :, 0, :, 0]
-
-
-def _put(old_LBKSH: Array, new_BKTH: Array, layer: Int[Array, ""], start_B: Array) -> Array:
-    """Each row's tokens from its own slot on; every device writes the rows and heads it has."""
-    if not has_mesh() or jax.sharding.get_abstract_mesh().manual_axes:
-        return _put_here(old_LBKSH, new_BKTH, layer, start_B)
-    lies = (*sharding_of(old_LBKSH).spec, *[None] * 5)[:5]
-    ins = (jax.P(*lies), jax.P(*lies[1:3], None, None), jax.P(), jax.P(lies[1]))
-    new_BKTH, start_B = jax.reshard(new_BKTH, ins[1]), jax.reshard(start_B, ins[3])
-    put = jax.shard_map(_put_here, in_specs=ins, out_specs=ins[0])
-    return put(old_LBKSH, new_BKTH, layer, start_B)
-
-
-def _put_in_pages(
-    pool_LPKSH: Array, new_BKTH: Array, layer: Int[Array, ""], pages_BT: Array, at_BT: Array
-) -> Array:
-    """Each token into its slot of its page; every device has all rows' tokens of its heads."""
-    if not has_mesh() or jax.sharding.get_abstract_mesh().manual_axes:
-        return _put_in_pages_here(pool_LPKSH, new_BKTH, layer, pages_BT, at_BT)
-    lies = (*sharding_of(pool_LPKSH).spec, *[None] * 5)[:5]
-    ins = (jax.P(*lies), jax.P(None, lies[2], None, None), jax.P(), jax.P(None), jax.P(None))
-    new_BKTH, pages_BT, at_BT = [
-        jax.reshard(x, where)
-        for x, where in ((new_BKTH, ins[1]), (pages_BT, ins[3]), (at_BT, ins[4]))
-    ]
-    put = jax.shard_map(_put_in_pages_here, in_specs=ins, out_specs=ins[0])
-    return put(pool_LPKSH, new_BKTH, layer, pages_BT, at_BT)
-
-
-def _put_in_pages_here(
-    pool_LPKSH: Array, new_BKTH: Array, layer: Array, pages_BT: Array, at_BT: Array
-) -> Array:
-    at_BT3 = jnp.stack([jnp.broadcast_to(layer, pages_BT.shape), pages_BT, at_BT], axis=-1)
-    numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2, 3),
-        inserted_window_dims=(0, 1, 3),
-        scatter_dims_to_operand_dims=(0, 1, 3),
-    )
-    return jax.lax.scatter(pool_LPKSH, at_BT3, new_BKTH.swapaxes(1, 2), numbers, mode="drop")
-
-
-def _put_here(old_LBKSH: Array, new_BKTH: Array, layer: Array, start_B: Array) -> Array:
-    num_rows = len(start_B)
-    # on TPUs slice by slice: a scatter, or a loop of them, lays the whole cache out anew
-    if num_rows == 1 or platform() == "tpu":
-        for row in range(num_rows):
-            start = (layer, row, 0, start_B[row], 0)
-            old_LBKSH = jax.lax.dynamic_update_slice(old_LBKSH, new_BKTH[None, row, None], start)
-        return old_LBKSH
-    rows_B = jnp.arange(num_rows, dtype=jnp.int32)
-    at_B3 = jnp.stack([jnp.broadcast_to(layer, num_rows), rows_B, start_B], axis=1)
-    numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(1, 2, 3),
-        inserted_window_dims=(0, 1),
-        scatter_dims_to_operand_dims=(0, 1, 3),
-    )
-    return jax.lax.scatter(old_LBKSH, at_B3, new_BKTH, numbers, unique_indices=True, mode="clip")

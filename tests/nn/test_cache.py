@@ -12,6 +12,7 @@ import pytest
 
 from llmprep_jax.nn.attention import Tokens, attend_cached
 from llmprep_jax.nn.cache import KVCache
+from llmprep_jax.nn.slots import put_in_pages_by_scatter, put_in_pages_by_slice
 from tests.grids import cases
 
 LAYERS, ROWS, HEADS, WIDTH, TOTAL = 2, 1, 1, 1, 12
@@ -147,7 +148,7 @@ def test_a_donated_cache_is_updated_in_place_by_a_loop(rows, dtype):
         cache = cache.begin(positions, jnp.ones_like(positions))
         for layer in range(LAYERS):
             cache, seen = cache.update(layer, keys, keys)
-            keys = keys + jnp.sum(seen.streams[0][:, :8].astype(jnp.float32))
+            keys = keys + jnp.sum(seen.rows("float32")[0][:, :8].astype(jnp.float32))
         return jax.tree.leaves(cache.end())
 
     run = jax.jit(lambda leaves: jax.lax.fori_loop(0, 5, step, leaves), donate_argnums=0)
@@ -314,3 +315,15 @@ def test_a_row_without_room_gives_nan_and_the_other_what_it_should(page_size):
         cache, out = read_block(cache, q, k, v, positions + 3 * number, ones)
         assert np.isfinite(out).all(axis=(0, 2, 3, 4)).tolist() == fits
         assert np.isnan(out).all(axis=(0, 2, 3, 4)).tolist() == np.logical_not(fits).tolist()
+
+
+def test_slice_by_slice_pages_hold_what_a_scatter_puts_there():
+    draw = np.random.default_rng(0)
+    pool = draw.normal(size=(2, 6, 2, 4, 3)).astype(np.float32)
+    pages = np.array([[5, 0, 3], [1, -1, 4]], np.int32)
+    for num_new, start in ((1, [6, 3]), (1, [4, 5]), (7, [2, 0]), (3, [1, 3]), (4, [0, 8])):
+        new = draw.normal(size=(2, 2, num_new, 3)).astype(np.float32)
+        args = (pool, new, jnp.int32(1), pages, np.array(start, np.int32))
+        found, wanted = put_in_pages_by_slice(*args), put_in_pages_by_scatter(*args)
+        np.testing.assert_array_equal(found, wanted)
+        assert np.any(np.asarray(found) != pool)

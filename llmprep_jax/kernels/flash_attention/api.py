@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llmprep_jax.kernels.flash_attention.layers import attend_layer
 from llmprep_jax.kernels.flash_attention.layout import (
     Layout,
     join_widths,
@@ -71,6 +72,7 @@ def attention(
     pages: jax.typing.ArrayLike | None = None,
     k_scales: jax.typing.ArrayLike | None = None,
     v_scales: jax.typing.ArrayLike | None = None,
+    layer: jax.typing.ArrayLike | None = None,
     impl: str | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -98,6 +100,8 @@ def attention(
         What is said by key stays [B, S], S = J page. -1 is no page: its slots are of segment 0.
       k_scales, v_scales: float32 [B, S, K] (with pages [P, page, K]) of int8 keys and values, a
         factor a token and head. With `value_width` those of the keys are the values' too.
+      layer: k, v and scales are those of all layers, [L, B, S, K, ...], of which one is meant: a
+        kernel for TPUs reads it in place. Not with pages, whose numbers may say the layer.
       impl: a backend by name; None: the best for the platform of the mesh in force. One that
         cannot do what is asked falls to the next, and says so once.
       return_lse: also the log of the sum of exponentials of each query's scores, [B, T, N] in
@@ -111,6 +115,14 @@ def attention(
         window below 1, or an unknown `impl`; scales of one of keys and values, or of what is not
         int8; factors of a bias, or a derivative, with pages or scales.
     """
+    if layer is not None:
+        arrays = dict(q=q, k=k, v=v, k_scales=k_scales, v_scales=v_scales, sinks=sinks)
+        arrays |= dict(q_positions=q_positions, k_positions=k_positions)
+        arrays |= dict(q_segments=q_segments, k_segments=k_segments)
+        arrays |= dict(q_spans=q_spans, k_spans=k_spans)
+        options = dict(causal=causal, window=window, soft_cap=soft_cap, scale=scale, bias=bias)
+        options |= dict(value_width=value_width, impl=impl, return_lse=return_lse)
+        return attend_layer(attention, arrays, layer, options)
     if (v is None) != (value_width is not None):
         raise ValueError("give v, or value_width where values are the first numbers of the keys")
     q, k = jnp.asarray(q), jnp.asarray(k)
