@@ -81,4 +81,5 @@ def test_a_tpu_reads_and_writes_its_cache_where_it_lies(name, kind):
 @pytest.mark.slow
 @cells
 def test_a_gpu_too(name, kind):
-    assert growth(name, kind, h100_devices()[0]) < 0.1
+    is_cut = name == "deepseek-v2-lite" and not kind  # Mosaic's kernel gets a copy of one layer
+    assert growth(name, kind, h100_devices()[0]) < (0.25 if is_cut else 0.1)

@@ -1,7 +1,7 @@
 """One layer's keys and values out of arrays that hold those of all layers.
 
 A kernel takes whole arrays, so a layer cut out of a stack for it is a copy of all slots at each
-step. On TPUs the stack is read in place, as a pool with a page for each layer and row.
+step. By our own kernels the stack is read in place, as a pool with a page for each layer and row.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from llmprep_jax.kernels.flash_attention.layout import layout_of
 from llmprep_jax.kernels.platforms import platform
 
 SLOTS = 512  # a page of whole tiles of keys
+FEW = 16  # queries; for more of them a GPU has better backends, which read no pages
 
 Array = jax.Array
 
@@ -31,8 +32,8 @@ def attend_layer(
     layer = jnp.asarray(layer, jnp.int32)
     names = [name for name in ("k", "v", "k_scales", "v_scales") if name in arrays]
     layout = layout_of(arrays["q"], arrays["k"][0], splits_heads=options["bias"] is None)
-    one = options["impl"] in (None, "pallas_tpu") and platform() == "tpu"
-    if not one or layout.shares_keys or arrays["k"].shape[2] % SLOTS:
+    fits = not layout.shares_keys and arrays["k"].shape[2] % SLOTS == 0
+    if not (fits and _reads_pools(arrays["q"].shape[1], options)):
         picked = {
             name: jax.lax.dynamic_index_in_dim(arrays[name], layer, keepdims=False)
             for name in names
@@ -55,3 +56,11 @@ def attend_layer(
     outs = (specs["queries"], specs["rows"]) if options["return_lse"] else specs["queries"]
     on_devices = jax.shard_map(run, in_specs=(ins, jax.P()), out_specs=outs, check_vma=False)
     return on_devices(arrays, layer)
+
+
+def _reads_pools(num_queries: int, options: dict[str, Any]) -> bool:
+    """Whether a kernel of ours is the one to read, and it reads pages."""
+    on, impl = platform(), options["impl"]
+    if on == "gpu":  # Mosaic's kernel of latents reads none
+        return impl in (None, "pallas_gpu") and num_queries <= FEW and not options["value_width"]
+    return on == "tpu" and impl in (None, "pallas_tpu")
