@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from llmprep_jax.kernels.flash_attention import attention, chunked, pallas_tpu
+from llmprep_jax.kernels.flash_attention import attention, chunked, layers, pallas_tpu
 from llmprep_jax.kernels.platforms import tell_once
 from llmprep_jax.sharding import make_mesh, spec, use_mesh
 from tests.grids import cases
@@ -151,3 +151,32 @@ def test_rows_on_a_mesh_share_their_pools(mesh):
         assert not {f"s8[{P},{page},1,{H}]", f"s8[{P},1,{page},{H}]"} & set(
             re.findall(r"s8\[[\d,]+\]", text)
         )
+
+
+LAYERS = [
+    Cached(B=4, N=8, page=0, sinks=True, window=30),
+    Cached(B=4, N=8, K=1, H=136, U=None, width=128, page=0, bits=8, T=2),
+]
+
+
+@pytest.mark.parametrize("mesh", [None, dict(data=2, tensor=2, fsdp=2)], ids=str)
+@pytest.mark.parametrize("cache", LAYERS, ids=str)
+def test_a_layer_among_others_is_read_where_it_lies(monkeypatch, cache, mesh):
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    monkeypatch.setattr(layers, "SLOTS", 32)
+    stored, rows = cache.problem()
+    wanted = run(rows, "reference")
+    for name in {"k", "v", "k_scales", "v_scales"} & set(stored):
+        if stored[name] is not None:  # what the others hold is wrong
+            stored[name] = jnp.stack([stored[name] * 0 + 3, stored[name], stored[name] * 0])
+    with use_mesh(None if mesh is None else make_mesh(mesh)):
+        heads = spec("batch", None, "heads", None, shape=stored["q"].shape)
+        stored["q"] = stored["q"] if mesh is None else jax.device_put(stored["q"], heads)
+        call = jax.jit(lambda q: attention(**stored | dict(q=q), layer=1, impl="pallas_tpu"))
+        read = jax.make_jaxpr(call)(stored["q"])
+        found = run(stored | dict(layer=jnp.int32(1)), "pallas_tpu")
+        sliced = run(stored | dict(layer=jnp.int32(1)), "reference")
+    assert_close(found, wanted, 1e-5)
+    assert_close(sliced, wanted, 1e-5)
+    is_cut = re.search(r"dynamic_slice\[slice_sizes=\(\d+(, \d+){4}\)", str(read)) is not None
+    assert is_cut == (mesh is not None and cache.K == 1)  # fewer heads than devices
