@@ -49,7 +49,7 @@ parity-all: $(VENV)/.parity   ## the same with whole grids, compiled as users do
 parity-gemma3: $(VENV)/.parity ## Gemma 3 270M with real weights, where its package is installed
 	XLA_FLAGS= $(BIN)/python -m pytest tests/parity/gemma3_270m.py
 
-mutations: $(VENV)/.test      ## breaks the code at forty places, each of which the tests must see (half an hour)
+mutations: $(VENV)/.test      ## breaks the code at forty-six places, each of which the tests must see (half an hour)
 	$(BIN)/python -m tests.mutations
 
 lint: $(VENV)/.test

@@ -154,8 +154,8 @@ def test_rows_on_a_mesh_share_their_pools(mesh):
 
 
 LAYERS = [
-    Cached(B=4, N=8, page=0, sinks=True, window=30),
-    Cached(B=4, N=8, K=1, H=136, U=None, width=128, page=0, bits=8, T=2),
+    Cached(B=8, N=8, page=0, sinks=True, window=30),
+    Cached(B=8, N=8, K=1, H=136, U=None, width=128, page=0, bits=8, T=2),
 ]
 
 
