@@ -224,9 +224,6 @@ class KVCache:
         self, layer: int | Int[Array, ""], *new_BTKH: Float[Array, "B T K _"]
     ) -> tuple["KVCache", Seen]:
         """Writes one layer's new tokens, an array for each stream; and what these may attend to."""
-        if isinstance(layer, int):
-            # equal writes of unrolled layers are then one kernel: 9.7 s of compiling for 13.2
-            layer = jax.lax.optimization_barrier(jnp.int32(layer))
         new = [
             widen(x.swapaxes(1, 2), old.shape[-1])
             for x, old in zip(new_BTKH, self.streams, strict=True)

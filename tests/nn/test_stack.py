@@ -71,18 +71,18 @@ def test_unrolling_by_zero_leaves_no_loop(unroll, layers_a_step):
     assert loop.params["unroll"] == layers_a_step
 
 
-def test_layers_in_a_list_get_plain_numbers_whatever_is_rematerialised():
-    seen = []
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_in_a_list_are_traced_once_a_kind_and_get_their_own_numbers(remat):
+    traced, layers = [], unstack(make_layers())
 
-    def note(layer, x, scale):
-        seen.append(scale)
-        return x
+    def add(layer, x, scale, sign):
+        traced.append(sign)
+        return x + sign * scale
 
-    for remat in ("none", "full"):
-        layers = unstack(make_layers())
-        scan(note, layers, draw(), SCALES, compute=Compute(remat=remat))
-    assert seen == [1.0, 0.5, 2.0, -1.0] * 2
-    assert all(type(scale) is float for scale in seen)
+    kinds = (1, -1, 1, 1)
+    found = scan(add, layers, draw(), SCALES, kinds=kinds, compute=Compute(remat=remat))
+    np.testing.assert_allclose(found, draw() + (1.0 - 0.5 + 2.0 - 1.0))
+    assert sorted(traced) == [-1, 1]
 
 
 @pytest.mark.parametrize(
