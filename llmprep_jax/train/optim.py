@@ -158,9 +158,11 @@ def make_optimizer(cfg: OptimConfig, params: Any, num_steps: int) -> optax.Gradi
     of_adapters = {} if model is None else rules(model)
     decay = decay_mask(params, cfg.decay_embeddings, of_adapters)
     clips = cfg.clip_norm is not None
+    # of moments in 8 bits by quotients: they round alike wherever the moments lie
+    clip = _clip if cfg.optimizer == "adamw" else optax.clip_by_global_norm
     parts = [
         # at its place either way, so that the state stays the same when a run goes on with another
-        _clip(cfg.clip_norm) if clips else optax.identity(),
+        clip(cfg.clip_norm) if clips else optax.identity(),
         _scale_by_moments(cfg),
         optax.add_decayed_weights(cfg.weight_decay, decay),
         optax.scale_by_learning_rate(make_schedule(cfg, num_steps)),
