@@ -189,3 +189,26 @@ def test_cached_decoding_equals_one_device(name, mesh_name):
     with use_mesh(make_mesh(MESHES[mesh_name])):
         found = decode(build(name, mesh_name), tokens)
     np.testing.assert_allclose(found, logits_alone(name), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh_name"), [("llama-tied", "fsdp8"), ("gemma3-1-kv-head", "fsdp4-tensor2")]
+)
+def test_caches_in_pages_and_of_few_bits_decode_on_a_mesh_as_on_one_device(name, mesh_name):
+    tokens, expected = make_batch()["tokens"], logits_alone(name)
+
+    @functools.partial(jax.jit, static_argnames="dtype")
+    def decode(model, tokens, dtype):
+        cache = model.init_cache(8, 16, dtype=dtype, page_size=4)
+        first = model(tokens[:, :10], cache=cache)
+        last = [first]
+        for column in (10, 11):
+            last.append(model(tokens[:, column : column + 1], cache=last[-1].cache))
+        return jnp.concatenate([out.logits for out in last], axis=1)
+
+    with use_mesh(make_mesh(MESHES[mesh_name])):
+        model = build(name, mesh_name)
+        found, *rounded = [decode(model, tokens, x) for x in ("float32", "bfloat16", "int8")]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    for small in rounded:
+        assert 0 < np.abs(small - expected).max() < 0.03 * np.abs(expected).max()
