@@ -76,7 +76,7 @@ def test_both_forms_over_a_cache_equal_the_whole(monkeypatch, absorbed):
     mla, x = make(), draw()
     whole = run(mla, x)
     monkeypatch.setattr(MLA, "absorbed_is_cheaper", lambda *_: absorbed)
-    cache, found = KVCache.create(1, 2, S + 3, 1, (24,)), []
+    cache, found = KVCache.create(1, 2, S + 2, 1, (24,)), []  # 11 slots are no whole blocks of 4
 
     @jax.jit
     def step(mla, x, place, cache):
@@ -88,6 +88,26 @@ def test_both_forms_over_a_cache_equal_the_whole(monkeypatch, absorbed):
         y, cache = step(mla, x[:, start:stop], columns(start, stop), cache)
         found.append(y)
     np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=1e-5)
+
+
+def test_of_a_cache_no_more_is_expanded_at_once_than_a_block_has_tokens(monkeypatch):
+    monkeypatch.setattr(MLA, "absorbed_is_cheaper", lambda *_: False)
+    mla, x = make(), np.ones((2, 64, D), np.float32)
+    place = Tokens(np.tile(np.arange(64, dtype=np.int32), (2, 1)), np.ones((2, 64), np.int32))
+
+    def temporaries(num_slots):
+        leaves, structure = jax.tree.flatten(KVCache.create(1, 2, num_slots, 1, (24,)))
+
+        def step(mla, leaves):
+            cache = structure.unflatten(leaves).begin(place.positions_BT, place.segments_BT)
+            y, cache = mla(x, place, rope_of(place.positions_BT), cache)
+            return y, jax.tree.leaves(cache.end())
+
+        program = jax.jit(step, donate_argnums=1).lower(mla, leaves).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    each = 2 * N * (12 + 8 + 10) * 4  # bytes of a slot's keys and values, of both rows
+    assert temporaries(2048) - temporaries(512) < 0.7 * (2048 - 512) * each
 
 
 def test_at_release_sizes_up_to_170_queries_are_absorbed():
