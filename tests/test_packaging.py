@@ -58,7 +58,7 @@ def test_what_only_tests_use_is_an_extra():
 
 def test_what_the_package_imports_is_asked_for():
     of_import = {"orbax": "orbax-checkpoint", "array_record": "array-record"}
-    of_import |= {"tensorflow_datasets": "tensorflow-datasets", "absl": "absl-py"}
+    of_import |= {"tensorflow_datasets": "tensorflow-datasets", "absl": "absl-py", "PIL": "pillow"}
     ours = {"llmprep_jax", *sys.stdlib_module_names}
     asked = {name for names in required().values() for name in names}
     missing = {name for name in imported() - ours if of_import.get(name, name) not in asked}

@@ -1,0 +1,1 @@
+"""Tests of vision: opening pictures, and the image processors."""
