@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "cli": {"config", "interrupts", "processes", "remote"},
     "kernels": set(),
     "nn": {"kernels", *BASE},
-    "models": {"nn", *BASE},
+    "models": {"nn", "weights", *BASE},
     "weights": BASE,
     "quant": {"nn", "weights", *BASE},
     "peft": {"nn", "quant", "weights", *BASE},

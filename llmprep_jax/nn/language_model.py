@@ -54,10 +54,6 @@ class Source:
 class LanguageModel(nnx.Module):
     """Tokens to logits.
 
-    Of models that hold it in a module of their own: `renames` (regex, replacement) bring their
-    tensors' names to this model's, `ignored` are regexes of what is theirs alone, and `within` has
-    what its layers' names begin with, by model_type.
-
     Attributes:
       source: of the weights.
       embed, head: the table of embeddings, and the output head; None where that is the table.
@@ -66,9 +62,6 @@ class LanguageModel(nnx.Module):
     source: Source
     embed: Any
     head: Any
-    renames: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ()
-    within: tuple[tuple[str, str], ...] = ()
 
     @on_own_mesh
     def __call__(

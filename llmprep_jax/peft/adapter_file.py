@@ -8,15 +8,14 @@ them.
 
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from llmprep_jax.weights.rows import Table
 from llmprep_jax.weights.safetensors import SafetensorsFile
 
 PREFIX = "base_model.model."
-_BODY = "model."  # what the language model's own layers begin with
 _SPELLINGS = ((r"(^|\.)_orig_mod\.", r"\1"), (r"\.modules_to_save(?=\.)", ""))
 _SPELLINGS = (*_SPELLINGS, (r"\.default(?=\.|$)", ""), (r"(magnitude_vector)\.weight$", r"\1"))
 
@@ -25,22 +24,17 @@ class AdapterFile(SafetensorsFile):
     """A file of adapters.
 
     Args:
-      renames: (regex, replacement) pairs that bring a larger model's names to this one's.
-      ignored: regexes of what is the larger model's alone.
+      table: of the model, for other spellings of its names and for what it ignores.
 
     Raises:
       ValueError: two tensors have one name.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        renames: Sequence[tuple[str, str]] = (),
-        ignored: Sequence[str] = (),
-    ):
+    def __init__(self, path: str | Path, table: Table):
         super().__init__(path)
         self._stored: dict[str, str] = {}
-        self._body, foreign = _BODY, []
+        self._beginnings: dict[str, str] = {}  # of modules' names here, as they are in the file
+        foreign = []
         for stored in super().names:
             name = stored
             for pattern, replacement in _SPELLINGS:
@@ -49,15 +43,13 @@ class AdapterFile(SafetensorsFile):
             if ".original_module." in name:
                 continue  # as it was before it was trained whole
             inner = name.removeprefix(PREFIX)
-            if any(re.search(pattern, inner) for pattern in ignored):
+            if any(re.search(pattern, inner) for pattern in table.ignored):
                 foreign.append(stored)
                 continue
-            for pattern, replacement in renames:
-                renamed = re.sub(pattern, replacement, inner)
-                if renamed != inner and renamed.startswith(_BODY):
-                    self._body = inner.removesuffix(renamed.removeprefix(_BODY))
-                inner = renamed
-            name = PREFIX + inner if name.startswith(PREFIX) else name
+            ours = table.module_name(table.rename(inner))
+            if ours != inner:
+                self._beginnings |= [_beginnings(ours, inner)]
+            name = PREFIX + ours if name.startswith(PREFIX) else name
             if name in self._stored:
                 raise ValueError(
                     f"{path} holds {name} twice, as {self._stored[name]} and as {stored};"
@@ -73,7 +65,10 @@ class AdapterFile(SafetensorsFile):
 
     def spelled(self, module: str) -> str:
         """A module's name as the adapter's own base has it."""
-        return module if not module.startswith(_BODY) else self._body + module.removeprefix(_BODY)
+        for ours in sorted(self._beginnings, key=len, reverse=True):
+            if f"{module}.".startswith(ours):
+                return (self._beginnings[ours] + f"{module}.".removeprefix(ours)).removesuffix(".")
+        return module
 
     @property
     def names(self) -> list[str]:
@@ -90,3 +85,16 @@ class AdapterFile(SafetensorsFile):
 
     def read(self, name: str) -> np.ndarray:
         return super().read(self._stored[name])
+
+
+def _beginnings(name: str, other: str) -> tuple[str, str]:
+    """What two names begin with before the end that they share; of the first a part at least."""
+    ends, of_other = name.split("."), other.split(".")
+    shared = 0
+    for one, two in zip(ends[:0:-1], of_other[::-1], strict=False):
+        if one != two:
+            break
+        shared += 1
+    return tuple(
+        "".join(f"{part}." for part in parts[: len(parts) - shared]) for parts in (ends, of_other)
+    )

@@ -14,6 +14,7 @@ from flax import nnx
 
 from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.peft.adapter_file import PREFIX
+from llmprep_jax.peft.targets import table_of
 from llmprep_jax.weights import hub
 from llmprep_jax.weights.folder import read_json
 
@@ -33,21 +34,23 @@ class BaseSpelling:
         if name is None and isinstance(model, LanguageModel):
             name = model.source.path
         folder = None if name is None else hub.cached(name)
-        self._model, self._folder, self.body = model, None, _BODY
+        self._table, self._folder, self._whole = table_of(model), None, None
         if folder is not None and (folder / "config.json").is_file():
             self._folder = folder
             kind = read_json(folder / "config.json").get("model_type")
-            self.body = dict(getattr(model, "within", ())).get(kind, _BODY)
+            wholes = {whole.model_type: whole for whole in self._table.within}
+            self._whole = wholes.get(kind)
 
     def module(self, name: str) -> str:
         """A module's name, or a tensor's without PEFT's prefix."""
-        is_body = name.startswith(_BODY)
-        return self.body + name.removeprefix(_BODY) if is_body else name
+        if self._whole is None or not name.startswith(_BODY):
+            return name
+        return self._whole.body + name.removeprefix(_BODY)
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """An adapter_config.json with the base's names."""
         config = dict(config)
-        if self.body == _BODY:
+        if self._whole is None:
             return config
         for field in _LISTS:
             if config.get(field):
@@ -56,8 +59,8 @@ class BaseSpelling:
             if config.get(field):
                 config[field] = {self.module(name): x for name, x in config[field].items()}
         # names such as "q_proj" are those of layers of other parts too
-        parts = "|".join(re.escape(part) for part in _parts(self._model))
-        return config | ({"exclude_modules": rf".*({parts})\..*"} if parts else {})
+        others = "|".join(re.escape(part) for part in self._whole.others)
+        return config | ({"exclude_modules": rf".*({others})\..*"} if others else {})
 
     def tensors(
         self, tensors: Iterable[tuple[str, np.ndarray]]
@@ -83,9 +86,8 @@ class BaseSpelling:
         if self._folder is None or not list(Path(self._folder).glob("*.safetensors")):
             return set()
         modules = set()
-        for name in hub.open_checkpoint(self._folder).names:
-            for pattern, replacement in getattr(self._model, "renames", ()):
-                name = re.sub(pattern, replacement, name)
+        for stored in hub.open_checkpoint(self._folder).names:
+            name = self._table.module_name(self._table.rename(stored))
             modules |= {name.rpartition(".")[0], f"{_BODY}{name.rpartition('.')[0]}"}
         return modules | {"lm_head"}
 
@@ -96,9 +98,3 @@ def _is_in(name: str, modules: set[str]) -> bool:
     return any(".".join(parts[:end]) in modules for end in range(len(parts) - 1, 1, -1)) or (
         parts[0] in modules
     )
-
-
-def _parts(model: nnx.Module) -> list[str]:
-    """Names of the modules that the larger model has beside the language model."""
-    ends = [pattern.replace("\\.", ".").rstrip(".") for pattern in getattr(model, "ignored", ())]
-    return [re.findall(r"\w+", end)[-1] for end in ends]

@@ -20,6 +20,7 @@ from llmprep_jax.peft.targets import Place, plain
 from llmprep_jax.peft.tuned import modules_of
 from llmprep_jax.sharding import has_mesh
 from llmprep_jax.weights.gather import to_host
+from llmprep_jax.weights.rows import Row
 from llmprep_jax.weights.safetensors import SafetensorsFile
 
 KINDS = ("none", "lora_only", "all")
@@ -76,7 +77,7 @@ def settle(layer: Einsum, *, trained: bool) -> Einsum:
     return layer
 
 
-def table(model: nnx.Module, prefix: str) -> dict[str, tuple[str, str]]:
+def table(model: nnx.Module, prefix: str) -> dict[str, Row]:
     """A weight table of the trained biases, with PEFT's names."""
     modules, entries = modules_of(model), {}
     for (*owner, name), _ in nnx.to_flat_state(nnx.state(model, AdapterParam)):
@@ -86,7 +87,7 @@ def table(model: nnx.Module, prefix: str) -> dict[str, tuple[str, str]]:
         row = modules[path.removesuffix(".base")]["b"]
         adapted = f"{row.name.removesuffix('.bias')}.base_layer.bias"
         theirs = adapted if path.endswith(".base") else row.name
-        entries[f"{plain(path)}.b"] = (prefix + theirs, row.pattern)
+        entries[f"{plain(path)}.b"] = row.renamed(prefix + theirs).row
     return entries
 
 

@@ -1,15 +1,15 @@
-"""LoRAs of experts' gate and up layers, which transformers fuses into one parameter.
+"""LoRAs of layers that transformers has in one matrix: a qkv, or experts' gate and up.
 
 Its outputs are the gate's and then up's, so PEFT's LoRA of it has one A for both and a B whose
 halves are theirs. Read, both layers get that A. Written, layers whose A have been trained apart
 become one LoRA of rank 2 r, A = [A_gate; A_up] and B block-diagonal, with twice alpha for the same
 scale, as PEFT converts adapters of experts that were stored apart. The gradient of PEFT's A is the
-sum of those of our two.
+sum of those of our two. Of a qkv there are three.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,29 +18,26 @@ from flax import nnx
 from llmprep_jax.peft.adapter import Adapted, adapters
 from llmprep_jax.peft.adapter_file import AdapterFile
 from llmprep_jax.peft.layout import dims
-from llmprep_jax.peft.targets import bases, plain
+from llmprep_jax.peft.targets import bases, plain, rows, table_of
 
 _MARK = "#"  # "<tensor>#1/2" is the second of two layers' parts of a tensor
 
 
 def _groups(model: nnx.Module) -> list[list[str]]:
     """Paths of the layers that make up one parameter of transformers', in its order."""
-    table, groups = getattr(model, "fused", {}), {}
-    order = list(table)
-    paths = [path for path in bases(model) if f"{plain(path)}.w" in table]
-    for path in sorted(paths, key=lambda path: order.index(f"{plain(path)}.w")):
-        numbers = tuple(part for part in path.split(".") if part.isdigit())
-        groups.setdefault((table[f"{plain(path)}.w"][0], numbers), []).append(path)
-    return list(groups.values())
+    table, groups = rows(model), {}
+    for path in bases(model):
+        row = table.get(f"{plain(path)}.w")
+        if row is not None and row.part[1] > 1:
+            numbers = tuple(part for part in path.split(".") if part.isdigit())
+            groups.setdefault((row.name, numbers), []).append((row.part, path))
+    return [[path for _, path in sorted(parts)] for parts in groups.values()]
 
 
 def marks(model: nnx.Module) -> dict[str, str]:
     """What the names of tensors end in, by path of layers that share them."""
     return {
-        path: f"{_MARK}{i}/{len(group)}"
-        for group in _groups(model)
-        for i, path in enumerate(group)
-        if len(group) > 1
+        path: f"{_MARK}{i}/{len(group)}" for group in _groups(model) for i, path in enumerate(group)
     }
 
 
@@ -146,6 +143,5 @@ def leaves(model: nnx.Module) -> frozenset[str]:
     PEFT 0.21 takes these in target_modules for the fused parameters, even where a dense layer of
     this name is meant, so those are named in target_parameters, by "gate_proj.weight".
     """
-    fused: Mapping[str, tuple[str, str]] = getattr(model, "fused", {})
-    names = [model.weights[path][0].removesuffix(".weight") for path in fused]
+    names = [row.name.removesuffix(".weight") for row in table_of(model).values() if row.module]
     return frozenset(name.rsplit(".", 1)[-1] for name in names)

@@ -230,5 +230,5 @@ def _tying(model: nnx.Module, by_name: Mapping[str, Method]) -> dict[str, Any]:
         return {}
     if next(iter(by_name.values())).ties_tables:
         return {"ensure_weight_tying": True}
-    head = model.weights["head.w"][0].removesuffix(".weight")
+    head = model.weights["head.w"].name.removesuffix(".weight")
     return {"modules_to_save": sorted([*saved_names(model), head])}

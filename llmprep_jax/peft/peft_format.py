@@ -47,6 +47,7 @@ from llmprep_jax.weights.folder import read_json
 from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.hub import public_name
 from llmprep_jax.weights.receipt import probe_difference, save_folder
+from llmprep_jax.weights.rows import Row
 from llmprep_jax.weights.safetensors import SafetensorsFile
 from llmprep_jax.weights.table import Entry, entry, export
 
@@ -54,21 +55,22 @@ CONFIG, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _SHOWN = 8  # names of each kind in an error
 
 
-def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str, tuple[str, str]]:
+def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str, Row]:
     """A weight table for the parameters of adapters, by path of the layer, from the base's table.
 
     "(n h) d -> d n h" of the weight gives "r d -> d r" of LoRA's A and "(n h) r -> r n h" of its B.
     """
     table, of_model, names_of, shared = {}, bases(model), rows(model), marks(model)
     for path, method in methods.items():
-        name, pattern = names_of[f"{plain(path)}.w"]
-        module, tensors = name.removesuffix(".weight"), _names_of(path, method, of_model, pattern)
+        row = names_of[f"{plain(path)}.w"]
+        module = row.name.removesuffix(".weight")
+        tensors = _names_of(path, method, of_model, row.pattern)
         if experts(of_model[path]):
             beside = [other for other in methods if _number(other) == _number(path)]
-            names = [names_of[f"{plain(x)}.w"][0] for x in expert_layers(model, beside)]
-            module = expert_module(name, names)
+            names = [names_of[f"{plain(x)}.w"].name for x in expert_layers(model, beside)]
+            module = expert_module(row.name, names)
         for param, (suffix, theirs) in tensors.items():
-            row = f"{_PREFIX}{module}.{suffix}{shared.get(path, '')}", theirs
+            row = Row(f"{_PREFIX}{module}.{suffix}{shared.get(path, '')}", theirs)
             if table.setdefault(f"{plain(path)}.{param}", row) != row:
                 raise ValueError(
                     f"layers of the list of {path} adapt experts unlike each other, for which there"
@@ -91,7 +93,7 @@ def _names_of(
     return method.tensors(Layout.of_layer(of_model[path], pattern))
 
 
-def trained_table(model: nnx.Module) -> dict[str, tuple[str, str]]:
+def trained_table(model: nnx.Module) -> dict[str, Row]:
     """A weight table for all that is trained of a model with adapters."""
     beside = tuned.table(model, _PREFIX) | biases.table(model, _PREFIX)
     beside |= tokens.table(model, _PREFIX)
@@ -172,9 +174,7 @@ def _tensors(model: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
     yield from tied.head_tensors(model, whole, _PREFIX)
 
 
-def _names_of_idle(
-    model: nnx.Module, table: Mapping[str, tuple[str, str]]
-) -> dict[str, str | None]:
+def _names_of_idle(model: nnx.Module, table: Mapping[str, Row]) -> dict[str, str | None]:
     """What becomes of the names of tensors of a stack's layers that are not adapted.
 
     They are not in the file (None), but for a bias that is trained with all others: no adapter is
@@ -262,8 +262,7 @@ def _read_json(folder: Path) -> dict:
 
 def _open(model: nnx.Module, folder: Path) -> PartsFile:
     if (folder / WEIGHTS_FILE).is_file():
-        spellings = getattr(model, "renames", ()), getattr(model, "ignored", ())
-        return PartsFile(folder / WEIGHTS_FILE, *spellings)
+        return PartsFile(folder / WEIGHTS_FILE, model.weights)
     if (folder / "adapter_model.bin").is_file():
         raise ValueError(
             f"{folder} holds a pickled adapter_model.bin, which can run code when opened; where you"
@@ -313,7 +312,7 @@ def _layers(
     parameters = [name for name in fused_names if config.adapts(name, parameter=True)]
     table, shared = rows(model), marks(model)
     for path, modules_of_path in named.items():
-        pattern = table[f"{plain(path)}.w"][1]
+        pattern = table[f"{plain(path)}.w"].pattern
         for place, module in modules_of_path.items():
             theirs = file.spelled(module)
             if not config.adapts(theirs, parameter=path in of_experts):
@@ -364,8 +363,9 @@ def _rows(
 ) -> dict[str, Entry]:
     """What each parameter of one layer is made of in the file."""
     return {
-        name: Entry(name, shape, f"{_PREFIX}{module}.{tensors[name][0]}", tensors[name][1])
+        name: Entry(name, shape, Row(f"{_PREFIX}{module}.{suffix}", pattern))
         for name, shape in _shapes(method, base).items()
+        for suffix, pattern in [tensors[name]]
     }
 
 

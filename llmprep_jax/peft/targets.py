@@ -17,6 +17,7 @@ from flax import nnx
 from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.quant.linear import find_layers
+from llmprep_jax.weights.rows import Row, Table
 from llmprep_jax.weights.table import Entry
 
 Targets = str | tuple[str, ...] | list[str]
@@ -43,9 +44,14 @@ def plain(path: str) -> str:
     return ".".join(part for part in path.split(".") if not part.isdigit())
 
 
-def rows(model: nnx.Module) -> dict[str, tuple[str, str]]:
-    """The weight table, with experts as the parameters that transformers fuses them into."""
-    return {**getattr(model, "weights", {}), **getattr(model, "fused", {})}
+def table_of(model: nnx.Module) -> Table:
+    """A model's weight table; a module that is no model has none."""
+    return getattr(model, "weights", Table({}))
+
+
+def rows(model: nnx.Module) -> dict[str, Row]:
+    """The weight table of the tensors that transformers has in memory, which PEFT adapts."""
+    return table_of(model).modules_in_memory()
 
 
 def modules(model: nnx.Module) -> dict[str, dict[Place, str]]:
@@ -54,7 +60,7 @@ def modules(model: nnx.Module) -> dict[str, dict[Place, str]]:
     for path, base in bases(model).items():
         if f"{plain(path)}.w" in table:
             place = tuple(int(part) for part in path.split(".") if part.isdigit())
-            row = Entry(path, base.shape, *table[f"{plain(path)}.w"], place)
+            row = Entry(path, base.shape, table[f"{plain(path)}.w"], place)
             by_path[path] = {at: name.removesuffix(".weight") for at, name in row.names().items()}
     return by_path
 

@@ -58,7 +58,7 @@ def refuse_head(model: nnx.Module, names: Targets) -> None:
     names = (names,) if is_name(names) else names
     if not is_tied(model) or isinstance(names, str):
         return
-    head = {HEAD, model.weights["head.w"][0].removesuffix(".weight")}.intersection(names)
+    head = {HEAD, model.weights["head.w"].name.removesuffix(".weight")}.intersection(names)
     if head:
         raise ValueError(
             f"the model's head is its embedding, so {head.pop()!r} cannot be trained apart; name"
@@ -70,7 +70,7 @@ def _pairs(model: nnx.Module, prefix: str) -> dict[str, str]:
     """Names of the head's tensors in PEFT's files, and of the embedding's that they are made of."""
     if not {f"{EMBED}.w", f"{HEAD}.w"} <= model.weights.keys():
         return {}
-    table, head = (prefix + model.weights[f"{path}.w"][0] for path in (EMBED, HEAD))
+    table, head = (prefix + model.weights[f"{path}.w"].name for path in (EMBED, HEAD))
     ends = {
         head.removesuffix("weight") + of_head: table.removesuffix("weight") + of_table
         for of_head, of_table in _ADAPTED.items()
@@ -137,7 +137,7 @@ def changed_tables(model: nnx.Module, file: SafetensorsFile, prefix: str) -> set
 
 def _table(model: nnx.Module, name: str, prefix: str) -> np.ndarray:
     """The base's table of this name, vocabulary first."""
-    is_head = name.startswith(prefix + model.weights[f"{HEAD}.w"][0].removesuffix("weight"))
+    is_head = name.startswith(prefix + model.weights[f"{HEAD}.w"].name.removesuffix("weight"))
     if is_tied(model) or not is_head:
         return to_host(model.embed.w[...])
     return to_host(model.head.w[...]).T

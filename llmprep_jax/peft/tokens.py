@@ -17,6 +17,7 @@ from llmprep_jax.nn.param import AdapterParam, Compute
 from llmprep_jax.peft.tied import EMBED
 from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Float, Int
+from llmprep_jax.weights.rows import Row
 from llmprep_jax.weights.safetensors import SafetensorsFile
 
 _SUFFIX = "token_adapter.trainable_tokens_delta"
@@ -107,16 +108,16 @@ def trained_ids(model: nnx.Module) -> tuple[int, ...]:
     return embed.ids if isinstance(embed, TokenRows) else ()
 
 
-def table(model: nnx.Module, prefix: str) -> dict[str, tuple[str, str]]:
+def table(model: nnx.Module, prefix: str) -> dict[str, Row]:
     """A weight table of the rows, with PEFT's name."""
     if not trained_ids(model):
         return {}
-    return {f"{EMBED}.rows": (name_of(model, prefix), "r d -> r d")}
+    return {f"{EMBED}.rows": Row(name_of(model, prefix), "r d -> r d")}
 
 
 def name_of(model: nnx.Module, prefix: str) -> str:
     """PEFT's name of the rows."""
-    return prefix + model.weights[f"{EMBED}.w"][0].removesuffix("weight") + _SUFFIX
+    return prefix + model.weights[f"{EMBED}.w"].name.removesuffix("weight") + _SUFFIX
 
 
 def shapes(model: nnx.Module, ids: tuple[int, ...], prefix: str) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,6 @@ copy alone computes. Where the output head is the embedding, training the embedd
 with it (see `tied`).
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -14,11 +13,12 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
-from llmprep_jax.peft.targets import Names, Place, Targets, plain, select
+from llmprep_jax.peft.targets import Names, Place, Targets, plain, select, table_of
 from llmprep_jax.peft.tied import refuse_head
 from llmprep_jax.quant.linear import find_layers
 from llmprep_jax.sharding import has_mesh
 from llmprep_jax.types import Array, Float
+from llmprep_jax.weights.rows import Row
 from llmprep_jax.weights.safetensors import SafetensorsFile
 from llmprep_jax.weights.table import Entry
 
@@ -75,14 +75,14 @@ def modules_of(model: nnx.Module) -> dict[str, dict[str, Entry]]:
 
     A row's path is the variable's name.
     """
-    table, by_path = getattr(model, "weights", {}), {}
+    table, by_path = table_of(model).in_memory(), {}
     for (*owner, name), variable in nnx.to_flat_state(nnx.state(model)):
         path = ".".join(map(str, owner)).removesuffix(".base")
         row = table.get(f"{plain(path)}.{name}")
         if row is None or path.endswith(".trained"):
             continue
         place = tuple(part for part in owner if isinstance(part, int))
-        by_path.setdefault(path, {})[name] = Entry(name, tuple(variable.shape), *row, place)
+        by_path.setdefault(path, {})[name] = Entry(name, tuple(variable.shape), row, place)
     return by_path
 
 
@@ -151,11 +151,11 @@ def saved_names(model: nnx.Module) -> list[str]:
     return sorted({shortest(name) for name in chosen})
 
 
-def table(model: nnx.Module, prefix: str) -> dict[str, tuple[str, str]]:
+def table(model: nnx.Module, prefix: str) -> dict[str, Row]:
     """A weight table of what is trained whole, with PEFT's names."""
     modules = modules_of(model)
     return {
-        f"{plain(path)}.trained.{name}": (prefix + row.name, row.pattern)
+        f"{plain(path)}.trained.{name}": row.renamed(prefix + row.name).row
         for path in tuned(model)
         for name, row in modules[path].items()
     }
@@ -181,8 +181,7 @@ def rows_of(
                 " others; unstack(model.layers) first"
             )
         if are_trained == {True}:
-            named = {key: dataclasses.replace(r, name=prefix + r.name) for key, r in rows.items()}
-            chosen[path] = named
+            chosen[path] = {key: row.renamed(prefix + row.name) for key, row in rows.items()}
     return chosen
 
 

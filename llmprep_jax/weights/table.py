@@ -1,9 +1,9 @@
 """Weights by table: Hugging Face tensors into a module's parameters, and back.
 
-A table maps each of our parameter paths to (Hugging Face name, einops pattern theirs -> ours);
-`{l}` and further placeholders run over the parameter's leading, stacked dimensions, from 0 on or as
-listed: `{l:3,4,5}`. Sizes come from the abstract parameter, and swapping the pattern's sides
-exports. The loader reports everything that does not fit in one error, before it fills a parameter.
+A `rows.Table` has a Hugging Face name for each path of ours, and an einops pattern, theirs -> ours.
+Placeholders run over the parameter's leading, stacked dimensions. Sizes come from the abstract
+parameter, and swapping the pattern's sides exports. The loader reports everything that does not fit
+in one error, before it fills a parameter.
 """
 
 import concurrent.futures
@@ -26,81 +26,83 @@ from llmprep_jax.sharding import on_devices
 from llmprep_jax.weights.folder import MISSHAPEN, MISSING, Checkpoint
 from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.names import canonical_names
+from llmprep_jax.weights.rows import PLACEHOLDER, Row, Table, fill
 
-Table = Mapping[str, tuple[str, str]]
+Rows = Mapping[str, Row]
 Index = tuple[Any, ...]  # slices, or an ellipsis
-_HEAD, _EMBED = "head.w", "embed.w"  # paths of the two that a model may tie
-_PLACEHOLDER = re.compile(r"\{\w+(?::([\w,]+))?\}")
 _SHOWN = 12  # lines of each kind in an error
 _BAND = 2**21  # bytes; a transposing copy whose rows outgrow the cache runs at half speed
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter and the tensors that make it up.
+    """One parameter and the tensors that make it up, or that it is a part of.
 
     Attributes:
       path: ours, e.g. "layers.attn.q.w". shape: ours, stacked dimensions first.
-      name: theirs, with placeholders. pattern: theirs -> ours, of one tensor.
+      row: of the table.
       place: values of the first placeholders where layers are a list and not stacked.
     """
 
     path: str
     shape: tuple[int, ...]
-    name: str
-    pattern: str
+    row: Row
     place: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Theirs, with placeholders."""
+        return self.row.name
+
+    def renamed(self, name: str) -> "Entry":
+        """The same of tensors that have another name."""
+        return dataclasses.replace(self, row=self.row._replace(name=name))
 
     @property
     def stacked(self) -> tuple[int, ...]:
         """Sizes of the leading dimensions that the placeholders run over."""
-        return self.shape[: len(_PLACEHOLDER.findall(self.name)) - len(self.place)]
+        return self.shape[: len(PLACEHOLDER.findall(self.name)) - len(self.place)]
 
     def names(self) -> dict[tuple[int, ...], str]:
         """Hugging Face names by place in the stacked dimensions."""
         places = itertools.product(*map(range, self.stacked))
-        return {place: _fill(self.name, (*self.place, *place)) for place in places}
+        return {place: fill(self.name, (*self.place, *place)) for place in places}
 
     def sizes(self) -> dict[str, int]:
         """The pattern's letters, from our shape."""
-        letters = self.pattern.split("->")[1].split()
+        letters = self.row.pattern.split("->")[1].split()
         return dict(zip(letters, self.shape[len(self.stacked) :], strict=True))
 
     def their_shape(self) -> tuple[int, ...]:
-        """The shape that each tensor must have."""
+        """The shape that each tensor must have, with the parts that are others'."""
         sizes = {"1": 1, **self.sizes()}
-        groups = re.findall(r"\([^)]*\)|\S+", self.pattern.split("->")[0])
-        return tuple(math.prod(sizes[dim] for dim in group.strip("()").split()) for group in groups)
+        groups = re.findall(r"\([^)]*\)|\S+", self.row.pattern.split("->")[0])
+        own = [math.prod(sizes[dim] for dim in group.strip("()").split()) for group in groups]
+        _, count = self.row.part
+        return tuple(own) if count == 1 else (count * own[0], *own[1:])
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """A view of one tensor with our dimensions."""
-        return einops.rearrange(tensor, self.pattern, **self._letters())
+        """A view of one tensor, or of this parameter's part of it, with our dimensions."""
+        number, count = self.row.part
+        if count > 1:
+            size = len(tensor) // count
+            tensor = tensor[number * size : (number + 1) * size]
+        return einops.rearrange(tensor, self.row.pattern, **self._letters())
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`."""
-        theirs, ours = self.pattern.split("->")
+        """The inverse of `to_ours`: one tensor, or this parameter's part of it."""
+        theirs, ours = self.row.pattern.split("->")
         return einops.rearrange(array, f"{ours.strip()} -> {theirs.strip()}", **self._letters())
 
     def _letters(self) -> dict[str, int]:
         return {name: size for name, size in self.sizes().items() if name != "1"}
 
 
-def _fill(name: str, place: tuple[int, ...]) -> str:
-    """A name with the numbers of a place, or what is listed for them, in its placeholders."""
-    numbers = iter(place)
-
-    def value(match: re.Match) -> str:
-        number = next(numbers)
-        return str(number) if match[1] is None else match[1].split(",")[number]
-
-    return _PLACEHOLDER.sub(value, name)
-
-
 Pack = Callable[[Entry, list[str]], Any]  # see `load`
 
 
 def entries(
-    module: nnx.Module | nnx.State, table: Table, kind: type = nnx.Variable
+    module: nnx.Module | nnx.State, table: Rows, kind: type = nnx.Variable
 ) -> dict[str, Entry]:
     """The table's rows for a module's variables of `kind`, by path.
 
@@ -121,13 +123,13 @@ def entries(
     return rows
 
 
-def entry(path: Sequence[str | int], shape: tuple[int, ...], table: Table) -> Entry | None:
+def entry(path: Sequence[str | int], shape: tuple[int, ...], table: Rows) -> Entry | None:
     """The table's row for a parameter; None if it has none."""
     name = ".".join(part for part in path if isinstance(part, str))
     if name not in table:
         return None
     place = tuple(part for part in path if not isinstance(part, str))
-    return Entry(".".join(map(str, path)), shape, *table[name], place)
+    return Entry(".".join(map(str, path)), shape, table[name], place)
 
 
 def load(
@@ -164,8 +166,10 @@ def load(
         file has a head that is not the embedding.
     """
     rows = entries(abstract, table)
-    embed, head = (table[path][0] if path in table else None for path in (_EMBED, _HEAD))
-    stored = canonical_names(checkpoint, renames, ignore, embed, head)
+    tables = (table.embed, table.head) if table.finds_prefix else ()
+    ends = [path and table[path].name for path in tables]
+    renames, ignore = (*table.renames, *renames), (*table.ignored, *ignore)
+    stored = canonical_names(checkpoint, renames, ignore, *ends)
     _check(rows, table, stored, checkpoint)
     graph, state = nnx.split(abstract)
     flat = []
@@ -189,20 +193,21 @@ def load(
 def _check(
     rows: Mapping[str, Entry], table: Table, stored: Mapping[str, str], checkpoint: Checkpoint
 ) -> None:
-    wanted = {name: row for row in rows.values() for name in row.names().values()}
+    wanted = _by_tensor(rows)
     unexpected = set(stored) - set(wanted) - _spare_head(rows, table, stored, checkpoint)
     faults = {
         MISSING: sorted(set(wanted) - set(stored)),
         "unexpected": sorted(x for x in map(stored.get, unexpected) if not checkpoint.is_spare(x)),
         MISSHAPEN: [],
     }
-    for name, row in sorted(wanted.items()):
-        misfits = checkpoint.misfits(stored[name], row.their_shape()) if name in stored else {}
-        for kind, lines in misfits.items():
-            faults[kind] = faults.get(kind, []) + lines
+    for name, parts in sorted(wanted.items()):
+        shapes = dict.fromkeys(part.their_shape() for part in parts if name in stored)
+        for shape in shapes:
+            for kind, lines in checkpoint.misfits(stored[name], shape).items():
+                faults[kind] = faults.get(kind, []) + lines
     problems = [f"{len(x)} {kind}: {_listed(x)}" for kind, x in faults.items() if x]
     remedy = "use the config.json that came with them"
-    if len(problems) == 1 and _HEAD in rows and faults[MISSING] == [table[_HEAD][0]]:
+    if len(problems) == 1 and table.head in rows and faults[MISSING] == [table[table.head].name]:
         remedy = (
             "a base model has no output head: save the whole one by AutoModelForCausalLM, or set"
             " tie_word_embeddings to true in config.json if its head is the embedding"
@@ -214,13 +219,31 @@ def _check(
         )
 
 
+def _by_tensor(rows: Mapping[str, Entry]) -> dict[str, list[Entry]]:
+    """By name, the one parameter that a tensor makes up, or all that it has the parts of.
+
+    Raises:
+      ValueError: two parameters are one tensor's, or a part is nobody's.
+    """
+    by_name: dict[str, list[Entry]] = {}
+    for row in rows.values():
+        for name in row.names().values():
+            by_name.setdefault(name, []).append(row)
+    for name, parts in by_name.items():
+        count = parts[0].row.part[1]
+        if sorted(part.row.part for part in parts) != [(i, count) for i in range(count)]:
+            paths = ", ".join(part.path for part in parts)
+            raise ValueError(f"{name} has {count} parts in the weight table, and is for {paths}")
+    return by_name
+
+
 def _spare_head(
     rows: Mapping[str, Entry], table: Table, stored: Mapping[str, str], checkpoint: Checkpoint
 ) -> set[str]:
     """The name of a stored head that a tied model repeats, once it is seen to be its embedding."""
-    if _HEAD in rows or _HEAD not in table or _EMBED not in rows:
+    if table.head is None or table.head in rows or table.embed not in rows:
         return set()
-    head, embed = table[_HEAD][0], table[_EMBED][0]
+    head, embed = table[table.head].name, table[table.embed].name
     if head not in stored or embed not in stored:
         return set()
     if not _equal(checkpoint.read(stored[head]), checkpoint.read(stored[embed])):
@@ -327,15 +350,34 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def export(
-    module: nnx.Module | nnx.State, table: Table, *, dtype: str | None = None
+    module: nnx.Module | nnx.State, table: Rows, *, dtype: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, array) of every tensor, one layer's in host memory at a time.
 
     Arrays are views where they can be, not contiguous ones: copy what is to be kept.
+
+    Raises:
+      ValueError: a parameter has no row, or a tensor lacks a part.
     """
     rows = entries(module, table)
-    for path, variable in nnx.to_flat_state(nnx.state(module)):
-        row = rows[".".join(map(str, path))]
-        for place, name in row.names().items():
-            array = row.to_theirs(to_host(variable[...], place))
+    variables = {".".join(map(str, path)): x for path, x in nnx.to_flat_state(nnx.state(module))}
+    for parts in _parts(rows):
+        for place, name in parts[0].names().items():
+            arrays = [part.to_theirs(to_host(variables[part.path][...], place)) for part in parts]
+            array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
             yield name, array if dtype is None else array.astype(jnp.dtype(dtype))
+
+
+def _parts(rows: Mapping[str, Entry]) -> list[list[Entry]]:
+    """The parameters that share tensors, in the order of the parts."""
+    together: dict[Any, list[Entry]] = {}
+    for row in rows.values():
+        # the order of the first is that of all processes, which gather alike
+        key = (row.name, row.place) if row.row.part[1] > 1 else row.path
+        together.setdefault(key, []).append(row)
+    groups = [sorted(parts, key=lambda part: part.row.part) for parts in together.values()]
+    for parts in groups:
+        if len(parts) != parts[0].row.part[1]:
+            paths = ", ".join(part.path for part in parts)
+            raise ValueError(f"{parts[0].name} is stored whole, and of its parts only {paths} here")
+    return groups

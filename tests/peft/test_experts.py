@@ -20,6 +20,7 @@ from llmprep_jax.peft import IA3, DoRA, LoHa, LoKr, LoRA
 from llmprep_jax.peft.layout import axes_of, dims, shape_of
 from llmprep_jax.peft.method import Method
 from llmprep_jax.sharding import has_mesh, make_mesh, spec, use_mesh
+from llmprep_jax.weights.rows import Table
 from tests.grids import cases
 from tests.peft.test_methods import QUICK, assert_near, scattered
 from tests.random_modules import random_module
@@ -64,10 +65,12 @@ class Config(NamedTuple):
 class Model(nnx.Module):
     """Two such layers over tokens that are angles; what comes out stands for logits."""
 
-    weights = {  # noqa: RUF012
-        "layers.up.w": ("model.layers.{l}.mlp.experts.gate_up_proj", "e (g f) d -> e d g f"),
-        "layers.down.w": ("model.layers.{l}.mlp.experts.down_proj", "e d f -> f d e"),
-    }
+    weights = Table(
+        {
+            "layers.up.w": ("model.layers.{l}.mlp.experts.gate_up_proj", "e (g f) d -> e d g f"),
+            "layers.down.w": ("model.layers.{l}.mlp.experts.down_proj", "e d f -> f d e"),
+        }
+    )
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.cfg, self.layers = Config(), stack(Experts, LAYERS, rngs=rngs)
@@ -248,10 +251,12 @@ def test_a_folder_holds_the_loras_of_experts_as_peft_does_and_opens_again(
 class Apart(Model):
     """A model whose table names each expert's matrix."""
 
-    weights = {  # noqa: RUF012
-        "layers.up.w": ("model.layers.{l}.experts.{e}.up.weight", "(g f) d -> d g f"),
-        "layers.down.w": ("model.layers.{l}.mlp.experts.down_proj", "e d f -> f d e"),
-    }
+    weights = Table(
+        {
+            "layers.up.w": ("model.layers.{l}.experts.{e}.up.weight", "(g f) d -> d g f"),
+            "layers.down.w": ("model.layers.{l}.mlp.experts.down_proj", "e d f -> f d e"),
+        }
+    )
 
 
 def test_what_peft_has_no_format_for_is_refused_in_one_line(tmp_path):

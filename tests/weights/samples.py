@@ -14,6 +14,7 @@ from flax import nnx
 from llmprep_jax.nn.param import Buffer, Param, param
 from llmprep_jax.nn.stack import stack
 from llmprep_jax.weights.folder import Checkpoint
+from llmprep_jax.weights.rows import Table
 from tests.random_modules import random_module
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -48,16 +49,18 @@ def random() -> Model:
     return random_module(lambda: Model(rngs=nnx.Rngs(0)))
 
 
-TABLE = {
-    "embed.w": ("embed.weight", "v d -> v d"),
-    "layers.q": ("layers.{l}.q.weight", "(n h) d -> d n h"),
-    "layers.o": ("layers.{l}.o.weight", "d (n h) -> n h d"),
-    "layers.up": ("layers.{l}.up.weight", "f d -> d f"),
-    "layers.scale": ("layers.{l}.norm.weight", "d -> d"),
-    "temperature": ("temperature", "->"),
-    "positions": ("positions", "1 p -> p"),
-    "head.w": ("lm_head.weight", "v d -> d v"),
-}
+TABLE = Table(
+    {
+        "embed.w": ("embed.weight", "v d -> v d"),
+        "layers.q": ("layers.{l}.q.weight", "(n h) d -> d n h"),
+        "layers.o": ("layers.{l}.o.weight", "d (n h) -> n h d"),
+        "layers.up": ("layers.{l}.up.weight", "f d -> d f"),
+        "layers.scale": ("layers.{l}.norm.weight", "d -> d"),
+        "temperature": ("temperature", "->"),
+        "positions": ("positions", "1 p -> p"),
+        "head.w": ("lm_head.weight", "v d -> d v"),
+    }
+)
 
 
 def abstract(**settings) -> Model:

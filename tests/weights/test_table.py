@@ -17,6 +17,7 @@ from llmprep_jax.nn.param import Param
 from llmprep_jax.nn.stack import unstack
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.weights import table
+from llmprep_jax.weights.rows import Table
 from tests.weights.samples import BF16, TABLE, D, F, H, L, Memory, N, V, abstract, random
 
 
@@ -124,7 +125,7 @@ def test_every_pattern_is_undone_bit_by_bit(pattern, stacked, dtype, data):
     theirs, ours = (side.split() for side in pattern.split("->"))
     sizes = {letter: data.draw(st.integers(1, 4)) for letter in ours}
     name = ".".join(["w", *[f"{{{key}}}" for key in "le"[: len(stacked)]]])
-    rows = {"w": (name, pattern)}
+    rows = Table({"w": (name, pattern)})
     module = jax.eval_shape(lambda: One((*stacked, *[sizes[letter] for letter in ours])))
     groups = " ".join(theirs).replace("(", "( ").replace(")", " )").split()
     shape, inside = [], None
@@ -155,7 +156,7 @@ def test_every_pattern_is_undone_bit_by_bit(pattern, stacked, dtype, data):
 
 
 def test_experts_are_a_second_stacked_dimension():
-    rows = {"w": ("layers.{l}.experts.{e}.up.weight", "f d -> d f")}
+    rows = Table({"w": ("layers.{l}.experts.{e}.up.weight", "f d -> d f")})
     module = jax.eval_shape(lambda: One((2, 3, 4, 5)))
     tensors = {
         f"layers.{layer}.experts.{e}.up.weight": np.full((5, 4), 10 * layer + e, np.float32)
@@ -179,7 +180,7 @@ def test_copies_in_bands_are_whole(monkeypatch):
                 for i in range(stack[0] if stack else 1)
             }
             module = jax.eval_shape(lambda: One((*stack, *shape)))  # noqa: B023
-            rows = {"w": (names, pattern)}
+            rows = Table({"w": (names, pattern)})
             loaded = table.load(module, Memory(tensors), rows)
             for name, array in table.export(loaded, rows):
                 np.testing.assert_array_equal(array, tensors[name])

@@ -31,6 +31,7 @@ from llmprep_jax.nn.rope import rope_angles, rope_frequencies
 from llmprep_jax.nn.stack import scan, stack, take
 from llmprep_jax.sharding import on_own_mesh
 from llmprep_jax.types import Array, Bool, Float, Int
+from llmprep_jax.weights.rows import Table
 
 Rope = tuple[Array, Array]
 
@@ -155,14 +156,9 @@ class Model(LanguageModel):
         self.mtp = nnx.List([MTP(cfg, rngs=rngs) for _ in range(cfg.num_mtp)])
 
     @property
-    def weights(self) -> dict[str, tuple[str, str]]:
+    def weights(self) -> Table:
         """The table of tensor names."""
         return weights.table(self.cfg)
-
-    @property
-    def fused(self) -> dict[str, tuple[str, str]]:
-        """The table of experts' parameters as transformers holds them."""
-        return weights.fused(self.cfg)
 
     @on_own_mesh
     def features(

@@ -1,14 +1,16 @@
 """Names of DeepSeek-V2's and V3's tensors in Hugging Face checkpoints.
 
 Layers with and without experts are two stacks, so the table lists which numbers each holds; experts
-are stored one by one and stacked here. A multi-token prediction module is stored as one more layer,
-with copies of the embedding and the head that are the main model's.
+are stored one by one and stacked here, and in transformers' memory are two parameters a layer. A
+multi-token prediction module is stored as one more layer, with copies of the embedding and the head
+that are the main model's.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llmprep_jax.models.deepseek.config import Config
+from llmprep_jax.weights.rows import Row, Table
 
 _ATTENTION = {
     "attn_norm.scale": ("input_layernorm.weight", "d -> d"),
@@ -28,10 +30,19 @@ _MLP = {
 }
 
 
-def _below(path: str, name: str, rows: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    return {
-        f"{path}.{ours}": (f"{name}.{theirs}", pattern) for ours, (theirs, pattern) in rows.items()
-    }
+_EXPERTS = {  # in memory a layer's are two parameters, of which the first is gate and then up
+    "gate.w": Row(
+        "{e}.gate_proj.weight", "f d -> d f", module=Row("gate_up_proj", "e f d -> e d f", (0, 2))
+    ),
+    "up.w": Row(
+        "{e}.up_proj.weight", "f d -> d f", module=Row("gate_up_proj", "e f d -> e d f", (1, 2))
+    ),
+    "down.w": Row("{e}.down_proj.weight", "d f -> f d", module=Row("down_proj", "e d f -> e f d")),
+}
+
+
+def _below(path: str, name: str, rows: Mapping[str, tuple]) -> Mapping[str, Row]:
+    return Table(rows).below(path, f"{name}.")
 
 
 _DENSE = {**_ATTENTION, **_below("mlp", "mlp", _MLP)}
@@ -39,7 +50,7 @@ _MOE = {
     **_ATTENTION,
     "mlp.router.w": ("mlp.gate.weight", "e d -> d e"),
     "mlp.router.bias": ("mlp.gate.e_score_correction_bias", "e -> e"),
-    **_below("mlp.experts", "mlp.experts.{e}", _MLP),
+    **_below("mlp.experts", "mlp.experts", _EXPERTS),
     **_below("mlp.shared", "mlp.shared_experts", _MLP),
 }
 _MTP = {
@@ -50,7 +61,7 @@ _MTP = {
 }
 
 
-def table(cfg: Config) -> dict[str, tuple[str, str]]:
+def table(cfg: Config) -> Table:
     """The table of a model with these layers."""
     layers = range(cfg.num_layers)
     dense = [layer for layer in layers if not cfg.is_moe[layer]]
@@ -58,36 +69,16 @@ def table(cfg: Config) -> dict[str, tuple[str, str]]:
     mtp = range(cfg.num_layers, cfg.num_layers + cfg.num_mtp)
     without_q_rank = {"attn.q_b.w": ("self_attn.q_proj.weight", "(n h) d -> d n h")}
     fixes = without_q_rank if cfg.q_rank is None else {}
-    return {
+    rows = {
         "embed.w": ("model.embed_tokens.weight", "v d -> v d"),
-        **_below("dense_layers", _layer(dense), _DENSE | fixes),
+        **(_below("dense_layers", _layer(dense), _DENSE | fixes) if dense else {}),
         **_below("moe_layers", _layer(moe), _MOE | fixes),
-        **_below("mtp", _layer(mtp), _MTP),
-        **_below("mtp.block", _layer(mtp), _MOE | fixes),
+        **(_below("mtp", _layer(mtp), _MTP) if mtp else {}),
+        **(_below("mtp.block", _layer(mtp), _MOE | fixes) if mtp else {}),
         "norm.scale": ("model.norm.weight", "d -> d"),
         "head.w": ("lm_head.weight", "v d -> d v"),
     }
-
-
-# in transformers all experts of a layer are two parameters, of which the first is gate and then up
-_FUSED = {
-    "gate.w": ("gate_up_proj", "e f d -> e d f"),
-    "up.w": ("gate_up_proj", "e f d -> e d f"),
-    "down.w": ("down_proj", "e d f -> e f d"),
-}
-
-
-def fused(cfg: Config) -> dict[str, tuple[str, str]]:
-    """The table of experts as transformers holds them, which is how adapters are stored.
-
-    Parameters of one name are its parts, one after the other along the outputs.
-    """
-    moe = [layer for layer in range(cfg.num_layers) if cfg.is_moe[layer]]
-    mtp = range(cfg.num_layers, cfg.num_layers + cfg.num_mtp)
-    return {
-        **_below("moe_layers.mlp.experts", f"{_layer(moe)}.mlp.experts", _FUSED),
-        **_below("mtp.block.mlp.experts", f"{_layer(mtp)}.mlp.experts", _FUSED),
-    }
+    return Table(rows, ignored=ignored(cfg), copies=copies(cfg), finds_prefix=True)
 
 
 def _layer(numbers: Sequence[int]) -> str:

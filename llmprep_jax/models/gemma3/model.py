@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.models.gemma3.config import Config
-from llmprep_jax.models.gemma3.weights import IGNORED, RENAMES, WEIGHTS, WITHIN
+from llmprep_jax.models.gemma3.weights import WEIGHTS
 from llmprep_jax.nn.attention import Attention, Tokens, place_tokens
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.language_model import LanguageModel, Source
@@ -85,7 +85,6 @@ class Model(LanguageModel):
     """Tokens to logits."""
 
     weights, stacks = WEIGHTS, ("layers",)
-    renames, ignored, within = RENAMES, IGNORED, WITHIN
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg, self.source = cfg, Source()

@@ -6,26 +6,31 @@ has no parameter for (biases, a head of its own) are not used. `(n h)` leaves th
 released; only GGUF files permute them.
 """
 
+from llmprep_jax.weights.rows import Table
+
 _LAYER = "model.layers.{l}"
 
-WEIGHTS = {
-    "embed.w": ("model.embed_tokens.weight", "v d -> v d"),
-    "layers.attn_norm.scale": (f"{_LAYER}.input_layernorm.weight", "d -> d"),
-    "layers.attn.q.w": (f"{_LAYER}.self_attn.q_proj.weight", "(n h) d -> d n h"),
-    "layers.attn.k.w": (f"{_LAYER}.self_attn.k_proj.weight", "(k h) d -> d k h"),
-    "layers.attn.v.w": (f"{_LAYER}.self_attn.v_proj.weight", "(k h) d -> d k h"),
-    "layers.attn.o.w": (f"{_LAYER}.self_attn.o_proj.weight", "d (n h) -> n h d"),
-    "layers.attn.q.b": (f"{_LAYER}.self_attn.q_proj.bias", "(n h) -> n h"),
-    "layers.attn.k.b": (f"{_LAYER}.self_attn.k_proj.bias", "(k h) -> k h"),
-    "layers.attn.v.b": (f"{_LAYER}.self_attn.v_proj.bias", "(k h) -> k h"),
-    "layers.attn.o.b": (f"{_LAYER}.self_attn.o_proj.bias", "d -> d"),
-    "layers.mlp_norm.scale": (f"{_LAYER}.post_attention_layernorm.weight", "d -> d"),
-    "layers.mlp.gate.w": (f"{_LAYER}.mlp.gate_proj.weight", "f d -> d f"),
-    "layers.mlp.up.w": (f"{_LAYER}.mlp.up_proj.weight", "f d -> d f"),
-    "layers.mlp.down.w": (f"{_LAYER}.mlp.down_proj.weight", "d f -> f d"),
-    "layers.mlp.gate.b": (f"{_LAYER}.mlp.gate_proj.bias", "f -> f"),
-    "layers.mlp.up.b": (f"{_LAYER}.mlp.up_proj.bias", "f -> f"),
-    "layers.mlp.down.b": (f"{_LAYER}.mlp.down_proj.bias", "d -> d"),
-    "norm.scale": ("model.norm.weight", "d -> d"),
-    "head.w": ("lm_head.weight", "v d -> d v"),
-}
+WEIGHTS = Table(
+    {
+        "embed.w": ("model.embed_tokens.weight", "v d -> v d"),
+        "layers.attn_norm.scale": (f"{_LAYER}.input_layernorm.weight", "d -> d"),
+        "layers.attn.q.w": (f"{_LAYER}.self_attn.q_proj.weight", "(n h) d -> d n h"),
+        "layers.attn.k.w": (f"{_LAYER}.self_attn.k_proj.weight", "(k h) d -> d k h"),
+        "layers.attn.v.w": (f"{_LAYER}.self_attn.v_proj.weight", "(k h) d -> d k h"),
+        "layers.attn.o.w": (f"{_LAYER}.self_attn.o_proj.weight", "d (n h) -> n h d"),
+        "layers.attn.q.b": (f"{_LAYER}.self_attn.q_proj.bias", "(n h) -> n h"),
+        "layers.attn.k.b": (f"{_LAYER}.self_attn.k_proj.bias", "(k h) -> k h"),
+        "layers.attn.v.b": (f"{_LAYER}.self_attn.v_proj.bias", "(k h) -> k h"),
+        "layers.attn.o.b": (f"{_LAYER}.self_attn.o_proj.bias", "d -> d"),
+        "layers.mlp_norm.scale": (f"{_LAYER}.post_attention_layernorm.weight", "d -> d"),
+        "layers.mlp.gate.w": (f"{_LAYER}.mlp.gate_proj.weight", "f d -> d f"),
+        "layers.mlp.up.w": (f"{_LAYER}.mlp.up_proj.weight", "f d -> d f"),
+        "layers.mlp.down.w": (f"{_LAYER}.mlp.down_proj.weight", "d f -> f d"),
+        "layers.mlp.gate.b": (f"{_LAYER}.mlp.gate_proj.bias", "f -> f"),
+        "layers.mlp.up.b": (f"{_LAYER}.mlp.up_proj.bias", "f -> f"),
+        "layers.mlp.down.b": (f"{_LAYER}.mlp.down_proj.bias", "d -> d"),
+        "norm.scale": ("model.norm.weight", "d -> d"),
+        "head.w": ("lm_head.weight", "v d -> d v"),
+    },
+    finds_prefix=True,
+)
