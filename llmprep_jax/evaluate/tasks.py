@@ -1,0 +1,129 @@
+"""The benchmarks of questions about pictures: what is asked, how it is scored, how it is split.
+
+Prompts and limits are those of lmms-eval, whose numbers most papers quote; a model with a prompt of
+its own is better asked by that. Decoding is greedy.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from llmprep_jax.evaluate.anls import anls
+from llmprep_jax.evaluate.ocrbench import contains_answer
+from llmprep_jax.evaluate.vqa import exact_match, relaxed_accuracy, vqa_accuracy
+
+_SHORT = "\nAnswer the question using a single word or phrase."
+Categories = Sequence[str | Sequence[str] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Attributes:
+      metric: of a prediction and its answers, in [0, 1].
+      suffix: follows the question.
+      splits: the field of a record that names its category, or a list of them; None: no table.
+      clean: what is done to a prediction before anything else.
+      max_new_tokens: how long an answer may get.
+      by_category: the metric takes the category too.
+    """
+
+    metric: Callable[..., float]
+    suffix: str = _SHORT
+    splits: str | None = "category"
+    clean: Callable[[str], str] = str.strip
+    max_new_tokens: int = 32
+    by_category: bool = False
+
+
+TASKS = {
+    "docvqa": Task(anls, splits="question_types"),
+    "infovqa": Task(anls, splits="answer_type"),
+    "chartqa": Task(relaxed_accuracy, splits="type", max_new_tokens=16),
+    "textvqa": Task(vqa_accuracy, splits=None),
+    "ocrbench": Task(
+        contains_answer, suffix="", splits="question_type", max_new_tokens=128, by_category=True
+    ),
+    "exact": Task(exact_match),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The mean score of some of the questions, and how many they are."""
+
+    score: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a set of predictions scored.
+
+    Attributes:
+      overall: the mean over questions, in [0, 1]. OCRBench's points are the sum of per_example.
+      by_split: by category, in alphabetic order; a question of two categories is in both, one
+        without in none.
+      per_example: a score a question, in order.
+    """
+
+    overall: float
+    by_split: Mapping[str, Split]
+    per_example: tuple[float, ...]
+
+
+def get_task(name: str) -> Task:
+    """A task by its name.
+
+    Raises:
+      ValueError: there is none of the name.
+    """
+    if name not in TASKS:
+        raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def score(
+    task: str | Task,
+    predictions: Sequence[str],
+    answers: Sequence[str | Sequence[str]],
+    categories: Categories | None = None,
+) -> Report:
+    """Scores predictions against the answers to each question.
+
+    Args:
+      task: a name of `TASKS`, or a task of one's own.
+      answers: what is right, a text or several, by question.
+      categories: of each question: one, several or None.
+
+    Raises:
+      ValueError: no predictions, or not as many answers or categories; what the metric refuses,
+        with the number of the question.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    categories = [None] * len(predictions) if categories is None else categories
+    counts = {"predictions": len(predictions), "answers": len(answers)}
+    counts["categories"] = len(categories)
+    if len(set(counts.values())) > 1 or not predictions:
+        raise ValueError(f"each question needs one of each; there are {counts}")
+    scores, splits = [], collections.defaultdict(list)
+    for number, row in enumerate(zip(predictions, answers, categories, strict=True)):
+        prediction, texts, category = row
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError(f"question {number} has no answers")
+        names = [category] if isinstance(category, str) else list(category or ())
+        extra = (names[0] if names else None,) if task.by_category else ()
+        try:
+            scores.append(task.metric(task.clean(prediction), texts, *extra))
+        except ValueError as error:
+            raise ValueError(f"question {number}: {error}") from error
+        for name in dict.fromkeys(names):
+            splits[name].append(scores[-1])
+    by_split = {name: Split(_mean(splits[name]), len(splits[name])) for name in sorted(splits)}
+    return Report(_mean(scores), by_split, tuple(scores))
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return sum(scores) / len(scores)
