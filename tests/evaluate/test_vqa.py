@@ -71,6 +71,8 @@ def test_few_people_cannot_make_an_answer_right():
         ("3.5 km. away.", "3.5 km away"),
         ("well-known", "well known"),
         ("well-known - yes", "wellknown yes"),
+        ("x-y- z", "xy z"),
+        ("x-y -z", "xy z"),
         ("a/b", "b"),  # the slash becomes a space, then the article goes
         ("(yes)", "yes"),
         ("." * 40, "." * 8),
