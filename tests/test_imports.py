@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "data": {"text", "config", *BASE},
     "train": {"kernels", "nn", "peft", "data", "config", "interrupts", *BASE},
     "generate": {"kernels", "nn", "text", *BASE},
-    "evaluate": {"train", "generate", "data", *BASE},
+    "evaluate": {"train", "generate", "data", "vision", *BASE},
     "pretrained": {"models", "nn", "peft", "quant", "text", "train", "weights", "config", *BASE},
     "runs": {
         *{"models", "nn", "peft", "quant", "text", "train", "data", "evaluate", "pretrained"},
