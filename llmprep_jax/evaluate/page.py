@@ -18,7 +18,7 @@ from llmprep_jax.remote import AnyPath, write_text
 from llmprep_jax.vision.open import open_rgb
 
 _SIDE = 640  # pixels of a picture's longer side
-_MOST = 2000  # characters of one text; a model that repeats itself writes thousands
+_MOST = 1000  # characters of one text; a model that repeats itself writes thousands
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,16 +193,16 @@ dt { font-size: .85rem; opacity: .75; } dd { margin: 0 0 .75rem; white-space: pr
 </div>
 <dl class="texts">
 <dt>Question</dt><dd dir="auto">{{ case.question }}</dd>
+<dt>Answers</dt>
+{% for answer in case.answers %}
+<dd dir="auto" class="answer">{{ answer }}</dd>
+{% endfor %}
 <dt>Prediction</dt>
 {% if case.prediction %}
 <dd dir="auto" class="prediction">{{ case.prediction }}</dd>
 {% else %}
 <dd class="prediction none">(nothing)</dd>
 {% endif %}
-<dt>Answers</dt>
-{% for answer in case.answers %}
-<dd dir="auto" class="answer">{{ answer }}</dd>
-{% endfor %}
 </dl>
 </div>
 </article>

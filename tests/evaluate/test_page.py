@@ -62,6 +62,7 @@ def test_the_worst_come_first_and_the_rest_are_left_out():
     assert page.of("h2") == ["question 1", "question 4", "question 3"]
     assert page.of("score wrong") == ["0.000", "0.000"]
     assert page.of("score partly") == ["0.250"]
+    assert Reader(render(examples[2:3], title="t")).of("score right") == ["1.000"]
     assert "3 of 5 questions, lowest score first." in page.of("p")
 
 
@@ -115,7 +116,13 @@ def test_pictures_are_shrunk_and_turned_upright(tmp_path):
     assert small.size == (160, 640)
     assert small.getpixel((80, 100)) == pytest.approx((0,) * 3, abs=4)
     assert small.getpixel((80, 540)) == pytest.approx((255,) * 3, abs=4)
-    assert image.size == (1600, 400), "a picture that was given is left as it was"
+    assert decoded(thumbnail(image)).size == (160, 640)  # it has the tag too
+
+
+def test_a_picture_that_was_given_is_left_as_it_was():
+    image = Image.new("RGB", (1600, 400))
+    assert decoded(thumbnail(image)).size == (640, 160)
+    assert image.size == (1600, 400)
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path):
@@ -131,6 +138,10 @@ def test_long_and_empty_predictions_can_be_read():
     page = Reader(
         render([example(0.0, prediction="ab" * 5000), example(0.0, prediction="")], title="t")
     )
-    assert page.of("prediction") == ["ab" * 1000 + " … (10,000 characters)"]
+    assert page.of("prediction") == ["ab" * 500 + " … (10,000 characters)"]
     assert page.of("prediction none") == ["(nothing)"]
-    Reader(render([example(0.0, prediction="half \ud83d")], title="t")).of("prediction")
+
+
+def test_half_a_character_can_be_written(tmp_path):
+    write_page(tmp_path / "page.html", [example(0.0, prediction="half \ud83d")], title="t")
+    assert "half ?" in (tmp_path / "page.html").read_text(encoding="utf-8")

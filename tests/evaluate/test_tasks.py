@@ -41,10 +41,10 @@ def test_questions_count_in_each_of_their_categories():
 
 
 def test_ocrbench_reads_formulas_by_their_category():
-    kinds = [ocrbench.FORMULAS, "Doc-oriented VQA"]
-    report = score("ocrbench", ["x+1", "x+1"], ["X + 1", "X+1"], kinds)
-    assert report.per_example == (0.0, 1.0)
-    assert ocrbench.points(report.per_example, kinds).total == 1
+    kinds = [ocrbench.FORMULAS, ocrbench.FORMULAS, "Doc-oriented VQA", "Doc-oriented VQA"]
+    report = score("ocrbench", ["X+1", "x+1"] * 2, ["X + 1", "X+1"] * 2, kinds)
+    assert report.per_example == (1.0, 0.0, 0.0, 1.0)
+    assert ocrbench.points(report.per_example, kinds).total == 2
 
 
 def test_a_task_of_ones_own():
