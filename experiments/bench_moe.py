@@ -82,7 +82,7 @@ def their_model(dtype: str, experts: str) -> Any:
     from llmprep_jax.models import registry
 
     cfg = config()
-    fields = registry.family_of(cfg).to_hf(cfg)
+    fields = registry.to_hf(cfg)
     theirs = transformers.DeepseekV3Config(**fields, experts_implementation=experts)
     return transformers.DeepseekV3ForCausalLM(theirs).to(getattr(torch, dtype))
 

@@ -78,8 +78,8 @@ def main(arguments: list[str]) -> None:
         if not settings.raw:
             _ = processor.chat  # refuses a model without a chat template before it is loaded
         model = lp.load_model(path, dtype=settings.dtype, mesh=mesh, ema=settings.ema)
-        processor.tokenizer.check_vocab(model.cfg.vocab_size)
-        check_draft(model, settings.draft)
+        processor.tokenizer.check_vocab(model.decoder.cfg.vocab_size)
+        check_draft(model.decoder, settings.draft)
         if settings.adapter is not None:
             model = lp.peft.load(model, settings.adapter)
             if not lp.quant.packed_layers(model):  # which a merge would make dense

@@ -23,7 +23,8 @@ from flax import nnx
 from llmprep_jax.config import check_fields, field_types, from_dict, to_dict
 from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
-from llmprep_jax.nn.language_model import Source
+from llmprep_jax.models.model_config import ModelConfig
+from llmprep_jax.nn.base_model import Source
 from llmprep_jax.nn.param import TRAINED, AdapterParam, Compute, RouterBias
 from llmprep_jax.peft import AnyMethod, inject, is_adapted, merge
 from llmprep_jax.quant import export
@@ -41,7 +42,6 @@ from llmprep_jax.weights.folder import refuse_adapter
 FLOATS = ("float32", "bfloat16", "float16")
 Dtype = Literal["float32", "bfloat16", "float16", "nf4", "fp4", "int8", "int4", "fp8"]
 DTYPES = get_args(Dtype)
-_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_model(
@@ -82,14 +82,14 @@ def load_model(
     if ema:
         raise ValueError(f"{path} is no run: only runs keep a running average; leave ema out")
     checkpoint = unpacking(hub.open_checkpoint(path))
-    family, cfg = _read_config(checkpoint)
+    cfg = _read_config(checkpoint)
     stored = _stored_dtype(checkpoint)
     to_dense, kind = dtype in FLOATS, dtype if dtype in KINDS else None
     as_stored = dtype is None and compute is None
     compute = _settle(dtype, compute, Compute(dtype=stored, param_dtype=stored))
-    cfg = dataclasses.replace(cfg, compute=compute)
+    cfg = cfg.with_compute(compute)
     with use_mesh(mesh):
-        abstract = registry.abstract(cfg)
+        abstract = _abstract(cfg, checkpoint)
         pack = {} if to_dense else packers(abstract, checkpoint, kind)
         model = table.load(
             abstract,
@@ -97,8 +97,6 @@ def load_model(
             abstract.weights,
             dtype=None if as_stored else compute.param_dtype,
             dtypes=[(RouterBias, "float32")],
-            renames=family.renames,
-            ignore=family.ignored(cfg),
             pack=pack.get,
         )
     model = adopt(model, compute.param_dtype)
@@ -154,7 +152,7 @@ def _load_run(
             graph, params, frozen = nnx.split(model, AdapterParam, ...)
         else:
             family = registry.family_of_type(meta["config"].get("model_type"))
-            cfg = dataclasses.replace(family.from_hf(meta["config"]), compute=compute)
+            cfg = family.from_hf(meta["config"]).with_compute(compute)
             cfg = _with_training_settings(cfg, meta.get("training", {}))
             abstract = registry.abstract(cfg)
             graph, params, frozen = nnx.split(abstract, TRAINED, ...)
@@ -188,15 +186,20 @@ def load_base(
 
 def training_settings(cfg: Any) -> dict[str, Any]:
     """What of a model's Config training goes by and no config.json holds, as JSON."""
-    return {name: to_dict(getattr(cfg, name)) for name in registry.family_of(cfg).trained_by}
+    if cfg.decoder is None:
+        return {}
+    fields = [f.name for f in dataclasses.fields(cfg.decoder) if f.metadata.get("is_trained_by")]
+    return {name: to_dict(getattr(cfg.decoder, name)) for name in fields}
 
 
 def _with_training_settings(cfg: Any, saved: Mapping[str, Any]) -> Any:
     """The Config with what `training_settings` gave; that of older runs is empty."""
-    kinds = field_types(type(cfg))
+    kinds = field_types(type(cfg.decoder)) if saved else {}
     known = {name: value for name, value in saved.items() if name in kinds}
-    return dataclasses.replace(
-        cfg, **{name: from_dict(kinds[name], value) for name, value in known.items()}
+    if not known:
+        return cfg
+    return cfg.with_decoder(
+        **{name: from_dict(kinds[name], value) for name, value in known.items()}
     )
 
 
@@ -208,11 +211,11 @@ def adapter_of_run(path: str | Path) -> Any | None:
     return None if adapter is None else from_dict(AnyMethod, adapter)
 
 
-def _read_config(checkpoint: Any) -> tuple[registry.Family, Any]:
-    """The family and its Config; a stored head that differs from the embedding unties them."""
+def _read_config(checkpoint: Any) -> ModelConfig:
+    """The Config of a checkpoint."""
     try:
         family = registry.family_of_type(checkpoint.config.get("model_type"))
-        cfg = family.settle(family.from_hf(checkpoint.config), checkpoint.names)
+        cfg = family.from_hf(checkpoint.config, checkpoint.names)
         check_fields(cfg)
         check_numbers(cfg)
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
@@ -222,9 +225,16 @@ def _read_config(checkpoint: Any) -> tuple[registry.Family, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
-    if cfg.tie_embeddings and table.head_is_separate(checkpoint, _EMBED, _HEAD, family.renames):
-        cfg = dataclasses.replace(cfg, tie_embeddings=False)
-    return family, cfg
+    return cfg
+
+
+def _abstract(cfg: ModelConfig, checkpoint: Any) -> nnx.Module:
+    """The model without weights; a stored head that differs from the embedding unties them."""
+    model = registry.abstract(cfg)
+    is_tied = cfg.decoder is not None and cfg.decoder.tie_embeddings
+    if is_tied and table.head_is_separate(checkpoint, model.weights):
+        return registry.abstract(cfg.with_decoder(tie_embeddings=False))
+    return model
 
 
 def _stored_dtype(checkpoint: Any) -> str:
@@ -275,13 +285,12 @@ def save_model(
     export.check_can_save(model)
     if processor is not None:
         processor.tokenizer.check_vocab(model.cfg.vocab_size)
-    family = registry.family_of(model)
-    config = family.to_hf(model.cfg) | {"dtype": str(model.embed.w.dtype)}
+    config = registry.to_hf(model.cfg) | {"dtype": str(model.dtype)}
     config |= export.config_fields(model, model.weights)
     return receipt.save_folder(
         Path(folder),
         config,
-        _with_copies(export.tensors(model, model.weights), family.copies(model.cfg)),
+        _with_copies(export.tensors(model, model.weights), model.weights.copies),
         extra_files=functools.partial(_write_extras, config, processor),
         verify=lambda written: receipt.probe_difference(
             model, load_model(written, mesh=mesh_of(model), compute=model.cfg.compute)

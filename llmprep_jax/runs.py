@@ -16,7 +16,6 @@ from flax import nnx
 from llmprep_jax import data, peft, quant
 from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.models import registry
-from llmprep_jax.models.deepseek import config as deepseek
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor, training_settings
@@ -90,21 +89,12 @@ def make_base(
     if cfg.model is None:
         name = cfg.architecture
         sizes = registry.preset(name) if isinstance(name, str) else name
-        if isinstance(sizes, deepseek.Config):
-            _check_transport(sizes.transport)
-        sizes = dataclasses.replace(sizes, compute=cfg.compute)
+        sizes.check_platform(jax.default_backend())
+        sizes = sizes.with_compute(cfg.compute)
         return jax.jit(lambda: registry.build(sizes, rngs=nnx.Rngs(cfg.seed)))()
     if adapter_of_run(cfg.model) is not None:
         say(f"the adapter of {cfg.model} is merged into its base, and training begins from that")
     return load_base(cfg.model, packed, mesh=mesh, compute=cfg.compute)
-
-
-def _check_transport(transport: str | None) -> None:
-    if transport == "ragged" and jax.default_backend() == "cpu":
-        raise ValueError(
-            "architecture.transport=ragged needs an all-to-all that CPUs do not have; leave it out "
-            "there, or give emulated, ring or capacity"
-        )
 
 
 def open_adapter(adapter: AnyMethod | str | None) -> tuple[pathlib.Path | None, AnyMethod | None]:
@@ -174,7 +164,7 @@ def count_steps(cfg: RunConfig, processor: Processor) -> int:
 
 def describe_model(cfg: RunConfig, model: nnx.Module, method: AnyMethod | None) -> dict[str, Any]:
     """What the run's checkpoints say of the model."""
-    config = registry.family_of(model).to_hf(model.cfg)
+    config = registry.to_hf(model.cfg)
     return make_meta(cfg, config, method, training_settings(model.cfg))
 
 

@@ -121,7 +121,7 @@ def test_an_id_outside_the_vocabulary_is_named(model, as_array, token):
     with pytest.raises(ValueError, match=message):
         model(tokens)
     with pytest.raises(ValueError, match=message):
-        model.features(tokens)
+        model.embed_inputs(tokens)
 
 
 def test_ids_at_both_ends_of_the_vocabulary_are_taken(model):

@@ -43,7 +43,7 @@ def config(size: str, num_layers: int) -> Any:
 def hf_fields(cfg: Any) -> dict[str, Any]:
     from llmprep_jax.models import registry
 
-    fields = registry.family_of(cfg).to_hf(cfg)
+    fields = registry.to_hf(cfg)
     return {name: x for name, x in fields.items() if name not in ("architectures", "torch_dtype")}
 
 

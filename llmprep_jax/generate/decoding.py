@@ -52,9 +52,10 @@ class Decoding:
         self.num_samples = 1 if num_samples is None else at_least_one("num_samples", num_samples)
         self.stop_ids, self._seed = read_ids("stop_ids", stop_ids), read_seed(seed)
         self._pad_id, self._draft, self._report = whole("pad_id", pad_id), draft, report
-        speculative.check_draft(model, draft)
-        self._model, self._prompts = model, read_batch(tokens, mask, model.cfg.vocab_size)
-        check_length(self._prompts[0], self.max_new_tokens, model.cfg.max_seq_len)
+        decoder = model.decoder
+        speculative.check_draft(decoder, draft)
+        self._model, self._prompts = model, read_batch(tokens, mask, decoder.cfg.vocab_size)
+        check_length(self._prompts[0], self.max_new_tokens, decoder.cfg.max_seq_len)
         self.num_rows = len(self._prompts[0]) * self.num_samples
         if self.num_samples > 1 and self.sampling.switches.is_greedy:
             raise ValueError(

@@ -79,7 +79,7 @@ class Engine:
         is_settled = jax.tree.structure(settled) == self._structure
         self._settled = None if is_settled else settled
         self.attach(model)
-        self.cfg, self._mesh = model.cfg, mesh_of(model)
+        self.cfg, self._mesh = model.decoder.cfg, mesh_of(model)
         devices = leaves[0].devices()
         is_one_cpu = len(devices) == 1 and next(iter(devices)).platform == "cpu"
         self._on_cpu = is_one_cpu and self._mesh is None
@@ -97,6 +97,11 @@ class Engine:
         assert model is not None, "the model is gone"
         return model
 
+    @property
+    def decoder(self) -> nnx.Module:
+        """Its language model, which decodes."""
+        return self.model.decoder
+
     def is_of(self, model: nnx.Module) -> bool:
         """Whether the model still holds the very arrays that this engine was made from."""
         leaves, structure = jax.tree.flatten(model)
@@ -106,20 +111,20 @@ class Engine:
 
     @functools.cached_property
     def _listed(self) -> nnx.Module:
-        return layout.listed(self.model)
+        return layout.listed(self.decoder)
 
     @functools.cached_property
     def _row_wise(self) -> nnx.Module:
-        return layout.row_wise(self.model)
+        return layout.row_wise(self.decoder)
 
     @functools.cached_property
     def _is_packed(self) -> bool:
         """Whether layers have packed weights, and copies of them are dense."""
-        return bool(layout.packed_layers(self.model))
+        return bool(layout.packed_layers(self.decoder))
 
     @functools.cached_property
     def _has_layouts(self) -> bool:
-        return self._on_cpu and not (self._is_packed and not layout.can_unpack(self.model))
+        return self._on_cpu and not (self._is_packed and not layout.can_unpack(self.decoder))
 
     def _model_for(self, num_tokens: int) -> nnx.Module:
         """The layout that is fastest for so many tokens at once.
@@ -128,11 +133,11 @@ class Engine:
         42, 11 in bf16; eight 48, 67, 69 and 94, 41, 83.
         """
         if not self._has_layouts:
-            return self.model
+            return self.decoder
         if num_tokens == 1:
             return self._row_wise
         as_it_is = self.cfg.compute.operand_dtype == jnp.float32 and not self._is_packed
-        return self.model if as_it_is else self._listed
+        return self.decoder if as_it_is else self._listed
 
     def start(
         self,
@@ -153,7 +158,7 @@ class Engine:
             vocabulary, prompt and new tokens together beyond the model's context, or a draft that
             the model has no modules for.
         """
-        speculative.check_draft(self.model, draft)
+        speculative.check_draft(self.decoder, draft)
         tokens_BT, mask_BT = read_batch(tokens, mask, self.cfg.vocab_size)
         check_length(tokens_BT, max_new_tokens, self.cfg.max_seq_len)
         width = bucket(tokens_BT.shape[1], MIN_PROMPT)
@@ -206,7 +211,7 @@ class Engine:
         length: int,
         max_new_tokens: int,
     ) -> speculative.State:
-        needed = speculative.num_slots(self.model, length, max_new_tokens)
+        needed = speculative.num_slots(self.decoder, length, max_new_tokens)
         num_slots = bucket(max(needed, tokens_BT.shape[1]), MIN_SLOTS)
         reader, limit = self._model_for(tokens_BT.size), np.int32(max_new_tokens)
         prompt = (tokens_BT, mask_BT, key, pad_id, limit)
@@ -316,7 +321,8 @@ def _step(model: nnx.Module, stop_ids: Array, sampling: Sampling, state: State) 
     keep = lambda new, old: jnp.where(state.done_B, old, new)  # noqa: E731
     token_B = keep(token_B, state.tokens_BT[:, state.step])
     seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows_B, token_B].set(True)
-    x_B1D, cache = model.features(by_row(token_B[:, None]), cache=state.cache)
+    x_B1D = model.embed_inputs(by_row(token_B[:, None]))
+    x_B1D, cache = model.features(x_B1D, cache=state.cache)
     return State(
         cache,
         everywhere(model.unembed(x_B1D)[:, 0]),

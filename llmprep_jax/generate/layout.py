@@ -46,7 +46,7 @@ def row_wise(model: nnx.Module) -> nnx.Module:
         return Rows(node) if type(node) is Einsum else node
 
     stacks = _unstacked(model, lay)
-    if not hasattr(model.embed if model.head is None else model.head, "w"):
+    if model.unembedding() is None:
         return _with(model, **stacks)  # adapted, and no one matrix
     if model.head is not None:
         return _with(model, **stacks, head=RowsHead(model.head.w[...].T, model.head.dtype))
@@ -113,17 +113,16 @@ def _weight(node: Einsum) -> Array:
 
 
 def _stacks(model: nnx.Module) -> dict[str, nnx.Module]:
-    stacks = {name: getattr(model, name) for name in model.stacks}
-    return {name: layers for name, layers in stacks.items() if layers is not None}
+    return {name: getattr(model, name) for name in model.stacks}
 
 
 def _unstacked(model: nnx.Module, change: Callable[[tuple, Any], Any]) -> dict[str, nnx.List]:
     """Each stack, and the modules that draft, as a list of nodes that `change` made."""
     change_one = jax.jit(functools.partial(nnx.recursive_map, change))  # one program for all layers
     lists = {name: unstack(layers, change_one) for name, layers in _stacks(model).items()}
-    if len(getattr(model, "mtp", ())):  # another list; theirs is left as it is
-        lists["mtp"] = nnx.List([change_one(module) for module in model.mtp])
-    return lists
+    extras = {name: getattr(model, name) for name in model.extras}  # lists already
+    others = {name: nnx.List(map(change_one, extra)) for name, extra in extras.items() if extra}
+    return lists | others
 
 
 def _with(model: nnx.Module, **parts: nnx.Module) -> nnx.Module:

@@ -134,9 +134,8 @@ def read_prompt(
 
     def read(index: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         hidden, cache = carry
-        x_BTD, cache = model.features(
-            part(tokens_BT, index), mask=part(mask_BT, index), cache=cache
-        )
+        x_BTD = model.embed_inputs(part(tokens_BT, index))
+        x_BTD, cache = model.features(x_BTD, mask=part(mask_BT, index), cache=cache)
         x_BTD = everywhere(x_BTD)
         if last_only:
             at_B11 = (count_B - 1 - index * block)[:, None, None]

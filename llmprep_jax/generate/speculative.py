@@ -113,7 +113,7 @@ def check_draft(model: Any, draft: str | None) -> None:
     """Refuses a way of drafting that there is not, or that the model has no modules for."""
     if draft not in (None, "mtp"):
         raise ValueError(f'draft is {draft!r}; it must be "mtp" or None')
-    if draft and not len(getattr(model, "mtp", ())):
+    if draft and model.drafts is None:
         raise ValueError(
             'draft="mtp" needs a model with multi-token prediction modules, and this one has none;'
             " leave draft out"
@@ -122,14 +122,14 @@ def check_draft(model: Any, draft: str | None) -> None:
 
 def num_slots(model: nnx.Module, length: int, max_new_tokens: int) -> int:
     """Slots that a cache needs: a step writes up to 2 M tokens beyond those that a row keeps."""
-    return length + max_new_tokens + 2 * len(model.mtp)
+    return length + max_new_tokens + 2 * len(model.drafts)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "block"))
 def prefill(model, tokens_BT, mask_BT, key, pad_id, limit, sampling, slots, block) -> State:
     """Reads the prompts in, draws the first token and drafts the next ones."""
-    B, M, V = len(tokens_BT), len(model.mtp), model.cfg.vocab_size
-    cache = model.init_cache(B, slots), model.init_mtp_cache(B, slots)
+    B, M, V = len(tokens_BT), len(model.drafts), model.cfg.vocab_size
+    cache = model.init_cache(B, slots), model.drafts.init_cache(B, slots)
     hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0], block=block)
     rows_B, last_B = jnp.arange(B), jnp.sum(mask_BT, axis=1) - 1
     logits_BV = _logits(model, hidden_BTD[rows_B, last_B][:, None])[:, 0]
@@ -181,11 +181,12 @@ def decode(model, state, until, stop_ids, ended_B, sampling) -> State:
 
 def _step(model: nnx.Module, stop_ids: Array, sampling: Sampling, state: State) -> State:
     """Verifies the drafts, keeps what is accepted and a token more, and drafts anew."""
-    M, limit, size = len(model.mtp), state.limit, state.tokens_BT.shape[1]
+    M, limit, size = len(model.drafts), state.limit, state.tokens_BT.shape[1]
     block_BT = jnp.concatenate([state.last_BM[:, -1:], state.drafts_BM], axis=1)
     length_B = state.cache[0].length_B
     start_B = length_B - (M - 1)
-    hidden_BTD, main = model.features(by_row(block_BT), cache=state.cache[0])
+    x_BTD = model.embed_inputs(by_row(block_BT))
+    hidden_BTD, main = model.features(x_BTD, cache=state.cache[0])
     hidden_BTD = everywhere(hidden_BTD)
     logits_BTV = _logits(model, hidden_BTD)
     new_BT, accepted_B = _verify(logits_BTV, state, sampling)
@@ -265,16 +266,17 @@ def _draft(
       hidden_BWD: the model's, of tokens that stand at `place`. text_BW: the tokens after those.
       last_B: index of the last hidden state; behind it is junk.
     """
-    M, W = len(model.mtp), text_BW.shape[1]
+    drafts = model.drafts
+    M, W = len(drafts), text_BW.shape[1]
     place = jax.tree.map(by_row, place)
-    rows_B, rope = jnp.arange(len(last_B)), model.rope(place)
+    rows_B, begun = jnp.arange(len(last_B)), drafts.begin(place)
     text_BW = jnp.pad(text_BW, ((0, 0), (0, M)))
     length_B = state.cache[1].length_B
     cache = state.cache[1].begin(place.positions_BT, place.segments_BT)
     h_BWD, seen_BV, tokens, probs = hidden_BWD, state.seen_BV, [], []
-    for m, module in enumerate(model.mtp):
-        next_BWD = model.embed(by_row(text_BW[:, m : m + W]))
-        h_BWD, cache, _ = module(by_row(h_BWD), next_BWD, place, rope, cache, m)
+    for m in range(M):
+        next_BWD = model.embed_inputs(by_row(text_BW[:, m : m + W]))
+        h_BWD, cache = drafts(m, by_row(h_BWD), next_BWD, place, begun, cache)
         h_BWD = everywhere(h_BWD)
         logits_BV = _logits(model, h_BWD[rows_B, last_B][:, None])[:, 0]
         probs.append(_probabilities(logits_BV, seen_BV, sampling))

@@ -5,6 +5,7 @@ Hugging Face wrote RoPE as `rope_theta` + `rope_scaling` up to transformers 4 an
 an old alias of `rope_type`.
 """
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
@@ -27,8 +28,8 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def check_numbers(cfg: Any) -> None:
-    """Raises ValueError naming a number of a family's Config that no model has.
+def check_numbers(cfg: Any, path: str = "") -> None:
+    """Raises ValueError naming a number of a family's Config, or of a part, that no model has.
 
     The bounds keep what follows from computing with nonsense: shapes multiply sizes, and layers are
     counted one by one.
@@ -39,10 +40,16 @@ def check_numbers(cfg: Any) -> None:
     least = dict.fromkeys(most, 1) | dict.fromkeys(("rope_base", "norm_eps", "query_scale"), 0)
     most |= {"num_shared": 1_000, "num_dense": 10_000, "num_mtp": 100, "num_experts": 10_000}
     least |= {"num_shared": 0, "num_dense": 0, "num_mtp": 0, "num_experts": 1}
-    for name, bound in least.items():
-        value = getattr(cfg, name, getattr(getattr(cfg, "routing", None), name, None))
-        if value is not None and not bound <= value <= most.get(name, math.inf):
-            raise ValueError(f"config.json gives {name} as {value}, which no model has; check it")
+    values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            check_numbers(value, f"{path}{name}.")
+        if value is None or name not in least:
+            continue
+        if not least[name] <= value <= most.get(name, math.inf):
+            raise ValueError(
+                f"config.json gives {path}{name} as {value}, which no model has; check it"
+            )
 
 
 def refuse_unsupported(hf: Mapping[str, Any], **allowed: tuple) -> None:

@@ -33,6 +33,7 @@ class Tokens:
     Attributes:
       positions_BT: index of each token in its segment, for RoPE and causality.
       segments_BT: which document a token is of; 0 is padding; None: all of one document.
+      spans_BT: numbers of runs whose tokens see each other, 0 elsewhere; None: there is none.
       in_order: whether the tokens of each segment stand in the order of their positions, which
         are then known to grow along a row before they have values.
       is_counted: whether they also grow by no more than one a column.
@@ -40,19 +41,22 @@ class Tokens:
 
     positions_BT: Int[Array, "B T"]
     segments_BT: Int[Array, "B T"] | None = None
+    spans_BT: Int[Array, "B T"] | None = None
     in_order: bool = dataclasses.field(default=False, metadata=dict(static=True))
     is_counted: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 def place_tokens(
-    tokens_BT: Int[Array, "B T"],
+    shape: tuple[int, int],
     positions_BT: Int[Array, "B T"] | None,
     segments_BT: Int[Array, "B T"] | None,
     mask_BT: Bool[Array, "B T"] | None,
     cache: KVCache | None = None,
     in_order: bool = False,
+    spans_BT: Int[Array, "B T"] | None = None,
 ) -> tuple[Tokens, KVCache | None]:
-    """Where a model's input tokens stand, from what its caller gave; and the full cache, begun.
+    """Where a model's input tokens [B, T] stand, from what its caller gave; and the full cache,
+    begun.
 
     Positions default to the count of real tokens in the row, on from those in the cache;
     `in_order` says that given ones grow along each document too.
@@ -67,24 +71,31 @@ def place_tokens(
         segments_BT = mask_BT.astype(jnp.int32)
     is_counted = positions_BT is None
     if is_counted:
-        real_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT > 0
+        if segments_BT is None:
+            by_row = spec("batch", None, shape=shape)
+            real_BT = jnp.ones(shape, jnp.int32, out_sharding=by_row)
+        else:
+            real_BT = segments_BT > 0
         positions_BT = jnp.cumsum(real_BT.astype(jnp.int32), axis=1) - 1
         if cache is not None:
             positions_BT += jnp.sum(cache.segments_BS > 0, axis=1, dtype=jnp.int32)[:, None]
         positions_BT = jnp.maximum(positions_BT, 0)
     # whole rows, whatever "seq" says: every query is held against every key
-    positions_BT, segments_BT = [_whole_rows(x) for x in (positions_BT, segments_BT)]
+    places = (positions_BT, segments_BT, spans_BT)
+    positions_BT, segments_BT, spans_BT = [_whole_rows(x) for x in places]
     if cache is None:
-        return Tokens(positions_BT, segments_BT, in_order or is_counted, is_counted), None
+        in_order = in_order or is_counted
+        return Tokens(positions_BT, segments_BT, spans_BT, in_order, is_counted), None
     is_traced = isinstance(cache.length_B, jax.core.Tracer)
     num_used = 0 if is_traced else int(jnp.max(cache.length_B))
-    if num_used + tokens_BT.shape[1] > cache.num_slots:
+    if num_used + shape[1] > cache.num_slots:
         raise ValueError(
-            f"{tokens_BT.shape[1]} tokens do not fit a cache of {cache.num_slots} slots,"
+            f"{shape[1]} tokens do not fit a cache of {cache.num_slots} slots,"
             f" {num_used} of them taken; give init_cache a greater max_len"
         )
     segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
-    return Tokens(positions_BT, segments_BT), cache.begin(positions_BT, segments_BT)
+    place = Tokens(positions_BT, segments_BT, spans_BT)
+    return place, cache.begin(positions_BT, segments_BT)
 
 
 def _whole_rows(x_BT: Array | None) -> Int[Array, "B T"] | None:
@@ -123,6 +134,8 @@ def attend(
         k_positions=at_K,
         q_segments=queries.segments_BT,
         k_segments=(queries if keys is None else keys).segments_BT,
+        q_spans=queries.spans_BT,
+        k_spans=(queries if keys is None else keys).spans_BT,
         **options,
     )
 

@@ -1,19 +1,25 @@
-"""What the language models of all families have in common: how they are called.
+"""What the language models of all families have in common: how they are called, and trained.
 
-A family's model gives `features` (tokens to hidden states) and `unembed` (these to logits). Calls
-from outside enter the mesh of the weights, so that a model loaded on a mesh works as one on a
+A family's model gives `features` (embeddings to hidden states) and `unembed` (these to logits).
+Calls from outside enter the mesh of the weights, so that a model loaded on a mesh works as one on a
 single device does.
 """
 
-import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 
+from llmprep_jax.nn.base_model import BaseModel
 from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.sharding import on_own_mesh
-from llmprep_jax.types import Array, Bool, Int
+from llmprep_jax.types import Array, Bool, Float, Int
+
+# (hidden states, targets, weights) -> the weighted sum of their cross-entropies
+SumLosses = Callable[[Array, Array, Array], Array]
+Terms = tuple[Array, Array, Mapping[str, Any] | None]  # total, count, statistics
+PLACES = ("positions", "segment_ids", "spans")  # of a batch, beside its tokens
 
 
 class Output(NamedTuple):
@@ -38,30 +44,17 @@ class Unembedding(NamedTuple):
     soft_cap: float | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a model's weights came from, as it was given; None: they are found nowhere.
-
-    Adapters are saved as those of this place, so who changes the weights takes it away
-    (`without_source`).
-
-    All are equal, so that models from two places share their compiled programs.
-    """
-
-    path: str | None = dataclasses.field(default=None, compare=False)
-
-
-class LanguageModel(nnx.Module):
+class LanguageModel(BaseModel):
     """Tokens to logits.
 
     Attributes:
-      source: of the weights.
       embed, head: the table of embeddings, and the output head; None where that is the table.
+      drafts: modules that predict further tokens, see `models.protocol`.
     """
 
-    source: Source
     embed: Any
     head: Any
+    drafts: Any = None
 
     @on_own_mesh
     def __call__(
@@ -86,8 +79,27 @@ class LanguageModel(nnx.Module):
             masks is then not computed on any backend.
         """
         places = dict(positions=positions, segment_ids=segment_ids, mask=mask)
-        x_BTD, cache = self.features(tokens, **places, cache=cache, in_order=in_order)
+        x_BTD = self.embed_inputs(tokens)
+        x_BTD, cache = self.features(x_BTD, **places, cache=cache, in_order=in_order)
         return Output(self.unembed(x_BTD), cache)
+
+    @property
+    def decoder(self) -> "LanguageModel":
+        """The language model, which is all there is."""
+        return self
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.embed.w.dtype
+
+    @on_own_mesh
+    def embed_inputs(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What `features` takes."""
+        return self.embed(tokens)
+
+    def spans(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
+        """None: no token sees a later one."""
+        return None
 
     @property
     def logits_soft_cap(self) -> float | None:
@@ -104,11 +116,22 @@ class LanguageModel(nnx.Module):
             layer.w[...], isinstance(layer, Embed), layer.dtype, self.logits_soft_cap
         )
 
+    def next_token_terms(
+        self, x_BTD: Float[Array, "B T D"], batch: Mapping[str, Array], sum_losses: SumLosses
+    ) -> Terms:
+        """(sum of the next tokens' cross-entropies, of their weights, no statistics) of a batch."""
+        places = {name: batch[name] for name in PLACES if name in batch}
+        x_BTD, _ = self.features(x_BTD, **places, in_order=True)
+        weights_BT = batch["loss_mask"].astype(jnp.float32)
+        return sum_losses(x_BTD, batch["targets"], weights_BT), jnp.sum(weights_BT), None
 
-def without_source(model: nnx.Module) -> nnx.Module:
-    """The model as one whose weights are found nowhere; the given one is unchanged."""
-    if not isinstance(model, LanguageModel):
-        return model
-    changed = nnx.merge(*nnx.split(model))
-    changed.source = Source()
-    return changed
+    def training_terms(
+        self, x_BTD: Float[Array, "B T D"], batch: Mapping[str, Array], sum_losses: SumLosses
+    ) -> Terms:
+        """What the model is trained by; see `train.losses.training_loss`."""
+        return self.next_token_terms(x_BTD, batch, sum_losses)
+
+    def probe(self) -> dict[str, Array]:
+        """Logits of two rows of fixed random ids."""
+        rows = np.random.default_rng(0).integers(0, self.cfg.vocab_size, (2, 24), dtype=np.int32)
+        return {"logits": self(jnp.asarray(rows)).logits}

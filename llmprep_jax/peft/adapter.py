@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmprep_jax.nn.language_model import without_source
+from llmprep_jax.nn.base_model import without_source
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam, Buffer, Shared
 from llmprep_jax.nn.settle import Settling

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.nn.language_model import LanguageModel
+from llmprep_jax.nn.base_model import BaseModel
 from llmprep_jax.peft.adapter_file import PREFIX
 from llmprep_jax.peft.targets import table_of
 from llmprep_jax.weights import hub
@@ -31,7 +31,7 @@ class BaseSpelling:
     """
 
     def __init__(self, model: nnx.Module, name: str | None):
-        if name is None and isinstance(model, LanguageModel):
+        if name is None and isinstance(model, BaseModel):
             name = model.source.path
         folder = None if name is None else hub.cached(name)
         self._table, self._folder, self._whole = table_of(model), None, None

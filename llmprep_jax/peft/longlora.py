@@ -73,7 +73,7 @@ class ShiftedAttention:
         outs = []
         for qkv, start, stop in ((straight, 0, end), (shifted, half, end + half)):
             rows = [_fold(x, start, stop, 2 * half) for x in (*qkv, *_places(tokens))]
-            out = attend(*rows[:3], Tokens(*rows[3:], tokens.in_order), **options)
+            out = attend(*rows[:3], Tokens(*rows[3:], in_order=tokens.in_order), **options)
             B, _, N, _ = qkv[0].shape
             outs.append(_reshape(out, (B, -1, N, out.shape[-1]))[:, start : start + T])
         return _lay(jnp.concatenate(outs, axis=2), "heads")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmprep_jax.nn.language_model import without_source
+from llmprep_jax.nn.base_model import without_source
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.peft.adapter import Adapted, adapters, is_adapted, map_adapted, with_weights
 from llmprep_jax.peft.by_name import names

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.nn.language_model import LanguageModel
+from llmprep_jax.nn.base_model import BaseModel
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import adapter, biases, injection, tied, tokens, tuned
@@ -143,7 +143,7 @@ def save(
 
 def _base_name(model: nnx.Module, given: str | None) -> str | None:
     """What the folder names as its base."""
-    if given is None and isinstance(model, LanguageModel):
+    if given is None and isinstance(model, BaseModel):
         given = model.source.path
     name = public_name(given)
     if name is None:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from llmprep_jax.kernels.cross_entropy import linear_cross_entropy
-from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.sharding import has_mesh, sharding_of, spec
 from llmprep_jax.types import Array, Float, Int
 
@@ -57,37 +56,43 @@ def next_token_loss(model: Any, batch: Batch, *, z_loss: float = 0.0) -> LossSum
     """The loss of a language model on a batch.
 
     Args:
-      model: `features(tokens, positions=, segment_ids=) -> (x_BTD, cache)` and `unembed(x_BTD)`.
+      model: a `models.protocol.CausalModel`.
       batch: tokens, targets, loss_mask; positions and segment_ids where rows are packed; [B, T].
         The tokens of a document stand in order.
       z_loss: weight of the squared logsumexp; 0: none.
     """
-    places = {name: batch[name] for name in ("positions", "segment_ids") if name in batch}
-    if isinstance(model, LanguageModel):
-        places["in_order"] = True
-    x_BTD, _ = model.features(batch["tokens"], **places)
-    weights_BT = batch["loss_mask"].astype(jnp.float32)
-    total = _sum_losses(model, z_loss, x_BTD, batch["targets"], weights_BT)
-    return LossSum(total, jnp.sum(weights_BT))
+    summed = functools.partial(sum_losses, model.decoder, z_loss)
+    return LossSum(*model.next_token_terms(*_inputs(model, batch), summed))
 
 
 def training_loss(model: Any, batch: Batch, *, z_loss: float = 0.0) -> LossSum:
-    """What a model is trained by: `next_token_loss`, or its own `training_terms` with that in them.
+    """What a model is trained by: `next_token_loss`, or `training_terms` of its own.
 
-    Such a model has `training_terms(batch, sum_losses) -> (total, count, stats)`, where sum_losses
-    takes hidden states, targets and weights. Of stats, "parts" are sums that the metrics divide by
-    count; "loads" the tokens of each expert, by the paths of routers, which their biases follow
-    (`train.step`); "dropped" the choices of experts that were not computed.
+    Of statistics, "parts" are sums that the metrics divide by count; "loads" the tokens of each
+    expert, by the paths of routers, which their biases follow (`train.step`); "dropped" the choices
+    of experts that were not computed.
     """
-    if not hasattr(model, "training_terms"):
-        return next_token_loss(model, batch, z_loss=z_loss)
-    return LossSum(*model.training_terms(batch, functools.partial(_sum_losses, model, z_loss)))
+    summed = functools.partial(sum_losses, model.decoder, z_loss)
+    return LossSum(*model.training_terms(*_inputs(model, batch), summed))
+
+
+def _inputs(model: Any, batch: Batch) -> tuple[Array, Batch]:
+    """What the decoder reads, and the batch with the runs of tokens that see each other."""
+    spans_BT = model.spans(batch["tokens"])
+    spans = {} if spans_BT is None else {"spans": spans_BT}
+    return model.embed_inputs(batch["tokens"]), {**batch, **spans}
 
 
 @jax.named_scope("loss")
-def _sum_losses(model, z_loss, x_BTD, targets_BT, weights_BT):
-    """The weighted sum of cross-entropies."""
-    head = model.unembedding() if isinstance(model, LanguageModel) else None
+def sum_losses(
+    model: Any,
+    z_loss: float,
+    x_BTD: Float[Array, "B T D"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """The weighted sum of cross-entropies of a decoder's final hidden states."""
+    head = model.unembedding()
     if head is None:
         return _sum_by_positions(model, z_loss, x_BTD, targets_BT, weights_BT)
     tokens = (x_BTD, jnp.where(weights_BT != 0, targets_BT, -1), weights_BT)

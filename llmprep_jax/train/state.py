@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from llmprep_jax.nn.language_model import without_source
+from llmprep_jax.nn.base_model import without_source
 from llmprep_jax.nn.param import AdapterParam
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -257,7 +256,7 @@ def _receipt(tolerance: float, difference: float, dtypes: list[str]) -> dict[str
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        "compared": "logits of the saved and the live model on a fixed probe",
+        "compared": "outputs of the saved and the live model on a fixed probe",
         "tolerance": tolerance,
         "measured_difference": difference,
         "dtypes": dtypes,
@@ -267,17 +266,20 @@ def _receipt(tolerance: float, difference: float, dtypes: list[str]) -> dict[str
 
 
 def probe_difference(model: nnx.Module, other: nnx.Module) -> float:
-    """The largest difference of two models' logits on a fixed probe, relative to the largest."""
-    ours, theirs = probe_logits(model), probe_logits(other)
-    return float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-30))
+    """The largest difference of two models' outputs on fixed inputs, relative to the largest of
+    each."""
+    ours, theirs = probe(model), probe(other)
+    differences = [
+        np.abs(x - theirs[name]).max() / max(np.abs(x).max(), 1e-30) for name, x in ours.items()
+    ]
+    return float(np.max(differences))  # NaN where one is
 
 
-def probe_logits(model: nnx.Module) -> np.ndarray:
-    """A model's logits on the fixed probe."""
-    rows = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (2, 24), dtype=np.int32)
-    return to_host(_probe(model, jnp.asarray(rows)))
+def probe(model: nnx.Module) -> dict[str, np.ndarray]:
+    """A model's outputs on fixed inputs."""
+    return {name: to_host(x) for name, x in _probe(model).items()}
 
 
 @jax.jit
-def _probe(model: nnx.Module, tokens_BT: jax.Array) -> jax.Array:
-    return model(tokens_BT).logits
+def _probe(model: nnx.Module) -> dict[str, jax.Array]:
+    return model.probe()

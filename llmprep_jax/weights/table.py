@@ -329,14 +329,13 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def head_is_separate(
-    checkpoint: Checkpoint,
-    embed_name: str,
-    head_name: str,
-    renames: Sequence[tuple[str, str]] = (),
-) -> bool:
+def head_is_separate(checkpoint: Checkpoint, table: Table) -> bool:
     """True when the file holds an output head that is not the embedding; it wins over "tied"."""
-    stored = canonical_names(checkpoint, renames, embed=embed_name, head=head_name)
+    if table.embed is None or table.head is None:
+        return False
+    embed_name, head_name = [table[path].name for path in (table.embed, table.head)]
+    ends = (embed_name, head_name) if table.finds_prefix else ()
+    stored = canonical_names(checkpoint, table.renames, table.ignored, *ends)
     if head_name not in stored or embed_name not in stored:
         return False
     return not _equal(checkpoint.read(stored[head_name]), checkpoint.read(stored[embed_name]))

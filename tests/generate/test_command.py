@@ -16,6 +16,12 @@ from llmprep_jax.text import Reply
 TOKENIZER = SimpleNamespace(check_vocab=lambda size: None)
 
 
+def stand_in(drafts=None):
+    """What the command looks at of a model."""
+    decoder = SimpleNamespace(cfg=SimpleNamespace(vocab_size=1), drafts=drafts)
+    return SimpleNamespace(decoder=decoder)
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """The prompts that reach the model; it answers each with its number, in two pieces."""
@@ -29,7 +35,7 @@ def asked(monkeypatch):
         yield Reply("", str(len(prompts)))
 
     processor = SimpleNamespace(tokenizer=TOKENIZER, chat=None)
-    model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=1))
+    model = stand_in()
     monkeypatch.setattr(lp, "load_processor", lambda path: processor)
     monkeypatch.setattr(lp, "load_model", lambda path, **settings: model)
     monkeypatch.setattr(lp, "generate", answer)
@@ -128,7 +134,7 @@ def test_a_draft_is_asked_for_and_its_acceptance_said(monkeypatch, capsys, asked
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "this one has none; leave draft out" in err
-    model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=1), mtp=[None])
+    model = stand_in(drafts=[None])
     monkeypatch.setattr(lp, "load_model", lambda path, **settings: model)
     assert run(monkeypatch, "model", "hi", "draft=mtp") == 0
     assert capsys.readouterr() == ("by mtp\n", "9% of 11 drafts accepted\n")
@@ -172,7 +178,7 @@ def test_what_the_model_is_loaded_with_is_told(monkeypatch, capsys, asked):
 
     def load(path, **settings):
         given.append(settings)
-        return SimpleNamespace(cfg=SimpleNamespace(vocab_size=1))
+        return stand_in()
 
     monkeypatch.setattr(lp, "load_model", load)
     assert run(monkeypatch, "model", "hi", "dtype=nf4", "mesh.fsdp=4", "mesh.tensor=2") == 0

@@ -23,12 +23,13 @@ def test_blocks_change_neither_hidden_states_nor_what_is_decoded_after_them(name
     def run(model, tokens, mask, block, last_only=False):
         cache = model.init_cache(2, 17)
         x, cache = read_prompt(model, tokens, mask, cache, block=block, last_only=last_only)
-        return x, model.features(tokens[:, -1:], cache=cache)[0]
+        return x, model.features(model.embed_inputs(tokens[:, -1:]), cache=cache)[0]
 
     @jax.jit
     def run_whole(model):
-        x, cache = model.features(tokens, mask=mask, cache=model.init_cache(2, 17))
-        return x, model.features(tokens[:, -1:], cache=cache)[0]
+        x = model.embed_inputs(tokens)
+        x, cache = model.features(x, mask=mask, cache=model.init_cache(2, 17))
+        return x, model.features(model.embed_inputs(tokens[:, -1:]), cache=cache)[0]
 
     whole, after = run_whole(model)
     found, after_blocks = run(model, tokens, mask, block)

@@ -83,7 +83,7 @@ def start(num_mtp=2):
 @jax.jit
 def by_full_reads(model, text_BT):
     """Each module's logits at every place, from one read of whole texts without a cache."""
-    hidden, _ = model.features(text_BT)
+    hidden, _ = model.features(model.embed_inputs(text_BT))
     found = []
     place = Tokens(jnp.broadcast_to(jnp.arange(text_BT.shape[1]), text_BT.shape))
     for m, module in enumerate(model.mtp):

@@ -12,8 +12,7 @@ from flax import nnx
 
 from llmprep_jax import pretrained
 from llmprep_jax.data import DataConfig
-from llmprep_jax.models import registry
-from llmprep_jax.models.deepseek import weights
+from llmprep_jax.models import deepseek, registry
 from llmprep_jax.models.deepseek.config import Config
 from llmprep_jax.nn.attention import place_tokens
 from llmprep_jax.nn.balance import Balance
@@ -61,8 +60,9 @@ def further(model, batch, next_BTD, weights_BT):
 
     The gradient is by `next_BTD`, which the first module gets as embeddings of the next tokens.
     """
-    place, _ = place_tokens(batch["tokens"], None, batch["segment_ids"], None)
-    x_BTD, _, _ = model.run(batch["tokens"], place)
+    tokens = batch["tokens"]
+    place, _ = place_tokens(tokens.shape, None, batch["segment_ids"], None)
+    x_BTD, _, _ = model.run(model.embed_inputs(tokens), place)
     rope = model.rope(place)
 
     def total(next_BTD):
@@ -164,8 +164,9 @@ def test_a_step_moves_each_bias_by_the_rate_towards_experts_with_little_load(acc
 
 def test_a_checkpoint_without_the_module_is_read_without_it():
     names = ["model.layers.0.self_attn.o_proj.weight", "lm_head.weight"]
-    assert weights.settle(CFG, names).num_mtp == 0
-    assert weights.settle(CFG, [*names, "model.layers.2.eh_proj.weight"]).num_mtp == CFG.num_mtp
+    hf = registry.to_hf(CFG)
+    assert deepseek.from_hf(hf, names).num_mtp == 0
+    assert deepseek.from_hf(hf, [*names, "model.layers.2.eh_proj.weight"]).num_mtp == CFG.num_mtp
 
 
 def test_a_runs_checkpoints_keep_what_training_goes_by_and_loading_them_drops_no_token(

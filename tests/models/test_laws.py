@@ -65,7 +65,7 @@ def gradients(model, table, tokens, mask, weights_BT):
     def total(model, table):
         embedding = nnx.merge(*nnx.split(model))
         embedding.embed.w = Param(table)
-        hidden_BTD, _ = embedding.features(tokens, mask=mask)
+        hidden_BTD, _ = embedding.features(embedding.embed_inputs(tokens), mask=mask)
         logits = model.unembed(hidden_BTD)
         return jnp.sum(jnp.sin(logits) * weights_BT[..., None]), logits
 
@@ -332,6 +332,6 @@ def test_gemma_caps_logits_by_tanh():
 def test_gemma_scales_embeddings_by_a_root_in_the_dtype_of_the_weights():
     for dtype, scale in (("float32", 48**0.5), ("bfloat16", 6.9375)):
         model = make_model("gemma3", param_dtype=dtype)
-        found = model._embed(jnp.array([[7]]))[0, 0]
+        found = model.embed_inputs(jnp.array([[7]]))[0, 0]
         expected = np.asarray(model.embed.w[...][7], np.float32) * np.float32(scale)
         np.testing.assert_allclose(found, expected, rtol=1e-6)

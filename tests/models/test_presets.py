@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llmprep_jax.models import registry
+from llmprep_jax.models import deepseek, registry
 
 COUNTS = {
     "llama-2-7b": 6_738_415_616,
@@ -65,7 +65,7 @@ def model_of(name: str) -> nnx.Module:
 
 
 def test_every_preset_has_an_expected_count():
-    names = {name for family in registry.FAMILIES for name in family.presets}
+    names = {name for family in registry.FAMILIES for name in family.PRESETS}
     assert names == set(COUNTS)
 
 
@@ -102,8 +102,8 @@ def test_a_preset_has_the_published_number_of_parameters(name):
 def test_a_preset_survives_the_way_to_config_json_and_back(name):
     cfg = registry.preset(name)
     family = registry.family_of(cfg)
-    again = family.from_hf(family.to_hf(cfg))
-    if family.name == "deepseek":  # of training, and no field of theirs but for one
+    again = family.from_hf(registry.to_hf(cfg))
+    if family is deepseek:  # of training, and no field of theirs but for one
         again = dataclasses.replace(again, balance=cfg.balance)
     assert again == cfg
 

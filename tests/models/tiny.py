@@ -9,7 +9,7 @@ from flax import nnx
 
 from llmprep_jax.models import registry
 from llmprep_jax.models.deepseek.config import Config as DeepSeekConfig
-from llmprep_jax.models.gemma3.config import Config as Gemma3Config
+from llmprep_jax.models.gemma3_text.config import Config as Gemma3Config
 from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.moe import Routing
 from llmprep_jax.nn.rope import RopeScaling

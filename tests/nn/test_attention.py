@@ -35,7 +35,7 @@ def test_tokens_in_order_attend_as_by_their_positions(window):
 
     @jax.jit
     def run(q, k, v, positions, segments):
-        places = [Tokens(positions, segments, in_order) for in_order in (True, False)]
+        places = [Tokens(positions, segments, in_order=in_order) for in_order in (True, False)]
         return [attend(q, k, v, tokens, window=window, scale=0.3) for tokens in places]
 
     in_order, by_value = run(q, k, v, positions, segments)
@@ -123,7 +123,7 @@ def test_scores_are_scaled_by_the_head_width_unless_told():
     assert make_attention(scale=0.25).scale == 0.25
 
 
-place = functools.partial(place_tokens, np.zeros((2, 5), np.int32))
+place = functools.partial(place_tokens, (2, 5))
 
 
 def test_positions_count_the_real_tokens_of_a_row():

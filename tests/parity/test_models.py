@@ -4,7 +4,6 @@ Weights go through files: transformers saves, we load, so names, layouts and con
 """
 
 import json
-import types
 
 import chex
 import jax
@@ -16,7 +15,7 @@ import transformers
 from flax import nnx
 
 import llmprep_jax as lp
-from llmprep_jax.train.losses import next_token_loss
+from llmprep_jax.train.losses import sum_losses
 from llmprep_jax.weights.table import entries
 from tests.parity import torch_models
 
@@ -41,10 +40,9 @@ def rungs(model):
     """Loss, with hidden states and logits, and every gradient: one program for three rungs."""
 
     def mean_loss(model):
-        hidden = model.features(TOKENS)[0]
-        known = types.SimpleNamespace(features=lambda tokens: (hidden, None), unembed=model.unembed)
-        loss = next_token_loss(known, BATCH)
-        return loss.total / loss.count, (hidden, model.unembed(hidden))
+        hidden = model.features(model.embed_inputs(TOKENS))[0]
+        total = sum_losses(model, 0.0, hidden, BATCH["targets"], BATCH["loss_mask"])
+        return total / BATCH["loss_mask"].sum(), (hidden, model.unembed(hidden))
 
     return jax.value_and_grad(mean_loss, has_aux=True)(model)
 

@@ -94,7 +94,7 @@ def their_logits(theirs, modules: MtpModel, tokens: np.ndarray) -> list[np.ndarr
 
 @jax.jit
 def our_logits(model, tokens):
-    hidden, found = model.features(tokens[:, : -len(model.mtp)])[0], []
+    hidden, found = model.features(model.embed_inputs(tokens[:, : -len(model.mtp)]))[0], []
     place = Tokens(jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2]))
     for m, module in enumerate(model.mtp):
         following = model.embed(tokens[:, m + 1 :][:, : hidden.shape[1]])

@@ -23,7 +23,7 @@ from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.peft.lokr import factors
 from llmprep_jax.peft.method import Method
 from llmprep_jax.sharding import has_mesh, make_mesh, use_mesh
-from llmprep_jax.weights.receipt import probe_logits
+from llmprep_jax.weights.receipt import probe
 from tests.grids import cases
 from tests.models.tiny import make_tokens
 from tests.random_modules import random_module
@@ -98,7 +98,8 @@ def scattered(model: nnx.Module) -> nnx.Module:
 
 
 # the program that `save` compares by, so that each method's is compiled once
-logits_of = probe_logits
+def logits_of(model: nnx.Module) -> np.ndarray:
+    return probe(model)["logits"]
 
 
 @functools.cache

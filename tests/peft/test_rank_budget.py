@@ -116,8 +116,8 @@ class Deep(Toy):
         super().__init__(rngs=rngs)
         self.layers = stack(linear, 3, rngs=rngs)
 
-    def features(self, tokens, positions=None, segment_ids=None):
-        x, _ = super().features(tokens)
+    def features(self, x_BTD, **places):
+        x, _ = super().features(x_BTD, **places)
         return scan(
             lambda layer, x: x + jnp.tanh(layer(x)), self.layers, x, compute=Compute()
         ), None
@@ -153,8 +153,9 @@ def test_a_run_ends_with_the_target_rank_and_more_orthogonal_factors(tmp_path):
     trainer = Trainer(jax.tree.map(jnp.copy, adapted()), AdapterParam, cfg)
     again = fit(trainer, Rows(), out=tmp_path).model
     np.testing.assert_array_equal(again.layers.lora_e[...], trained.layers.lora_e[...])
-    found = lp.peft.merge(trained).features(np.ones((1, 4), np.int32))[0]
-    np.testing.assert_allclose(trained.features(np.ones((1, 4), np.int32))[0], found, atol=1e-5)
+    x_BTD = trained.embed_inputs(np.ones((1, 4), np.int32))
+    found = lp.peft.merge(trained).features(x_BTD)[0]
+    np.testing.assert_allclose(trained.features(x_BTD)[0], found, atol=1e-5)
 
 
 def test_the_budget_is_laid_over_the_run_where_its_steps_are_not_given():

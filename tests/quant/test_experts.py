@@ -65,7 +65,7 @@ def released() -> tuple[dict, dict, dict]:
         tensors[name], tensors[f"{name}_scale_inv"], values[name] = pack(array.shape, rng)
     for name in ("embed_tokens", "shared_head.head"):  # copies of the main model's
         tensors[f"model.layers.3.{name}.weight"] = tensors["lm_head.weight"]
-    config = registry.family_of(model()).to_hf(model().cfg)
+    config = registry.to_hf(model().cfg)
     config["quantization_config"] = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
@@ -212,7 +212,7 @@ def test_nf4_takes_v2_lite_from_31_4_to_8_7_gb():
 
 
 def test_packing_a_dense_folder_packs_what_packing_the_model_does(tmp_path):
-    config = registry.family_of(model()).to_hf(model().cfg)
+    config = registry.to_hf(model().cfg)
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_folder(tmp_path, table.export(model(), model().weights))
     whole = jax.eval_shape(lambda model: quantize_model(model, "int8"), model())

@@ -40,8 +40,8 @@ def model():
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     """As `lp.save_model` writes it, but for the comparison."""
-    folder, family = tmp_path_factory.mktemp("hf"), registry.family_of(model)
-    (folder / "config.json").write_text(json.dumps(family.to_hf(model.cfg)))
+    folder = tmp_path_factory.mktemp("hf")
+    (folder / "config.json").write_text(json.dumps(registry.to_hf(model.cfg)))
     write_folder(folder, table.export(model, model.weights))
     return folder
 

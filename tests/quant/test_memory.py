@@ -61,7 +61,7 @@ def folders(tmp_path_factory):
     def write(name, tensors, fields):
         (root / name).mkdir()
         cfg = registry.preset("smollm2-135m")
-        config = registry.family_of(cfg).to_hf(cfg) | {"dtype": "bfloat16"} | fields
+        config = registry.to_hf(cfg) | {"dtype": "bfloat16"} | fields
         (root / name / "config.json").write_text(json.dumps(config))
         write_folder(root / name, tensors)
         return root / name

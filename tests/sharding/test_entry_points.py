@@ -33,7 +33,7 @@ def load(tmp_path_factory):
     @functools.cache
     def folder(name):
         path, model = tmp_path_factory.mktemp(name), model_alone(name)
-        config = registry.family_of(model).to_hf(model.cfg)
+        config = registry.to_hf(model.cfg)
         (path / "config.json").write_text(json.dumps(config))
         write_folder(path, table.export(model, model.weights))
         return path

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 from llmprep_jax.models import registry
-from llmprep_jax.models.gemma3.config import Config as Gemma3Config
+from llmprep_jax.models.gemma3_text.config import Config as Gemma3Config
 from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.balance import Balance
 from llmprep_jax.sharding import make_mesh, spec, use_mesh

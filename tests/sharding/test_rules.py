@@ -134,7 +134,7 @@ def test_activations_stay_whole_in_the_model_dimension_where_rows_do_not_divide(
         attn = jax.tree.map(lambda x: x[0], layers.attn)
         x_BTD = model.embed(tokens)
         low = attn.q(x_BTD) if name == "llama-tied" else attn.kv_a(x_BTD)
-        return x_BTD, low, model.features(tokens)[0]
+        return x_BTD, low, model.features(x_BTD)[0]
 
     with use_mesh(make_mesh(AXES)):
         model = jax.eval_shape(lambda: registry.build(CONFIGS[name], rngs=nnx.Rngs(0)))

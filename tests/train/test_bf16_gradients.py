@@ -19,7 +19,7 @@ from flax import nnx
 import llmprep_jax as lp
 from llmprep_jax.models import registry
 from llmprep_jax.models.deepseek.config import Config as DeepSeekConfig
-from llmprep_jax.models.gemma3.config import Config as Gemma3Config
+from llmprep_jax.models.gemma3_text.config import Config as Gemma3Config
 from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.nn.balance import Balance
 from llmprep_jax.nn.linear import look_up

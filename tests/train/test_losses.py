@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from llmprep_jax import peft
+from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.nn.param import AdapterParam, Param
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train import losses
@@ -19,7 +19,7 @@ from llmprep_jax.train.losses import cross_entropy, next_token_loss
 from llmprep_jax.train.state import merge, split_model
 from tests.models.tiny import ODD_CONFIGS, forward, random_model
 from tests.random_modules import random_module
-from tests.train.toy import VOCAB, make_batch, toy
+from tests.train.toy import VOCAB, Toy, make_batch, toy
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary():
@@ -56,15 +56,16 @@ def test_masked_tokens_weigh_nothing_even_with_infinite_loss():
     np.testing.assert_allclose(infinite.total, part.total, rtol=1e-6)
 
 
-class _Broken:
-    """A model whose logits from position 5 on are infinite."""
+class _Broken(Toy):
+    """The model with logits from position 5 on that are infinite."""
 
     def __init__(self, model):
-        self.features, self._head = model.features, model.unembed
+        self.embed, self.norm, self.head = model.embed, model.norm, model.head
+        self.lora_a = None
 
     def unembed(self, x_BTD):
         late_T = jnp.arange(x_BTD.shape[1]) >= 5
-        return jnp.where(late_T[None, :, None], jnp.inf, self._head(x_BTD))
+        return jnp.where(late_T[None, :, None], jnp.inf, self.head(x_BTD))
 
 
 def loss_and_gradients(model, kind=Param, **options):
@@ -143,12 +144,18 @@ def test_positions_are_counted_by_what_one_device_holds(axes, monkeypatch):
 def test_positions_keep_the_logits_of_an_adapted_head_out_of_memory(monkeypatch):
     vocab, length = 4096, 512
 
-    class Wide(nnx.Module):
+    class Wide(LanguageModel):
         def __init__(self):
             self.w = Param(jnp.ones((8, vocab)))
 
-        def features(self, tokens):
-            return jnp.ones((1, length, 8)) * tokens[..., None], None
+        def embed_inputs(self, tokens):
+            return jnp.ones((1, length, 8)) * tokens[..., None]
+
+        def features(self, x_BTD, in_order):
+            return x_BTD, None
+
+        def unembedding(self):
+            return None
 
         def unembed(self, x_BTD):
             return x_BTD @ self.w[...]

@@ -1,4 +1,4 @@
-"""A model with the protocol that training asks for (features, unembed), compiled in a moment."""
+"""A language model, as far as training asks, compiled in a moment."""
 
 import functools
 
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llmprep_jax.nn.base_model import Source
+from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
@@ -14,7 +16,7 @@ from llmprep_jax.nn.param import AdapterParam, Compute, Param
 VOCAB, DIM = 32, 16
 
 
-class Toy(nnx.Module):
+class Toy(LanguageModel):
     """Predicts the next token from this one and the mean of those before it."""
 
     def __init__(
@@ -25,7 +27,7 @@ class Toy(nnx.Module):
         lora: bool = False,
         dim: int = DIM,
     ):
-        compute = compute or Compute()
+        compute, self.source = compute or Compute(), Source()
         self.embed = Embed(VOCAB, dim, compute=compute, rngs=rngs)
         self.norm = RMSNorm(dim, param_dtype=compute.param_dtype, rngs=rngs)
         self.head = Head(dim, VOCAB, compute=compute, rngs=rngs)
@@ -34,8 +36,7 @@ class Toy(nnx.Module):
         )
         self.lora_b = AdapterParam(jnp.zeros((2, dim))) if lora else None
 
-    def features(self, tokens, positions=None, segment_ids=None):
-        x_BTD = self.embed(tokens)
+    def features(self, x_BTD, positions=None, segment_ids=None, in_order=True):
         past_BTD = jnp.cumsum(x_BTD, axis=1) / (1.0 + jnp.arange(x_BTD.shape[1]))[:, None]
         x_BTD = x_BTD + past_BTD.astype(x_BTD.dtype)
         if self.lora_a is not None:
@@ -44,6 +45,9 @@ class Toy(nnx.Module):
 
     def unembed(self, x_BTD):
         return self.head(x_BTD)
+
+    def unembedding(self):
+        return None  # as of an adapted head
 
 
 @functools.partial(jax.jit, static_argnames=("compute", "lora", "dim"))

@@ -25,8 +25,7 @@ make_model = functools.cache(tiny.make_model)
 
 
 def written(model: nnx.Module, folder, max_shard_bytes: int = 20_000):
-    family = registry.family_of(model)
-    (folder / "config.json").write_text(json.dumps(family.to_hf(model.cfg)))
+    (folder / "config.json").write_text(json.dumps(registry.to_hf(model.cfg)))
     write_folder(folder, table.export(model, model.weights), max_shard_bytes)
     return folder
 
@@ -122,12 +121,11 @@ def test_a_stored_head_wins_over_tied_in_the_config_when_it_differs(tmp_path):
 
 def test_older_spellings_of_gemma_load_and_its_vision_tower_is_left_alone(tmp_path):
     model = make_model("gemma3")
-    family = registry.family_of(model)
     prefix = "language_model."
     tensors = [(prefix + name, array) for name, array in table.export(model, model.weights)]
     tensors += [("vision_tower.vision_model.post_layernorm.weight", np.zeros(4, np.float32))]
     write_folder(tmp_path, tensors)
-    text = family.to_hf(model.cfg)
+    text = registry.to_hf(model.cfg)
     config = {"model_type": "gemma3", "text_config": text}
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded, tokens = lp.load_model(tmp_path), make_tokens()
@@ -161,8 +159,8 @@ SPELLINGS = {
 )
 def test_names_are_brought_to_the_table_from_every_wrapping(tmp_path, name, spelling):
     model = make_model(name)
-    (tmp_path / "config.json").write_text(json.dumps(registry.family_of(model).to_hf(model.cfg)))
-    copies = registry.family_of(model).copies(model.cfg)
+    (tmp_path / "config.json").write_text(json.dumps(registry.to_hf(model.cfg)))
+    copies = model.weights.copies
     tensors = dict(table.export(model, model.weights))
     tensors |= {copy: tensors[original] for copy, original in copies.items()}
     write_folder(tmp_path, [(SPELLINGS[spelling](name), x) for name, x in tensors.items()])
@@ -172,7 +170,7 @@ def test_names_are_brought_to_the_table_from_every_wrapping(tmp_path, name, spel
 
 def test_a_base_model_that_has_no_head_but_needs_one_is_named(tmp_path):
     model = make_model("qwen2-window")
-    (tmp_path / "config.json").write_text(json.dumps(registry.family_of(model).to_hf(model.cfg)))
+    (tmp_path / "config.json").write_text(json.dumps(registry.to_hf(model.cfg)))
     tensors = [(bare(name), x) for name, x in table.export(model, model.weights)]
     write_folder(tmp_path, [(name, x) for name, x in tensors if name != "lm_head.weight"])
     with pytest.raises(ValueError, match="1 missing: lm_head.weight; a base model") as caught:
@@ -182,7 +180,7 @@ def test_a_base_model_that_has_no_head_but_needs_one_is_named(tmp_path):
 
 def test_a_strange_tensor_is_named_as_it_is_stored(tmp_path):
     model = make_model("qwen2-window")
-    (tmp_path / "config.json").write_text(json.dumps(registry.family_of(model).to_hf(model.cfg)))
+    (tmp_path / "config.json").write_text(json.dumps(registry.to_hf(model.cfg)))
     tensors = [(bare(name), x) for name, x in table.export(model, model.weights)]
     write_folder(tmp_path, [*tensors, ("score.weight", np.zeros(2, np.float32))])
     with pytest.raises(ValueError, match="1 unexpected: score.weight;"):

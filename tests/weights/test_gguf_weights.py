@@ -187,7 +187,7 @@ def test_a_llama_file_has_the_names_and_config_of_the_folder(tmp_path):
 def load(checkpoint: GgufCheckpoint) -> nnx.Module:
     family = registry.family_of_type(checkpoint.config["model_type"])
     cfg = family.from_hf(checkpoint.config)
-    abstract = jax.eval_shape(lambda: family.model(cfg, rngs=nnx.Rngs(0)))
+    abstract = jax.eval_shape(lambda: family.Model(cfg, rngs=nnx.Rngs(0)))
     return table.load(abstract, checkpoint, abstract.weights)
 
 

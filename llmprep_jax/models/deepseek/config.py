@@ -8,7 +8,7 @@ between V2 and V3 and from every release.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmprep_jax.models.hf_config import (
@@ -19,6 +19,7 @@ from llmprep_jax.models.hf_config import (
     token_ids_to_hf,
     write_rope,
 )
+from llmprep_jax.models.model_config import TRAINED_BY, UNSAVED, LanguageConfig
 from llmprep_jax.nn.balance import Balance
 from llmprep_jax.nn.moe import Routing
 from llmprep_jax.nn.param import Compute
@@ -26,7 +27,7 @@ from llmprep_jax.nn.rope import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(LanguageConfig):
     """One model of the family.
 
     Attributes:
@@ -69,21 +70,29 @@ class Config:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     num_mtp: int = 0
-    mtp_weight: float = 0.3
-    balance: Balance = Balance()
-    transport: str | None = None
-    buffer_factor: float | None = 2.0
+    mtp_weight: float = dataclasses.field(default=0.3, metadata=TRAINED_BY)
+    balance: Balance = dataclasses.field(default=Balance(), metadata=TRAINED_BY)
+    # a transport is of a machine
+    transport: str | None = dataclasses.field(default=None, metadata=UNSAVED)
+    buffer_factor: float | None = dataclasses.field(default=2.0, metadata=TRAINED_BY)
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     model_type: str = "deepseek_v3"
-    compute: Compute = Compute()
+    compute: Compute = dataclasses.field(default=Compute(), metadata=UNSAVED)
 
     def __post_init__(self):
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim={self.rope_dim} is odd; it is rotated in pairs")
         if self.moe_every < 1:
             raise ValueError(f"moe_every={self.moe_every} must be at least 1")
+
+    def check_platform(self, platform: str) -> None:
+        if self.transport == "ragged" and platform == "cpu":
+            raise ValueError(
+                "architecture.transport=ragged needs an all-to-all that CPUs do not have; leave it"
+                " out there, or give emulated, ring or capacity"
+            )
 
     @property
     def is_moe(self) -> tuple[bool, ...]:
@@ -172,8 +181,12 @@ _SIZES = (
 )
 
 
-def from_hf(hf: Mapping[str, Any]) -> Config:
+def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config:
     """Reads a config.json of model_type deepseek_v2 or deepseek_v3.
+
+    Args:
+      names: of the checkpoint's tensors: transformers writes that there is a multi-token prediction
+        module, and leaves it out.
 
     Raises:
       ValueError: a field is missing, or asks for something that this family does not compute.
@@ -222,7 +235,7 @@ def from_hf(hf: Mapping[str, Any]) -> Config:
         rope_interleaved=hf.get("rope_interleave", True),
         norm_eps=hf["rms_norm_eps"],
         tie_embeddings=hf["tie_word_embeddings"],
-        num_mtp=_read_num_mtp(hf) if is_v3 else 0,
+        num_mtp=_read_num_mtp(hf, names) if is_v3 else 0,
         balance=Balance(expert=float(hf.get("aux_loss_alpha", 0.0))),
         model_type=kind,
         **token_ids_from_hf(hf),
@@ -245,8 +258,10 @@ def _read_routing(hf: Mapping[str, Any], is_v3: bool) -> Routing:
     )
 
 
-def _read_num_mtp(hf: Mapping[str, Any]) -> int:
-    # renamed in transformers 5, where there is one unless it is said; `settle` looks for it
+def _read_num_mtp(hf: Mapping[str, Any], names: Sequence[str] | None) -> int:
+    if names is not None and not any(name.endswith(".eh_proj.weight") for name in names):
+        return 0
+    # renamed in transformers 5, where there is one unless it is said
     return hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers", 1))
 
 

@@ -6,28 +6,29 @@ tokens + the balance losses of all routers. Module k is given the embedding of t
 on and predicts the one after it, so at the end of a document the last k of them have no target.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from llmprep_jax.nn.attention import place_tokens
-from llmprep_jax.types import Array
-
-SumLosses = Callable[[Array, Array, Array], Array]
-Terms = tuple[Array, Array, dict[str, Any]]
+from llmprep_jax.nn.language_model import SumLosses, Terms
+from llmprep_jax.types import Array, Float
 
 
-def training_terms(model: Any, batch: Mapping[str, Array], sum_losses: SumLosses) -> Terms:
+def training_terms(
+    model: Any, x_BTD: Float[Array, "B T D"], batch: Mapping[str, Array], sum_losses: SumLosses
+) -> Terms:
     """(total, count, statistics) of a batch, as `train.losses.training_loss` has them.
 
     Args:
+      x_BTD: embeddings of the tokens.
       batch: as `train.losses.next_token_loss`.
       sum_losses: (hidden states, targets, weights) -> weighted sum of their cross-entropies.
     """
-    ids, segments_BT = batch["tokens"], batch.get("segment_ids")
-    place, _ = place_tokens(ids, batch.get("positions"), segments_BT, None, in_order=True)
-    x_BTD, _, load = model.run(ids, place)
+    segments_BT, shape = batch.get("segment_ids"), x_BTD.shape[:2]
+    place, _ = place_tokens(shape, batch.get("positions"), segments_BT, None, in_order=True)
+    x_BTD, _, load = model.run(x_BTD, place)
     weights_BT = batch["loss_mask"].astype(jnp.float32)
     count = jnp.sum(weights_BT)
     main = sum_losses(x_BTD, batch["targets"], weights_BT)
@@ -35,7 +36,7 @@ def training_terms(model: Any, batch: Mapping[str, Array], sum_losses: SumLosses
     balance, dropped = jnp.sum(load.loss), jnp.sum(load.dropped)
     further, rope = jnp.zeros(()), model.rope(place)
     for depth, module in enumerate(model.mtp, 1):
-        next_BTD = model.embed(_ahead(batch["targets"], depth - 1))
+        next_BTD = model.embed_inputs(_ahead(batch["targets"], depth - 1))
         x_BTD, _, load = module(x_BTD, next_BTD, place, rope)
         targets_BT, weights_BT = _ahead(batch["targets"], depth), _ahead(weights_BT, 1)
         if segments_BT is not None:

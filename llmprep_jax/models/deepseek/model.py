@@ -16,11 +16,12 @@ from flax import nnx
 
 from llmprep_jax.models.deepseek import loss, weights
 from llmprep_jax.models.deepseek.config import Config
-from llmprep_jax.models.deepseek.loss import SumLosses, Terms
+from llmprep_jax.models.deepseek.drafts import Drafts
 from llmprep_jax.nn.attention import Tokens, place_tokens
 from llmprep_jax.nn.balance import Load
+from llmprep_jax.nn.base_model import Source
 from llmprep_jax.nn.cache import KVCache
-from llmprep_jax.nn.language_model import LanguageModel, Source
+from llmprep_jax.nn.language_model import LanguageModel, SumLosses, Terms
 from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.nn.mla import MLA
 from llmprep_jax.nn.mlp import GatedMlp
@@ -121,7 +122,7 @@ class MTP(nnx.Module):
           hidden_BTD: of the model or of the module before, after its last norm.
           next_BTD: embeddings of the tokens that came after those.
           tokens: where those of `hidden` stand; only differences of positions matter.
-          layer: the module's own in a cache that `init_mtp_cache` made.
+          layer: the module's own in a cache that `Drafts` made.
         """
         pair = [self.embed_norm(next_BTD), self.hidden_norm(hidden_BTD)]
         x_BTD = self.proj(jnp.concatenate(pair, axis=-1))
@@ -136,8 +137,7 @@ def _norm(cfg: Config, rngs: nnx.Rngs) -> RMSNorm:
 class Model(LanguageModel):
     """Tokens to logits."""
 
-    stacks = ("dense_layers", "moe_layers")
-    extras = ("mtp",)  # beside the layers, and not in transformers' model
+    extras = ("mtp",)
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg, self.source = cfg, Source()
@@ -156,6 +156,11 @@ class Model(LanguageModel):
         self.mtp = nnx.List([MTP(cfg, rngs=rngs) for _ in range(cfg.num_mtp)])
 
     @property
+    def stacks(self) -> tuple[str, ...]:
+        """Those that there are."""
+        return tuple(x for x in ("dense_layers", "moe_layers") if getattr(self, x) is not None)
+
+    @property
     def weights(self) -> Table:
         """The table of tensor names."""
         return weights.table(self.cfg)
@@ -163,21 +168,26 @@ class Model(LanguageModel):
     @on_own_mesh
     def features(
         self,
-        tokens: Int[Array, "B T"],
+        x_BTD: Float[Array, "B T D"],
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        spans: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         in_order: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """The final hidden states, after the last norm; arguments as `__call__`."""
-        place, cache = place_tokens(tokens, positions, segment_ids, mask, cache, in_order)
-        x_BTD, cache, _ = self.run(tokens, place, cache)
+        """The final hidden states, after the last norm, of what `embed_inputs` gives.
+
+        `spans`: numbers of runs whose tokens see each other, 0 elsewhere; the rest as `__call__`.
+        """
+        shape = x_BTD.shape[:2]
+        place, cache = place_tokens(shape, positions, segment_ids, mask, cache, in_order, spans)
+        x_BTD, cache, _ = self.run(x_BTD, place, cache)
         return x_BTD, None if cache is None else cache.end()
 
     def run(
-        self, tokens_BT: Int[Array, "B T"], place: Tokens, cache: KVCache | None = None
+        self, x_BTD: Float[Array, "B T D"], place: Tokens, cache: KVCache | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Load]:
         """The final hidden states, the cache, and the load of each layer that has experts."""
         cfg, rope = self.cfg, self.rope(place)
@@ -191,7 +201,7 @@ class Model(LanguageModel):
 
         num_moe = sum(cfg.is_moe)
         counts = jnp.zeros((num_moe, cfg.routing.num_experts))
-        carry = self.embed(tokens_BT), cache, Load(counts, jnp.zeros(num_moe), jnp.zeros(num_moe))
+        carry = x_BTD, cache, Load(counts, jnp.zeros(num_moe), jnp.zeros(num_moe))
         done = {True: 0, False: 0}
         for is_moe, numbers in cfg.runs:
             slots = np.arange(done[is_moe], done[is_moe] + len(numbers))
@@ -202,9 +212,16 @@ class Model(LanguageModel):
         x_BTD, cache, loads = carry
         return self.norm(x_BTD), cache, loads
 
-    def training_terms(self, batch: Mapping[str, Array], sum_losses: SumLosses) -> Terms:
+    def training_terms(
+        self, x_BTD: Float[Array, "B T D"], batch: Mapping[str, Array], sum_losses: SumLosses
+    ) -> Terms:
         """What the model is trained by, see `loss.training_terms`."""
-        return loss.training_terms(with_bounded_buffers(self), batch, sum_losses)
+        return loss.training_terms(with_bounded_buffers(self), x_BTD, batch, sum_losses)
+
+    @property
+    def drafts(self) -> Drafts | None:
+        """The multi-token prediction modules, None where there are none."""
+        return Drafts(self) if len(self.mtp) else None
 
     def rope(self, place: Tokens) -> Rope:
         """cos and sin of the tokens' positions."""
@@ -229,23 +246,17 @@ class Model(LanguageModel):
 
         `dtype` and `pages` as `KVCache.create`.
         """
-        return self._cache(self.cfg.num_layers, batch_size, max_len, dtype, **pages)
+        return self.make_cache(self.cfg.num_layers, batch_size, max_len, dtype, **pages)
 
-    @on_own_mesh
-    def init_mtp_cache(
-        self, batch_size: int, max_len: int, dtype: str | jnp.dtype | None = None
-    ) -> KVCache:
-        """The same for the multi-token prediction modules, one layer each."""
-        return self._cache(len(self.mtp), batch_size, max_len, dtype)
-
-    def _cache(
+    def make_cache(
         self,
         num_layers: int,
         batch_size: int,
         max_len: int,
-        dtype: str | jnp.dtype | None,
+        dtype: str | jnp.dtype | None = None,
         **pages: int | None,
     ) -> KVCache:
+        """An empty cache of so many layers."""
         cfg = self.cfg
         return KVCache.create(
             num_layers,

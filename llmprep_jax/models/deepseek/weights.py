@@ -6,7 +6,6 @@ multi-token prediction module is stored as one more layer, with copies of the em
 that are the main model's.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 from llmprep_jax.models.deepseek.config import Config
@@ -107,12 +106,3 @@ def copies(cfg: Config) -> dict[str, str]:
         **{f"{module}.embed_tokens.weight": "model.embed_tokens.weight" for module in modules},
         **{f"{module}.shared_head.head.weight": head for module in modules},
     }
-
-
-def settle(cfg: Config, names: Sequence[str]) -> Config:
-    """The Config of a checkpoint: without multi-token prediction if it holds none.
-
-    transformers writes that there is a module, and leaves it out.
-    """
-    has_module = any(name.endswith(".eh_proj.weight") for name in names)
-    return cfg if has_module else dataclasses.replace(cfg, num_mtp=0)

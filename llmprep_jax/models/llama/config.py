@@ -6,7 +6,7 @@ their embeddings, Llama 3.1 and later scale RoPE. Hugging Face's field names occ
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmprep_jax.models.hf_config import (
@@ -17,12 +17,13 @@ from llmprep_jax.models.hf_config import (
     token_ids_to_hf,
     write_rope,
 )
+from llmprep_jax.models.model_config import UNSAVED, LanguageConfig
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.rope import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(LanguageConfig):
     """One model of the family.
 
     Attributes:
@@ -53,7 +54,7 @@ class Config:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     model_type: str = "llama"
-    compute: Compute = Compute()
+    compute: Compute = dataclasses.field(default=Compute(), metadata=UNSAVED)
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -67,8 +68,11 @@ class Config:
         return tuple(self.window if layer >= self.first_window_layer else None for layer in layers)
 
 
-def from_hf(hf: Mapping[str, Any]) -> Config:
+def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config:
     """Reads a Hugging Face config.json of model_type llama or qwen2.
+
+    Args:
+      names: of the checkpoint's tensors, which say nothing more here.
 
     Raises:
       ValueError: a field is missing, or asks for something that this family does not compute.

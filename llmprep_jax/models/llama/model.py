@@ -16,8 +16,9 @@ from flax import nnx
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.weights import WEIGHTS
 from llmprep_jax.nn.attention import Attention, Tokens, place_tokens
+from llmprep_jax.nn.base_model import Source
 from llmprep_jax.nn.cache import KVCache
-from llmprep_jax.nn.language_model import LanguageModel, Source
+from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.norm import RMSNorm
@@ -85,17 +86,22 @@ class Model(LanguageModel):
     @on_own_mesh
     def features(
         self,
-        tokens: Int[Array, "B T"],
+        x_BTD: Float[Array, "B T D"],
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        spans: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         in_order: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """The final hidden states, after the last norm; arguments as `__call__`."""
+        """The final hidden states, after the last norm, of what `embed_inputs` gives.
+
+        `spans`: numbers of runs whose tokens see each other, 0 elsewhere; the rest as `__call__`.
+        """
         cfg = self.cfg
-        place, cache = place_tokens(tokens, positions, segment_ids, mask, cache, in_order)
+        shape = x_BTD.shape[:2]
+        place, cache = place_tokens(shape, positions, segment_ids, mask, cache, in_order, spans)
         inv_freq, factor = rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
         rope = rope_angles(place.positions_BT, inv_freq, factor)
 
@@ -106,7 +112,7 @@ class Model(LanguageModel):
         x_BTD, cache = scan(
             step,
             self.layers,
-            (self.embed(tokens), cache),
+            (x_BTD, cache),
             np.arange(cfg.num_layers),
             kinds=cfg.windows(),
             compute=cfg.compute,

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.models.gemma3.config import Config
-from llmprep_jax.models.gemma3.weights import WEIGHTS
+from llmprep_jax.models.gemma3_text.config import Config
+from llmprep_jax.models.gemma3_text.weights import WEIGHTS
 from llmprep_jax.nn.attention import Attention, Tokens, place_tokens
+from llmprep_jax.nn.base_model import Source
 from llmprep_jax.nn.cache import KVCache
-from llmprep_jax.nn.language_model import LanguageModel, Source
+from llmprep_jax.nn.language_model import LanguageModel
 from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.norm import RMSNorm
@@ -103,18 +104,28 @@ class Model(LanguageModel):
     @on_own_mesh
     def features(
         self,
-        tokens: Int[Array, "B T"],
+        x_BTD: Float[Array, "B T D"],
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        spans: Int[Array, "B T"] | None = None,
         cache: Caches | None = None,
         in_order: bool = False,
     ) -> tuple[Float[Array, "B T D"], Caches | None]:
-        """The final hidden states, after the last norm; arguments as `__call__`."""
+        """The final hidden states, after the last norm, of what `embed_inputs` gives.
+
+        `spans`: numbers of runs whose tokens see each other, 0 elsewhere; the rest as `__call__`.
+        """
         cfg = self.cfg
         place, full_cache = place_tokens(
-            tokens, positions, segment_ids, mask, cache and cache.full, in_order
+            x_BTD.shape[:2],
+            positions,
+            segment_ids,
+            mask,
+            cache and cache.full,
+            in_order,
+            spans,
         )
         if cache is not None:
             local_cache = cache.local.begin(place.positions_BT, place.segments_BT)
@@ -134,15 +145,17 @@ class Model(LanguageModel):
         x_BTD, cache = scan(
             step,
             self.layers,
-            (self._embed(tokens), cache),
+            (x_BTD, cache),
             slot_L,
             kinds=cfg.local_layers(),
             compute=cfg.compute,
         )
         return self.norm(x_BTD), cache and Caches(cache.local.end(), cache.full.end())
 
-    def _embed(self, tokens_BT):
-        x_BTD = self.embed(tokens_BT)
+    @on_own_mesh
+    def embed_inputs(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What `features` takes: embeddings times sqrt(D), rounded as the weights are."""
+        x_BTD = self.embed(tokens)
         scale = jnp.asarray(self.cfg.dim**0.5, self.embed.table_dtype)
         return x_BTD * scale.astype(x_BTD.dtype)
 

@@ -20,12 +20,13 @@ from llmprep_jax.models.hf_config import (
     token_ids_to_hf,
     write_scaling,
 )
+from llmprep_jax.models.model_config import UNSAVED, LanguageConfig
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.rope import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(LanguageConfig):
     """One Gemma 3 text model.
 
     Attributes:
@@ -54,7 +55,8 @@ class Config:
     query_scale: float = 256.0
     window: int = 512
     global_every: int = 6
-    is_local: tuple[bool, ...] | None = None
+    # `layer_types` say which layers are local, and `local_layers` again when it is read
+    is_local: tuple[bool, ...] | None = dataclasses.field(default=None, metadata=UNSAVED)
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     logits_soft_cap: float | None = None
@@ -62,8 +64,8 @@ class Config:
     eos_ids: tuple[int, ...] = (1,)
     pad_id: int | None = 0
     model_type: str = "gemma3_text"
-    multimodal: bool = False
-    compute: Compute = Compute()
+    multimodal: bool = dataclasses.field(default=False, metadata=UNSAVED)
+    compute: Compute = dataclasses.field(default=Compute(), metadata=UNSAVED)
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -104,8 +106,11 @@ _OUTER = (
 )
 
 
-def from_hf(hf: Mapping[str, Any]) -> Config:
+def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config:
     """Reads a config.json of model_type gemma3_text, or the text part of one of gemma3.
+
+    Args:
+      names: of the checkpoint's tensors, which say nothing more here.
 
     Raises:
       ValueError: a field asks for something that this family does not compute.

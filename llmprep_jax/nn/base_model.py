@@ -1,0 +1,56 @@
+"""What all models have in common: where their weights came from, and what checkpoints call them."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from llmprep_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model's weights came from, as it was given; None: they are found nowhere.
+
+    Adapters are saved as those of this place, so who changes the weights takes it away
+    (`without_source`).
+
+    All are equal, so that models from two places share their compiled programs.
+    """
+
+    path: str | None = dataclasses.field(default=None, compare=False)
+
+
+class BaseModel(nnx.Module):
+    """A model that is loaded, saved, adapted and trained; see `models.protocol`.
+
+    Attributes:
+      cfg: its Config. source: of the weights.
+      weights: the table of its tensors' names (`weights.rows`).
+      stacks: paths of its stacks of layers. extras: of what transformers' model has not.
+    """
+
+    cfg: Any
+    source: Source
+    weights: Any
+    stacks: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the weights, as config.json states it."""
+        raise AttributeError(f"{type(self).__name__} does not say what dtype its weights are in")
+
+    def probe(self) -> dict[str, Array]:
+        """Outputs on fixed inputs, by name, in which every part has a share."""
+        raise AttributeError(f"{type(self).__name__} has no outputs that a copy is compared by")
+
+
+def without_source(model: nnx.Module) -> nnx.Module:
+    """The model as one whose weights are found nowhere; the given one is unchanged."""
+    if not isinstance(model, BaseModel):  # whatever a training loop was given
+        return model
+    changed = nnx.merge(*nnx.split(model))
+    changed.source = Source()
+    return changed
