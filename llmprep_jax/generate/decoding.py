@@ -5,7 +5,7 @@ generation of text, stand on.
 """
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 
 from llmprep_jax.generate import speculative
 from llmprep_jax.generate.engine import Engine, engine_of
+from llmprep_jax.generate.media import cache_keys, read_media
 from llmprep_jax.generate.prompt import check_length, read_batch
 from llmprep_jax.generate.prompt_cache import PromptCache
 from llmprep_jax.generate.sampler import Number, read_sampling, whole
@@ -21,7 +22,10 @@ from llmprep_jax.types import Array
 
 Report = Callable[[speculative.Acceptance], None]
 # settings beside those of the sampling and `stop_ids`
-OTHERS = ("max_new_tokens", "seed", "pad_id", "num_samples", "draft", "report", "prompt_cache")
+OTHERS = (
+    *("max_new_tokens", "seed", "pad_id", "num_samples", "draft", "report", "prompt_cache"),
+    "media",
+)
 
 
 class Decoding:
@@ -45,6 +49,7 @@ class Decoding:
         draft: str | None = None,
         report: Report | None = None,
         prompt_cache: PromptCache | None = None,
+        media: Mapping[str, Any] | None = None,
         **sampling: Any,
     ):
         self.sampling = read_sampling(sampling, ("stop_ids", *OTHERS))
@@ -55,7 +60,9 @@ class Decoding:
         decoder = model.decoder
         speculative.check_draft(decoder, draft)
         self._model, self._prompts = model, read_batch(tokens, mask, decoder.cfg.vocab_size)
-        check_length(self._prompts[0], self.max_new_tokens, decoder.cfg.max_seq_len)
+        self._media = read_media(model, self._prompts[0], media) if media else None
+        image_id = model.image_id if self._media else None
+        check_length(self._prompts[0], self.max_new_tokens, decoder.cfg.max_seq_len, image_id)
         self.num_rows = len(self._prompts[0]) * self.num_samples
         if self.num_samples > 1 and self.sampling.switches.is_greedy:
             raise ValueError(
@@ -91,7 +98,7 @@ class Decoding:
     def _start(self, engine: Engine) -> Any:
         self._weights = engine.weights
         numbers = (self.max_new_tokens, self._seed, self._pad_id)
-        extent = (self._draft, self.num_samples, self._prompt_cache)
+        extent = (self._draft, self.num_samples, self._prompt_cache, self._media)
         return engine.start(*self._prompts, self.sampling, *numbers, *extent)
 
     @property
@@ -131,7 +138,10 @@ class Decoding:
             self._report(speculative.acceptance(self._state))
         if self._prompt_cache is not None:
             drawn = np.array(self._state.tokens_BT)[0, : self._num_drawn]
-            ids = np.concatenate([self._prompts[0][0], drawn])
+            ids = self._prompts[0][0]
+            if self._media:
+                ids = cache_keys(self._model, ids, self._media)
+            ids = np.concatenate([ids, drawn])
             self._prompt_cache.put(self._weights, ids, self._state.cache)
 
 
@@ -177,6 +187,8 @@ def generate_tokens(
         verifies several at once. The text is that of plain decoding, or, where it is sampled,
         another draw from the same distribution.
       report: called with the `Acceptance` of the drafts at the end.
+      media: what a processor gave beside tokens and mask: images by name, as the model is called
+        with them.
       prompt_cache: a `PromptCache`, for one prompt; of a prompt that begins as the last one and
         what was said after it, only the rest is read.
       temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.

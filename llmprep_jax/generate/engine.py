@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.generate import layout, speculative
+from llmprep_jax.generate.media import Media, cache_keys, lay_out, spans_of
 from llmprep_jax.generate.prompt import (
     MIN_PROMPT,
     block_size,
@@ -150,8 +151,12 @@ class Engine:
         draft: str | None = None,
         num_samples: int = 1,
         prompt_cache: PromptCache | None = None,
+        media: Media | None = None,
     ) -> State | speculative.State:
         """Reads the prompts in; each has `num_samples` rows in what is decoded.
+
+        Args:
+          media: of whole rows, as `read_media` gives them.
 
         Raises:
           ValueError: an empty or misshapen batch, a row without a token, an id outside the
@@ -166,17 +171,35 @@ class Engine:
         with on_mesh_of(self.model):
             draws = (jax.random.key(seed), np.int32(pad_id), sampling)
             if draft is not None:
-                padded = [np.repeat(x_BT, num_samples, axis=0) for x_BT in padded]
-                length = tokens_BT.shape[1]
-                return self._start_drafts(*padded, *draws, length, max_new_tokens)
-            kept = prompt_cache and prompt_cache.take(self.weights, tokens_BT[0])
-            cache, logits_BV, num_slots = self._read(tokens_BT, mask_BT, max_new_tokens, kept)
+                rows = [np.repeat(x_BT, num_samples, axis=0) for x_BT in (tokens_BT, mask_BT)]
+                media = {
+                    name: np.repeat(x, num_samples, axis=0) for name, x in (media or {}).items()
+                }
+                return self._start_drafts(*rows, *draws, max_new_tokens, media)
+            kept = prompt_cache and self._take(prompt_cache, tokens_BT, media)
+            prompt = (tokens_BT, mask_BT, media)
+            cache, logits_BV, num_slots = self._read(*prompt, max_new_tokens, kept)
             seen = padded if sampling.switches.penalises else None
             stepper = self._stepper(len(tokens_BT) * num_samples)
             return _begin(stepper, cache, logits_BV, seen, *draws, num_slots, num_samples)
 
+    def _take(
+        self, prompt_cache: PromptCache, tokens_BT: np.ndarray, media: Media | None
+    ) -> tuple[Any, int] | None:
+        """What a prompt cache has of the one row."""
+        if not media:
+            return prompt_cache.take(self.weights, tokens_BT[0])
+        spans_BT = spans_of(self.model, tokens_BT)
+        keys_T = cache_keys(self.model, tokens_BT[0], media)
+        return prompt_cache.take(self.weights, keys_T, None if spans_BT is None else spans_BT[0])
+
     def _read(
-        self, tokens_BT: np.ndarray, mask_BT: np.ndarray, max_new_tokens: int, kept: Any = None
+        self,
+        tokens_BT: np.ndarray,
+        mask_BT: np.ndarray,
+        media: Media | None,
+        max_new_tokens: int,
+        kept: Any = None,
     ) -> tuple[Any, Array, int]:
         """(the cache, the logits after the prompts, slots to decode with).
 
@@ -185,7 +208,14 @@ class Engine:
         """
         cache, num_known = kept or (None, 0)
         length = tokens_BT.shape[1] - num_known
-        width = bucket(length, MIN_PROMPT)
+        width, inputs = bucket(length, MIN_PROMPT), None
+        if media:
+            new = (tokens_BT, mask_BT, media, width, num_known)
+            *new, inputs, block = lay_out(self.model, *new)
+            width = new[0].shape[1]
+        else:
+            new = [pad(x_BT[:, num_known:], width) for x_BT in (tokens_BT, mask_BT)]
+            block = block_size(length, width)
         needed = max(width, length + max_new_tokens)
         reader = self._model_for(len(tokens_BT) * width)
         if cache is not None:
@@ -193,8 +223,7 @@ class Engine:
             needed += num_used
             num_slots = max(num_slots, self._num_slots(needed))
             cache = _refit(reader, cache, num_slots)
-        new = [pad(x_BT[:, num_known:], width) for x_BT in (tokens_BT, mask_BT)]
-        cache, logits_BV = _prefill(reader, *new, cache, block_size(length, width))
+        cache, logits_BV = _prefill(reader, *new, cache, inputs, block)
         return cache, logits_BV, num_slots if kept else self._num_slots(needed)
 
     def _num_slots(self, needed: int) -> int:
@@ -208,15 +237,22 @@ class Engine:
         key: Array,
         pad_id: np.int32,
         sampling: Sampling,
-        length: int,
         max_new_tokens: int,
+        media: Media,
     ) -> speculative.State:
+        length, inputs = tokens_BT.shape[1], None
+        width = bucket(length, MIN_PROMPT)
+        if media:
+            prompt = (tokens_BT, mask_BT, media, width)
+            tokens_BT, mask_BT, inputs, block = lay_out(self.model, *prompt)
+        else:
+            tokens_BT, mask_BT = [pad(x_BT, width) for x_BT in (tokens_BT, mask_BT)]
+            block = block_size(length, width)
         needed = speculative.num_slots(self.decoder, length, max_new_tokens)
         num_slots = bucket(max(needed, tokens_BT.shape[1]), MIN_SLOTS)
         reader, limit = self._model_for(tokens_BT.size), np.int32(max_new_tokens)
         prompt = (tokens_BT, mask_BT, key, pad_id, limit)
-        block = block_size(length, tokens_BT.shape[1])
-        return speculative.prefill(reader, *prompt, sampling, num_slots, block)
+        return speculative.prefill(reader, *prompt, sampling, num_slots, block, inputs)
 
     def advance(
         self,
@@ -254,10 +290,11 @@ class Engine:
 
 
 @functools.partial(jax.jit, static_argnames="block", donate_argnames="cache")
-def _prefill(model, tokens_BT, mask_BT, cache, block) -> tuple[Any, Array]:
+def _prefill(model, tokens_BT, mask_BT, cache, inputs, block) -> tuple[Any, Array]:
     """(the cache, the logits after the last token); without a cache, one as long as the prompt."""
     cache = model.init_cache(*tokens_BT.shape) if cache is None else cache
-    x_B1D, cache = read_prompt(model, tokens_BT, mask_BT, cache, block=block, last_only=True)
+    kind = dict(block=block, last_only=True, inputs=inputs)
+    x_B1D, cache = read_prompt(model, tokens_BT, mask_BT, cache, **kind)
     return cache, everywhere(model.unembed(by_row(x_B1D))[:, 0])
 
 

@@ -6,7 +6,7 @@ bounds what is computed of all its tokens at once, and those behind the longest 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,22 @@ def check_ids(tokens_BT: np.ndarray, mask_BT: np.ndarray, vocab_size: int) -> No
         )
 
 
-def check_length(tokens_BT: np.ndarray, max_new_tokens: int, max_seq_len: int) -> None:
-    """Refuses what goes beyond a model's context."""
+def check_length(
+    tokens_BT: np.ndarray, max_new_tokens: int, max_seq_len: int, image_id: int | None = None
+) -> None:
+    """Refuses what goes beyond a model's context; `image_id`: of prompts with images."""
     length = tokens_BT.shape[1]
-    if length + max_new_tokens > max_seq_len:
-        raise ValueError(
-            f"{length} prompt tokens and {max_new_tokens} new exceed the model's context of"
-            f" {max_seq_len}; shorten the prompt or max_new_tokens"
-        )
+    if length + max_new_tokens <= max_seq_len:
+        return
+    tokens, remedy = f"{length} prompt tokens", "the prompt"
+    if image_id is not None:
+        num_of_images = int(np.max(np.sum(tokens_BT == image_id, axis=1)))
+        tokens, remedy = f"{tokens}, {num_of_images} of them of images,", "the prompt, give fewer"
+        remedy += " or smaller images,"
+    raise ValueError(
+        f"{tokens} and {max_new_tokens} new exceed the model's context of {max_seq_len}; shorten"
+        f" {remedy} or max_new_tokens"
+    )
 
 
 def _is_ragged(tokens: Any) -> bool:
@@ -108,6 +116,50 @@ def block_size(length: int, width: int) -> int:
     return min(quarter if length <= width - quarter else width, MAX_BLOCK)
 
 
+class Inputs(NamedTuple):
+    """Prompts with images in them, as the decoder reads them.
+
+    Attributes:
+      x_BTD: embeddings and features. spans_BT: numbers of runs whose tokens see each other, of
+        which each is in one block; None: there is none.
+    """
+
+    x_BTD: Array
+    spans_BT: Array | None = None
+
+
+def columns_of_blocks(
+    mask_BT: np.ndarray, spans_BT: np.ndarray | None, length: int, width: int
+) -> tuple[np.ndarray, int]:
+    """(which token stands in each column, -1 for padding; tokens of a block), so that no run of
+    tokens that see each other lies in two blocks.
+
+    A run that would is moved to where the next block begins.
+    """
+    block = block_size(length, width)
+    if spans_BT is None:
+        columns_BT = np.where(mask_BT, np.arange(mask_BT.shape[1]), -1)
+        return np.pad(columns_BT, ((0, 0), (0, width - length)), constant_values=-1), block
+    rows = []
+    longest = max(np.max(np.bincount(row[row > 0]), initial=0) for row in spans_BT)
+    block = max(block, bucket(int(longest), MIN_BLOCK))
+    for real, spans in zip(mask_BT, spans_BT, strict=True):
+        row: list[int] = []
+        for column in np.flatnonzero(real):
+            is_first = spans[column] > 0 and (column == 0 or spans[column - 1] != spans[column])
+            if is_first:
+                left = -len(row) % block
+                if left and left < np.sum(spans == spans[column]):
+                    row.extend([-1] * left)
+            row.append(int(column))
+        rows.append(row)
+    width = -(-max(width, *map(len, rows)) // block) * block
+    columns_BT = np.full((len(rows), width), -1)
+    for columns, row in zip(columns_BT, rows, strict=True):
+        columns[: len(row)] = row
+    return columns_BT, block
+
+
 def read_prompt(
     model: nnx.Module,
     tokens_BT: Int[Array, "B T"],
@@ -116,6 +168,7 @@ def read_prompt(
     *,
     block: int,
     last_only: bool = False,
+    inputs: Inputs | None = None,
 ) -> tuple[Float[Array, "B _ D"], Any]:
     """(final hidden states, the cache with the prompt in it).
 
@@ -123,28 +176,34 @@ def read_prompt(
       tokens_BT, mask_BT: padded on the right to a multiple of `block`.
       block: tokens of a row that are read at once.
       last_only: the hidden states of each row's last token alone, [B, 1, D].
+      inputs: in place of the tokens, which then only tell their number.
     """
     B, T = tokens_BT.shape
     assert T % block == 0, (T, block)
-    count_B = jnp.sum(mask_BT, axis=1)
+    end_B = jnp.max(jnp.where(mask_BT, 1 + jnp.arange(T), 0), axis=1)
     tokens_BT, mask_BT = [by_row(x_BT) for x_BT in (tokens_BT, mask_BT)]
+    inputs = None if inputs is None else jax.tree.map(by_row, inputs)
 
     def part(x: Array, index: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=1)
 
     def read(index: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         hidden, cache = carry
-        x_BTD = model.embed_inputs(part(tokens_BT, index))
-        x_BTD, cache = model.features(x_BTD, mask=part(mask_BT, index), cache=cache)
+        if inputs is None:
+            x_BTD, spans_BT = model.embed_inputs(part(tokens_BT, index)), None
+        else:
+            x_BTD, spans_BT = (x if x is None else part(x, index) for x in inputs)
+        places = dict(mask=part(mask_BT, index), spans=spans_BT)
+        x_BTD, cache = model.features(x_BTD, **places, cache=cache)
         x_BTD = everywhere(x_BTD)
         if last_only:
-            at_B11 = (count_B - 1 - index * block)[:, None, None]
+            at_B11 = (end_B - 1 - index * block)[:, None, None]
             last_B1D = jnp.take_along_axis(x_BTD, jnp.clip(at_B11, 0, block - 1), axis=1)
             return jnp.where((at_B11 >= 0) & (at_B11 < block), last_B1D, hidden), cache
         return jax.lax.dynamic_update_slice_in_dim(hidden, x_BTD, index * block, axis=1), cache
 
     hidden = jnp.zeros((B, 1 if last_only else T, model.cfg.dim), model.cfg.compute.dtype)
-    return jax.lax.fori_loop(0, -(-jnp.max(count_B) // block), read, (hidden, cache))
+    return jax.lax.fori_loop(0, -(-jnp.max(end_B) // block), read, (hidden, cache))
 
 
 def by_row(x: Array) -> Array:

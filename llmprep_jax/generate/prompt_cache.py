@@ -30,10 +30,16 @@ class PromptCache:
         """Tokens that it holds."""
         return 0 if self._kept is None else len(self._kept[1])
 
-    def take(self, weights: tuple, ids: np.ndarray) -> tuple[Any, int] | None:
+    def take(
+        self, weights: tuple, ids: np.ndarray, spans: np.ndarray | None = None
+    ) -> tuple[Any, int] | None:
         """(a cache with the first of these ids in it, how many), for a model of these weights.
 
         It is empty afterwards: what goes on from the cache uses it up.
+
+        Args:
+          ids: of tokens, and what tells images apart in the places of theirs.
+          spans: numbers of runs that are read whole, 0 elsewhere; None: there is none.
         """
         kept, self._kept = self._kept, None
         if kept is None or not _are_same(kept[0], weights):
@@ -44,6 +50,8 @@ class PromptCache:
         shared = min(len(known), len(ids) - 1)  # one token at least is read, for what follows it
         differs = np.flatnonzero(known[:shared] != ids[:shared])
         shared = int(differs[0]) if len(differs) else shared
+        while spans is not None and shared and 0 < spans[shared] == spans[shared - 1]:
+            shared -= 1
         if not shared:
             return None
         cache, is_whole = _cut(cache, shared)

@@ -126,11 +126,13 @@ def num_slots(model: nnx.Module, length: int, max_new_tokens: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "block"))
-def prefill(model, tokens_BT, mask_BT, key, pad_id, limit, sampling, slots, block) -> State:
+def prefill(
+    model, tokens_BT, mask_BT, key, pad_id, limit, sampling, slots, block, inputs=None
+) -> State:
     """Reads the prompts in, draws the first token and drafts the next ones."""
     B, M, V = len(tokens_BT), len(model.drafts), model.cfg.vocab_size
     cache = model.init_cache(B, slots), model.drafts.init_cache(B, slots)
-    hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0], block=block)
+    hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0], block=block, inputs=inputs)
     rows_B, last_B = jnp.arange(B), jnp.sum(mask_BT, axis=1) - 1
     logits_BV = _logits(model, hidden_BTD[rows_B, last_B][:, None])[:, 0]
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)

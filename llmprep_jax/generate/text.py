@@ -124,7 +124,9 @@ class Answers:
         ids = tokenizer.stop_ids if stop_ids is None else read_ids("stop_ids", stop_ids)
         settings = {"max_new_tokens": 256, **settings}
         ids = (*ids, *tokenizer.stop_ids_of(self._stop))  # no text shows these
-        self._decoding = decoding = Decoding(model, **inputs, stop_ids=ids, **settings)
+        media = {name: x for name, x in inputs.items() if name not in ("tokens", "mask")}
+        prompts = dict(tokens=inputs["tokens"], mask=inputs["mask"], media=media or None)
+        self._decoding = decoding = Decoding(model, **prompts, stop_ids=ids, **settings)
         self.num_samples = decoding.num_samples
         keep, opened = (TAGS, _opened(processor, inputs)) if reasoning else ((), [])
         self._opened = [opens for opens in opened for _ in range(decoding.num_samples)]

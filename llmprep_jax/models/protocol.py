@@ -115,6 +115,9 @@ class CausalModel(Weighted, Protocol):
     def embed_inputs(self, tokens: Int[Array, "B T"], **media: Array) -> Float[Array, "B T D"]:
         """What the decoder reads: embeddings, and features of media in the places of theirs."""
 
+    def by_row(self, tokens: Int[Array, "B T"], media: Mapping[str, Any]) -> dict[str, Array]:
+        """Media as they are given from outside, as those of whole rows, [B, M, ...]."""
+
     def spans(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
         """Numbers of runs whose tokens see each other, 0 elsewhere; None: all is causal."""
 

@@ -95,7 +95,7 @@ def place_tokens(
         )
     segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
     place = Tokens(positions_BT, segments_BT, spans_BT)
-    return place, cache.begin(positions_BT, segments_BT)
+    return place, cache.begin(positions_BT, segments_BT, spans_BT)
 
 
 def _whole_rows(x_BT: Array | None) -> Int[Array, "B T"] | None:
@@ -145,7 +145,7 @@ def attend_cached(
 ) -> Float[Array, "B T N U"]:
     """`attend` to what a cache holds; NaN in rows that it has no room for. `scale` is an option."""
     k, v, *_ = *seen.streams, None
-    positions_BS, segments_BS = seen.places
+    positions_BS, segments_BS, spans_BS = *seen.places, *[None] * (3 - len(seen.places))
     o_BTNU = attention(
         widen(q_BTNH, k.shape[-1]),
         k,
@@ -154,6 +154,8 @@ def attend_cached(
         k_positions=positions_BS,
         q_segments=queries.segments_BT,
         k_segments=segments_BS,
+        q_spans=None if spans_BS is None else queries.spans_BT,
+        k_spans=spans_BS,
         pages=seen.pages_BJ,
         layer=seen.layer,
         **dict(zip(("k_scales", "v_scales"), seen.scales, strict=False)),

@@ -39,13 +39,14 @@ class Block(NamedTuple):
     """Tokens on their way into a cache, and where they go.
 
     Attributes:
-      places: positions and segments of what they may attend to, in the order of `update`'s.
+      places: positions, segments and spans, if there are any, of what they may attend to, in the
+        order of `update`'s.
       start_B: each row's first slot. fits_B: whether a full cache has the slots that are wanted.
       columns_BS: of a ring that takes several: the column of the token that each slot takes, -1
         where it keeps its own.
     """
 
-    places: tuple[Int[Array, "B _"], Int[Array, "B _"]]
+    places: tuple[Int[Array, "B _"], ...]
     start_B: Int[Array, "B"]
     fits_B: Bool[Array, "B"] | None = None
     columns_BS: Int[Array, "B S"] | None = None
@@ -58,15 +59,15 @@ class Seen(NamedTuple):
       streams: [L, B, S, K, H] each, with the `layer` that is meant; or of it alone, [B, S, K, H],
         or pools of all layers, [P, page, K, H]. scales: float32 [..., K] of each where they are
         int8; else empty. pages_BJ: of pools.
-      places: positions and segments, [B, S]. fits_B: whether the block's own tokens are there.
-      widths: of each stream, behind which are zeros.
+      places: positions, segments and spans, if there are any, [B, S]. fits_B: whether the block's
+        own tokens are there. widths: of each stream, behind which are zeros.
     """
 
     streams: tuple[Array, ...]
     scales: tuple[Array, ...]
     layer: int | Int[Array, ""] | None
     pages_BJ: Int[Array, "B J"] | None
-    places: tuple[Int[Array, "B S"], Int[Array, "B S"]]
+    places: tuple[Int[Array, "B S"], ...]
     fits_B: Bool[Array, "B"] | None
     widths: tuple[int, ...]
 
@@ -184,8 +185,16 @@ class KVCache:
         """S."""
         return self.positions_BS.shape[1]
 
-    def begin(self, positions_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"]) -> "KVCache":
-        """Announces a forward pass's tokens; each layer then calls `update`, the model `end`."""
+    def begin(
+        self,
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"],
+        spans_BT: Int[Array, "B T"] | None = None,
+    ) -> "KVCache":
+        """Announces a forward pass's tokens; each layer then calls `update`, the model `end`.
+
+        Spans are of these tokens alone: none goes on from an earlier pass.
+        """
         num_new, real_BT = positions_BT.shape[1], segments_BT > 0
         start_B, fits_B, columns_BS = self.length_B, None, None
         if not self.is_ring:
@@ -204,6 +213,12 @@ class KVCache:
         places = written
         if columns_BS is not None:
             places = [jnp.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)]
+        if spans_BT is not None:
+            none_BS = jnp.zeros_like(self.segments_BS)
+            if columns_BS is None:
+                places.append(_write_places(none_BS, spans_BT, block))
+            else:
+                places.append(jnp.concatenate([none_BS, spans_BT], axis=1))
         length_B = self.length_B + num_taken_B.astype(jnp.int32)
         block = block._replace(places=tuple(places))
         return dataclasses.replace(

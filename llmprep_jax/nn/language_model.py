@@ -97,6 +97,12 @@ class LanguageModel(BaseModel):
         """What `features` takes."""
         return self.embed(tokens)
 
+    def by_row(self, tokens: Int[Array, "B T"], media: Mapping[str, Any]) -> dict[str, Array]:
+        """No media: there is nothing that would read any."""
+        if any(x is not None for x in media.values()):
+            raise ValueError(f"this model reads text only; leave {', '.join(media)} out")
+        return {}
+
     def spans(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
         """None: no token sees a later one."""
         return None

@@ -177,7 +177,8 @@ class MLA(nnx.Module):
             cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)  # noqa: E731
             is_new_S = first + jnp.arange(size) >= start
             segments_BS = jnp.where(is_new_S, cut(keys.segments_BT), 0)
-            at = Tokens(cut(keys.positions_BT), segments_BS)
+            spans_BS = None if keys.spans_BT is None else cut(keys.spans_BT)
+            at = Tokens(cut(keys.positions_BT), segments_BS, spans_BS)
             o_BTNU, lse_BTN = self._attend_naive(q_BTNH, cut(z_BSZ), queries, at)
             return o_BTNU.astype(jnp.float32), lse_BTN
 

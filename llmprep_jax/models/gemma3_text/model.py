@@ -128,7 +128,7 @@ class Model(LanguageModel):
             spans,
         )
         if cache is not None:
-            local_cache = cache.local.begin(place.positions_BT, place.segments_BT)
+            local_cache = cache.local.begin(place.positions_BT, place.segments_BT, place.spans_BT)
             cache = Caches(local_cache, full_cache)
         ropes = {True: self._rope(place, is_local=True), False: self._rope(place, is_local=False)}
 
