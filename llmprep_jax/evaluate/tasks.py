@@ -1,7 +1,7 @@
 """The benchmarks of questions about pictures: what is asked, how it is scored, how it is split.
 
-Prompts and limits are those of lmms-eval, whose numbers most papers quote; a model with a prompt of
-its own is better asked by that. Decoding is greedy.
+Prompts are those of lmms-eval; a model that was trained on another is better asked by that. Its
+numbers are of greedy decoding.
 """
 
 import collections
@@ -22,7 +22,7 @@ class Task:
 
     Attributes:
       metric: of a prediction and its answers, in [0, 1].
-      suffix: follows the question.
+      suffix: follows the question. ask: what is done to the question first.
       splits: the field of a record that names its category, or a list of them; None: no table.
       clean: what is done to a prediction before anything else.
       max_new_tokens: how long an answer may get.
@@ -31,17 +31,22 @@ class Task:
 
     metric: Callable[..., float]
     suffix: str = _SHORT
+    ask: Callable[[str], str] = str.strip
     splits: str | None = "category"
     clean: Callable[[str], str] = str.strip
     max_new_tokens: int = 32
     by_category: bool = False
+
+    def prompt(self, question: str) -> str:
+        """What a model is asked, beside its pictures."""
+        return self.ask(question) + self.suffix
 
 
 TASKS = {
     "docvqa": Task(anls, splits="question_types"),
     "infovqa": Task(anls, splits="answer_type"),
     "chartqa": Task(relaxed_accuracy, splits="type", max_new_tokens=16),
-    "textvqa": Task(vqa_accuracy, splits=None),
+    "textvqa": Task(vqa_accuracy, ask=str.capitalize, splits=None),
     "ocrbench": Task(
         contains_answer, suffix="", splits="question_type", max_new_tokens=128, by_category=True
     ),

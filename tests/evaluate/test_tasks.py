@@ -3,7 +3,7 @@
 import pytest
 
 from llmprep_jax.evaluate import ocrbench
-from llmprep_jax.evaluate.tasks import TASKS, Split, Task, get_task, score
+from llmprep_jax.evaluate.tasks import Split, Task, get_task, score
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,9 @@ def test_what_cannot_be_scored_is_refused_with_its_number():
         score("textvqa", ["a"], ["a"])
 
 
-def test_questions_end_as_the_benchmark_asks():
-    short = {name for name, task in TASKS.items() if task.suffix.endswith("word or phrase.")}
-    assert short == {"docvqa", "infovqa", "chartqa", "textvqa", "exact"}
-    assert all(task.suffix[:1] in ("", "\n") for task in TASKS.values())
+def test_questions_are_asked_as_the_benchmark_does():
+    short = "\nAnswer the question using a single word or phrase."
+    for name in ("docvqa", "infovqa", "chartqa", "exact"):
+        assert get_task(name).prompt(" What is NASA? ") == "What is NASA?" + short
+    assert get_task("textvqa").prompt("what is NASA?") == "What is nasa?" + short
+    assert get_task("ocrbench").prompt("what is written? ") == "what is written?"
