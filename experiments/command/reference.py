@@ -143,6 +143,10 @@ def _kind(module: str, annotation: ast.expr) -> str:
     if isinstance(annotation, ast.Name):
         resolved = _resolve(module, annotation.id)
         return _kind(*resolved) if isinstance(resolved, tuple) else annotation.id
+    if isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
+        item, *rest = annotation.slice.elts
+        if isinstance(item, ast.Name) and [ast.unparse(node) for node in rest] == ["..."]:
+            return f"list of {_kind(module, item)}"
     text = ast.unparse(annotation).replace("pathlib.Path", "path").replace("AnyPath", "path")
     text = re.sub(r"Literal\[([^]]*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), text)
     return re.sub(r"tuple\[(.+), \.\.\.\]", r"list of \1", text)
