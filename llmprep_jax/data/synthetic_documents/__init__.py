@@ -9,8 +9,8 @@ questions are in English, simplified and traditional Chinese. Fonts are those of
 from llmprep_jax.data.synthetic_documents.folder import write
 from llmprep_jax.data.synthetic_documents.generator import (
     Document,
-    Line,
     Question,
+    Run,
     Word,
     generate,
 )
@@ -21,8 +21,8 @@ from llmprep_jax.data.synthetic_documents.sheet import contact_sheet
 __all__ = [
     "KINDS",
     "Document",
-    "Line",
     "Question",
+    "Run",
     "Settings",
     "Word",
     "contact_sheet",

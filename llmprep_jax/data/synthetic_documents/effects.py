@@ -115,7 +115,7 @@ def age(image: Image.Image, style: Style, dice: Dice) -> Image.Image:
 
 def _light(width: int, height: int, dice: Dice) -> np.ndarray:
     """Light that falls from one side: factors from 0.78 to 1, [height, width]."""
-    angle, depth = dice.uniform(0, 2 * math.pi), dice.uniform(0.05, 0.22)
+    angle, depth = dice.uniform(0.0, 2 * math.pi), dice.uniform(0.05, 0.22)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j].astype(np.float32)
     along = x * math.cos(angle) + y * math.sin(angle)
     along = (along - along.min()) / max(float(np.ptp(along)), 1e-6)

@@ -60,8 +60,12 @@ class Currency:
 
 
 CURRENCIES: dict[Language, tuple[Currency, ...]] = {
-    "en": (Currency("$", "", 2, 1, 5), Currency("£", "", 2, 0.8, 5), Currency("€", "", 2, 0.9, 5)),
-    "zh-Hans": (Currency("¥", "", 2, 7, 50), Currency("", "元", 2, 7, 50)),
+    "en": (
+        Currency("$", "", 2, 1.0, 5),
+        Currency("GBP ", "", 2, 0.8, 5),
+        Currency("EUR ", "", 2, 0.9, 5),
+    ),
+    "zh-Hans": (Currency("¥", "", 2, 7.0, 50), Currency("", "元", 2, 7.0, 50)),
     "zh-Hant": (Currency("NT$", "", 0, 0.3, 5), Currency("HK$", "", 2, 7.8, 50)),
 }
 # whole numbers, which small pages have room for

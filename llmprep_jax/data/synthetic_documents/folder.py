@@ -24,7 +24,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
-from llmprep_jax.data.synthetic_documents.fonts import families_by_language
+from llmprep_jax.data.synthetic_documents.fonts import families_by_language, find_families
 from llmprep_jax.data.synthetic_documents.generator import Document, Question, generate
 from llmprep_jax.data.synthetic_documents.pdf import to_pdf
 from llmprep_jax.data.synthetic_documents.settings import Settings
@@ -62,7 +62,8 @@ def write(
         raise ValueError(f"count={count}; give 1 or more")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files; give a new or an empty folder")
-    generate(settings, 0)  # a missing font is told of before anything is written
+    for language in settings.language:  # a missing font is told of before anything is written
+        find_families(language, settings.fonts)
     for name in ("images", *(["pdf"] if pdf else [])):
         (folder / name).mkdir(parents=True, exist_ok=True)
     make = functools.partial(_write_one, folder, settings, pdf)

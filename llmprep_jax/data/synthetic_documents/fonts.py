@@ -17,7 +17,7 @@ from PIL import ImageFont
 
 from llmprep_jax.data.synthetic_documents.lexicon import LANGUAGES, Language
 
-MEASURED = 1000  # pixels
+MEASURED, INKED = 1000.0, 256.0  # pixels; the latter is drawn
 ASCENT = 0.92  # from the top of a line's box to its baseline, of the text's size
 SHIPPED = "Aileron"  # in Pillow itself
 
@@ -202,8 +202,10 @@ def _advance(face: Face, text: str) -> float:
 
 @functools.lru_cache(maxsize=65536)
 def _ink(face: Face, text: str) -> tuple[float, float, float, float]:
-    left, top, right, bottom = face.at(MEASURED).getbbox(text, anchor="ls")
-    return left / MEASURED, top / MEASURED, right / MEASURED, bottom / MEASURED
+    # `getbbox` takes in the blank that the last letter has to its right
+    mask, (x, y) = face.at(INKED).getmask2(text, "L", anchor="ls")
+    left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+    return (x + left) / INKED, (y + top) / INKED, (x + right) / INKED, (y + bottom) / INKED
 
 
 def families_by_language(wanted: Sequence[str]) -> dict[Language, tuple[Family, ...]]:

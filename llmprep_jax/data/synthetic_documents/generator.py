@@ -5,7 +5,6 @@ worn. Facts are drawn again until page and questions lie on the document's side 
 """
 
 import dataclasses
-import functools
 import json
 
 import numpy as np
@@ -14,11 +13,11 @@ from PIL import Image
 from llmprep_jax.data.synthetic_documents import effects
 from llmprep_jax.data.synthetic_documents.content import Ask, Content, asks_of_side, is_held_out
 from llmprep_jax.data.synthetic_documents.dice import Dice
-from llmprep_jax.data.synthetic_documents.fonts import Family, find_families
+from llmprep_jax.data.synthetic_documents.fonts import find_families
 from llmprep_jax.data.synthetic_documents.grounding import to_text
 from llmprep_jax.data.synthetic_documents.kinds import MODULES
 from llmprep_jax.data.synthetic_documents.lexicon import Language
-from llmprep_jax.data.synthetic_documents.page import Page, Text
+from llmprep_jax.data.synthetic_documents.page import Number, Page, Text
 from llmprep_jax.data.synthetic_documents.settings import Kind, Level, Settings
 from llmprep_jax.data.synthetic_documents.style import Style, choose_style, mix
 
@@ -42,13 +41,13 @@ class Word:
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """A line of text as it was written: from `start` to `end` on its baseline, in pixels."""
+class Run:
+    """A word with the blanks behind it, from `start` to `end` on its baseline, in pixels."""
 
     text: str
-    start: tuple[float, float]
-    end: tuple[float, float]
-    size: float
+    start: tuple[Number, float]
+    end: tuple[Number, float]
+    size: Number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Document:
     image: Image.Image
     text: str
     words: tuple[Word, ...]
-    lines: tuple[Line, ...]
+    runs: tuple[Run, ...]
     questions: tuple[Question, ...]
 
 
@@ -97,7 +96,7 @@ def generate(settings: Settings, index: int) -> Document:
     if index < 0:
         raise ValueError(f"index={index}; documents are counted from 0")
     kind, language = settings.kind_of(index), settings.language_of(index)
-    families = _families(language, settings.fonts)
+    families = find_families(language, settings.fonts)
     content, asks = _compose(settings, index)
     style = choose_style(settings, families, Dice("style", settings.seed, index), kind)
     page = _lay_out(content, style)
@@ -111,7 +110,7 @@ def generate(settings: Settings, index: int) -> Document:
         image = warp.image(drawing, _around(style, page, kind, wear))
     image = effects.age(image, style, wear)
     words = tuple(Word(text, warp.box(box)) for text, box in page.words())
-    lines = tuple(_line(item, warp, scale) for item in page.texts())
+    runs = tuple(run for item in page.texts() for run in _runs(item, warp, scale))
     text = page.lines()
     places = {name: [warp.box(box) for box in boxes] for name, boxes in page.field_boxes().items()}
     questions = [_question(ask, places, settings, image.size) for ask in asks]
@@ -120,13 +119,8 @@ def generate(settings: Settings, index: int) -> Document:
         questions.append(Question(asked, (text,), (), "text", text))
     return Document(
         index, kind, language, settings.level, settings.split_of(index), image, text, words,
-        lines, tuple(questions),
+        runs, tuple(questions),
     )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=16)
-def _families(language: Language, wanted: tuple[str, ...]) -> tuple[Family, ...]:
-    return find_families(language, wanted)
 
 
 def _compose(settings: Settings, index: int) -> tuple[Content, list[Ask]]:
@@ -149,7 +143,7 @@ def _compose(settings: Settings, index: int) -> tuple[Content, list[Ask]]:
 def _statement(content: Content) -> str:
     """All that a document states, as one text."""
     facts = {name: fact.text for name, fact in content.values.items()}
-    return json.dumps([content.kind, content.language, facts, sorted(content.more)])
+    return json.dumps([content.kind, content.language, facts])
 
 
 def _lay_out(content: Content, style: Style) -> Page:
@@ -180,11 +174,15 @@ def _around(style: Style, page: Page, kind: Kind, dice: Dice) -> tuple[int, int,
     return mix(page.paper, (0, 0, 0), 0.06)
 
 
-def _line(item: Text, warp: effects.Warp, scale: float) -> Line:
-    end = item.x + item.face.advance(item.text) * item.size
-    ends = warp.points(np.array([(item.x, item.baseline), (end, item.baseline)]))
-    start, end = ((float(x), float(y)) for x, y in ends)
-    return Line(item.text, start, end, item.size * scale)
+def _runs(item: Text, warp: effects.Warp, scale: float) -> list[Run]:
+    starts = [first for first, _ in item.tokens()]
+    pens = [item.x + item.face.advance(item.text[:at]) * item.size for at in starts]
+    pens.append(item.x + item.face.advance(item.text) * item.size)
+    stops = warp.points(np.array([(pen, item.baseline) for pen in pens])).tolist()
+    return [
+        Run(item.text[at:after], tuple(stops[i]), tuple(stops[i + 1]), item.size * scale)
+        for i, (at, after) in enumerate(zip(starts, [*starts[1:], None], strict=True))
+    ]
 
 
 def _question(ask: Ask, places: dict, settings: Settings, size: tuple[int, int]) -> Question:

@@ -23,9 +23,13 @@ def _lists(*texts: str) -> dict[Language, tuple[str, ...]]:
     return dict(zip(LANGUAGES, split, strict=True))
 
 
+def _rows(text: str) -> list[tuple[str, ...]]:
+    """A row a line, parted by bars."""
+    return [tuple(part.strip() for part in row.split("|")) for row in text.strip().split("\n")]
+
+
 def _trios(text: str) -> tuple[Trio, ...]:
-    """A trio a line, parted by bars."""
-    return tuple(tuple(part.strip() for part in row.split("|")) for row in text.strip().split("\n"))
+    return tuple((en, hans, hant) for en, hans, hant in _rows(text))
 
 
 GIVEN = _lists(
@@ -189,7 +193,7 @@ watermelon | 西瓜 | 西瓜 | 430
 peaches | 桃子 | 桃子 | 340
 strawberries | 草莓 | 草莓 | 460
 """
-GOODS = tuple((row[:3], int(row[3])) for row in _trios(_GOODS))
+GOODS = tuple(((en, hans, hant), int(cents)) for en, hans, hant, cents in _rows(_GOODS))
 
 SECTIONS = {
     "en": ("Starters", "Mains", "Desserts", "Drinks"),

@@ -16,7 +16,8 @@ from llmprep_jax.data.synthetic_documents.fonts import ASCENT, Face
 
 LINE = 1.36
 OVERSAMPLE = 2
-Box = tuple[float, float, float, float]  # left, top, right, bottom
+Number = int | float
+Box = tuple[Number, Number, Number, Number]  # left, top, right, bottom
 Color = tuple[int, int, int]
 
 _HAN = "\u2e80-\u9fff\uff00-\uffef"  # with the punctuation that is as wide
@@ -33,11 +34,11 @@ class Text:
     One that `joins` goes on where the text before it ended: the next character of a column.
     """
 
-    x: float
-    baseline: float
+    x: Number
+    baseline: Number
     text: str
     face: Face
-    size: float
+    size: Number
     color: Color
     fields: tuple[tuple[int, int, str], ...] = ()
     joins: bool = False
@@ -54,7 +55,7 @@ class Text:
             (self.baseline + bottom * size),
         )
 
-    def moved(self, across: float, down: float) -> "Text":
+    def moved(self, across: Number, down: Number) -> "Text":
         return dataclasses.replace(self, x=self.x + across, baseline=self.baseline + down)
 
     def tokens(self) -> list[tuple[int, int]]:
@@ -67,13 +68,13 @@ class Shape:
     """A call of ImageDraw: rectangle, line, ellipse, polygon or pieslice."""
 
     name: str
-    points: tuple[float, ...]
+    points: tuple[Number, ...]
     fill: Color | None = None
     outline: Color | None = None
-    width: float = 0
-    more: tuple[tuple[str, float], ...] = ()
+    width: Number = 0
+    more: tuple[tuple[str, Number], ...] = ()
 
-    def moved(self, across: float, down: float) -> "Shape":
+    def moved(self, across: Number, down: Number) -> "Shape":
         steps = (across, down) * (len(self.points) // 2)
         points = tuple(value + step for value, step in zip(self.points, steps, strict=True))
         return dataclasses.replace(self, points=points)
@@ -88,24 +89,24 @@ class Page:
       ink, paper: colours.
     """
 
-    def __init__(self, width: float, face: Face, bold: Face, ink: Color, paper: Color):
+    def __init__(self, width: Number, face: Face, bold: Face, ink: Color, paper: Color):
         self.width, self.height = width, 0.0
         self.face, self.bold, self.ink, self.paper = face, bold, ink, paper
         self.items: list[Text | Shape] = []
 
     def text(
         self,
-        x: float,
-        y: float,
+        x: Number,
+        y: Number,
         parts: Parts,
-        size: float,
+        size: Number,
         *,
         bold: bool = False,
         face: Face | None = None,
         color: Color | None = None,
         align: str = "left",
-        room: float | None = None,
-    ) -> float:
+        room: Number | None = None,
+    ) -> Number:
         """Writes one line and returns its width.
 
         Args:
@@ -126,16 +127,16 @@ class Page:
 
     def paragraph(
         self,
-        x: float,
-        y: float,
-        width: float,
+        x: Number,
+        y: Number,
+        width: Number,
         parts: Parts,
-        size: float,
+        size: Number,
         *,
-        leading: float = LINE,
+        leading: Number = LINE,
         align: str = "left",
         **style,
-    ) -> float:
+    ) -> Number:
         """Writes lines broken at `width`, and returns the y below them."""
         text, fields = _join(parts)
         face = style.get("face") or (self.bold if style.get("bold") else self.face)
@@ -146,7 +147,7 @@ class Page:
             y += leading * size
         return y
 
-    def vertical(self, x: float, y: float, parts: Parts, size: float, **style) -> float:
+    def vertical(self, x: Number, y: Number, parts: Parts, size: Number, **style) -> Number:
         """Writes a column of characters, as on Chinese signs; returns the y below it."""
         first = len(self.items)
         for text, field in [(parts, None)] if isinstance(parts, str) else parts:
@@ -163,11 +164,11 @@ class Page:
         name = "rounded_rectangle" if radius else "rectangle"
         self.items.append(Shape(name, tuple(box), fill, outline, width if outline else 0, more))
 
-    def line(self, points: Sequence[float], color: Color | None = None, width=1.0) -> None:
+    def line(self, points: Sequence[Number], color: Color | None = None, width=1.0) -> None:
         color = self.ink if color is None else color
         self.items.append(Shape("line", tuple(points), color, None, width))
 
-    def dashes(self, x0: float, y: float, x1: float, color=None, dash=4.0, width=1.0) -> None:
+    def dashes(self, x0: Number, y: Number, x1: Number, color=None, dash=4.0, width=1.0) -> None:
         while x0 < x1:
             self.line((x0, y, min(x0 + dash, x1), y), color, width)
             x0 += 2 * dash
@@ -175,10 +176,10 @@ class Page:
     def ellipse(self, box: Box, fill=None, outline=None, width=1.0) -> None:
         self.items.append(Shape("ellipse", tuple(box), fill, outline, width if outline else 0))
 
-    def polygon(self, points: Sequence[float], fill: Color) -> None:
+    def polygon(self, points: Sequence[Number], fill: Color) -> None:
         self.items.append(Shape("polygon", tuple(points), fill))
 
-    def slice(self, box: Box, start: float, end: float, fill: Color) -> None:
+    def slice(self, box: Box, start: Number, end: Number, fill: Color) -> None:
         """A slice of a pie between two angles in degrees, clockwise from three o'clock."""
         more = (("start", start), ("end", end))
         self.items.append(Shape("pieslice", tuple(box), fill, self.paper, 1.5, more))
@@ -226,7 +227,7 @@ class Page:
                 places.append(box)
         return boxes
 
-    def draw(self, scale: float) -> Image.Image:
+    def draw(self, scale: Number) -> Image.Image:
         """The page, `scale` times its own size."""
         width, height = round(self.width * scale), round(self.height * scale)
         size = (OVERSAMPLE * width, OVERSAMPLE * height)
@@ -245,15 +246,18 @@ def hull(a: Box, b: Box) -> Box:
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
 
-def _draw_text(canvas: ImageDraw.ImageDraw, item: Text, scale: float) -> None:
-    font = item.face.at(item.size * scale)
+def _draw_text(canvas: ImageDraw.ImageDraw, item: Text, scale: Number) -> None:
+    """Letter by letter: FreeType rounds advances at the size drawn, and words would grow."""
+    face, font = item.face, item.face.at(item.size * scale)
     for first, last in item.tokens():
-        x = item.x + item.face.advance(item.text[:first]) * item.size
-        point = (x * scale, item.baseline * scale)
-        canvas.text(point, item.text[first:last], item.color, font, anchor="ls")
+        token, start = item.text[first:last], face.advance(item.text[:first])
+        for i, letter in enumerate(token):
+            pen = start + face.advance(token[: i + 1]) - face.advance(letter)  # kerned
+            point = ((item.x + pen * item.size) * scale, item.baseline * scale)
+            canvas.text(point, letter, item.color, font, anchor="ls")
 
 
-def _draw_shape(canvas: ImageDraw.ImageDraw, item: Shape, scale: float) -> None:
+def _draw_shape(canvas: ImageDraw.ImageDraw, item: Shape, scale: Number) -> None:
     points = [value * scale for value in item.points]
     more = {name: value * scale if name == "radius" else value for name, value in item.more}
     if item.outline is not None:
@@ -286,7 +290,7 @@ def _cut(text: str, fields: Sequence[tuple[int, int, str]], first: int, last: in
     return [part for part in [*parts, (text[at:last], None)] if part[0]]
 
 
-def _break(text: str, face: Face, width: float) -> list[tuple[int, int]]:
+def _break(text: str, face: Face, width: Number) -> list[tuple[int, int]]:
     """Where lines of at most `width`, of size 1, begin and end; blanks at ends are left out."""
     lines, start, end, used = [], 0, 0, 0.0
     for first, last in _units(text):

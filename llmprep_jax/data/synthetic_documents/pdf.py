@@ -12,10 +12,10 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from llmprep_jax.data.synthetic_documents.generator import Document, Line
+from llmprep_jax.data.synthetic_documents.generator import Document, Run
 
 POINTS = 0.72  # a pixel: pages are drawn at 100 dots an inch
-WIDTH = 500  # of a Latin letter, in thousandths; lines are then stretched to their length
+WIDTH = 500  # of a Latin letter, in thousandths; words are then stretched to their length
 QUALITY = 88  # of JPEG
 # the font and the character collection of each kind of Chinese
 _HAN = {"zh-Hans": ("STSong-Light", "GB1", "UniGB"), "zh-Hant": ("MSung-Light", "CNS1", "UniCNS")}
@@ -43,20 +43,20 @@ def to_pdf(document: Document) -> bytes:
 def _contents(document: Document) -> str:
     width, height = document.image.size
     picture = f"q {width * POINTS:.2f} 0 0 {height * POINTS:.2f} 0 0 cm /I Do Q"
-    texts = (_text(line, height, document.language) for line in document.lines)
+    texts = (_text(run, height, document.language) for run in document.runs)
     return "\n".join([picture, "BT 3 Tr", *texts, "ET"])  # 3: neither filled nor outlined
 
 
-def _text(line: Line, height: int, language: str) -> str:
-    """One line, turned and stretched so that it lies where the picture has it."""
-    (x0, y0), (x1, y1) = line.start, line.end
+def _text(run: Run, height: int, language: str) -> str:
+    """One word, turned and stretched so that it lies where the picture has it."""
+    (x0, y0), (x1, y1) = run.start, run.end
     across, up = (x1 - x0) * POINTS, (y0 - y1) * POINTS
-    length, size = math.hypot(across, up), line.size * POINTS
+    length, size = math.hypot(across, up), run.size * POINTS
     cos, sin = across / length, up / length
     if language == "en":
-        units, code = len(line.text) * WIDTH / 1000, line.text.encode("cp1252", "replace").hex()
+        units, code = len(run.text) * WIDTH / 1000, run.text.encode("cp1252", "replace").hex()
     else:
-        units, code = len(line.text), line.text.encode("utf-16-be").hex()
+        units, code = len(run.text), run.text.encode("utf-16-be").hex()
     stretch = 100 * length / (units * size)
     at = f"{x0 * POINTS:.2f} {(height - y0) * POINTS:.2f}"
     return (

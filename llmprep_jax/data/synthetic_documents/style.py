@@ -96,8 +96,8 @@ def choose_style(settings: Settings, families: Sequence[Family], dice: Dice, kin
         heading,
         accent=dice.pick(ACCENTS) if colored else BLACK,
         rotation=dice.uniform(-rotation, rotation),
-        noise=noise * (dice.uniform(0.2, 1) if settings.noise is None else 1),
-        blur=blur * dice.uniform(0, 1),
+        noise=noise * (dice.uniform(0.2, 1.0) if settings.noise is None else 1),
+        blur=blur * dice.uniform(0.0, 1.0),
         variant=dice.below(12) if settings.level != "tiny" else 0,
     )
     if not varied:
@@ -107,7 +107,7 @@ def choose_style(settings: Settings, families: Sequence[Family], dice: Dice, kin
         ink=dice.pick(INKS) if colored else BLACK,
         paper=dice.pick(PAPERS) if colored else WHITE,
         size=dice.uniform(0.92, 1.12),
-        tilt=dice.uniform(0, 0.02) if settings.rotation is None else 0.0,
+        tilt=dice.uniform(0.0, 0.02) if settings.rotation is None else 0.0,
         is_photo=settings.noise is None and dice.chance(0.5),
     )
 

@@ -9,7 +9,7 @@ from llmprep_jax.data.synthetic_documents.content import Asker, Content
 from llmprep_jax.data.synthetic_documents.dice import Dice
 from llmprep_jax.data.synthetic_documents.facts import Fact
 from llmprep_jax.data.synthetic_documents.lexicon import Language, Trio, say
-from llmprep_jax.data.synthetic_documents.page import LINE, Color, Page
+from llmprep_jax.data.synthetic_documents.page import LINE, Color, Number, Page
 from llmprep_jax.data.synthetic_documents.style import Style, mix
 
 WIDTH, SIZE = 760, 19
@@ -219,7 +219,7 @@ def _asks(dice, language, level, topic: Topic, values, numbers):
     return asker.asks
 
 
-def draw(content: Content, page: Page, style: Style, unit: float) -> None:
+def draw(content: Content, page: Page, style: Style, unit: Number) -> None:
     """A title above the plot; every value stands at its bar, point or slice."""
     margin = (0.3 if content.is_tiny else 1.6) * unit
     y = margin
@@ -245,13 +245,13 @@ def color_of(style: Style, content: Content, i: int) -> Color:
     return COLORS[(i + style.variant) % len(COLORS)]
 
 
-def nice_step(high: float, count: int = 5) -> int:
+def nice_step(high: Number, count: int = 5) -> int:
     """A round step with which `count` or so reach a value: 1, 2 or 5 times a power of ten."""
     power = 10 ** math.floor(math.log10(max(high / count, 1)))
     return int(next(f * power for f in (1, 2, 5, 10) if f * power * count >= high))
 
 
-def _axis(content: Content, page: Page, style: Style, unit: float, box, levels: bool):
+def _axis(content: Content, page: Page, style: Style, unit: Number, box, levels: bool):
     """Ticks and rules of the values' axis; returns the plot's box and the value at its end."""
     left, top, right, bottom = box
     step = nice_step(max(content.more["numbers"]))
@@ -268,7 +268,7 @@ def _axis(content: Content, page: Page, style: Style, unit: float, box, levels: 
     return (left, top, right, bottom), last
 
 
-def _draw_bars(content: Content, page: Page, style: Style, unit: float, box) -> None:
+def _draw_bars(content: Content, page: Page, style: Style, unit: Number, box) -> None:
     numbers = content.more["numbers"]
     if content.is_tiny:
         left, top, right, bottom = box
@@ -287,7 +287,7 @@ def _draw_bars(content: Content, page: Page, style: Style, unit: float, box) -> 
     _names_below(content, page, unit, left, bottom, slot)
 
 
-def _names_below(content: Content, page: Page, unit: float, left, y, slot) -> None:
+def _names_below(content: Content, page: Page, unit: Number, left, y, slot) -> None:
     names = [f"name{i}" for i in range(len(content.more["numbers"]))]
     widest = max(page.face.advance(content.values[name].text) for name in names)
     size = min(unit, 0.94 * slot / widest)  # one for all
@@ -296,7 +296,7 @@ def _names_below(content: Content, page: Page, unit: float, left, y, slot) -> No
         page.text(x, top, content.part(name), size, align="center")
 
 
-def _draw_line(content: Content, page: Page, style: Style, unit: float, box) -> None:
+def _draw_line(content: Content, page: Page, style: Style, unit: Number, box) -> None:
     numbers = content.more["numbers"]
     (left, top, right, bottom), last = _axis(content, page, style, unit, box, True)
     slot = (right - left) / len(numbers)
@@ -316,7 +316,7 @@ def _draw_line(content: Content, page: Page, style: Style, unit: float, box) -> 
     _names_below(content, page, unit, left, bottom, slot)
 
 
-def _draw_lying(content: Content, page: Page, style: Style, unit: float, box) -> None:
+def _draw_lying(content: Content, page: Page, style: Style, unit: Number, box) -> None:
     left, top, right, bottom = box
     numbers = content.more["numbers"]
     names = [content.values[f"name{i}"].text for i in range(len(numbers))]
@@ -333,7 +333,7 @@ def _draw_lying(content: Content, page: Page, style: Style, unit: float, box) ->
     page.line((left, top, left, bottom), page.ink, max(1, 0.08 * unit))
 
 
-def _draw_pie(content: Content, page: Page, style: Style, unit: float, box) -> None:
+def _draw_pie(content: Content, page: Page, style: Style, unit: Number, box) -> None:
     """Slices from twelve o'clock; values inside, or beside where a slice is thin; a legend."""
     left, top, right, bottom = box
     radius = (bottom - top) / 2 - 1.3 * unit

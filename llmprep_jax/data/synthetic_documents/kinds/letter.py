@@ -8,7 +8,7 @@ from llmprep_jax.data.synthetic_documents.dice import Dice
 from llmprep_jax.data.synthetic_documents.facts import Fact
 from llmprep_jax.data.synthetic_documents.kinds.letter_topics import TOPICS
 from llmprep_jax.data.synthetic_documents.lexicon import Language, say
-from llmprep_jax.data.synthetic_documents.page import LINE, Page
+from llmprep_jax.data.synthetic_documents.page import LINE, Number, Page
 from llmprep_jax.data.synthetic_documents.style import Style
 
 WIDTH, SIZE = 827, 19  # A4 at 100 dots an inch
@@ -87,7 +87,7 @@ def compose(dice: Dice, language: Language, level: str) -> Content:
     return Content("letter", language, level, values, tuple(asker.asks), more)
 
 
-def draw(content: Content, page: Page, style: Style, unit: float) -> None:
+def draw(content: Content, page: Page, style: Style, unit: Number) -> None:
     """From the head to the signature, on a sheet as high as A4 or as the letter needs."""
     if content.is_tiny:
         _draw_note(content, page, unit)
@@ -125,7 +125,7 @@ def draw(content: Content, page: Page, style: Style, unit: float) -> None:
     page.height = max(y + 4 * unit, page.width * 2**0.5 if style.variant % 2 else 0)
 
 
-def _draw_head(content: Content, page: Page, style: Style, unit: float, margin: float) -> float:
+def _draw_head(content: Content, page: Page, style: Style, unit: Number, margin: Number) -> Number:
     """The sender's name and address, in one of three layouts; returns the y below."""
     look = style.variant % 3
     if look == 1:
@@ -143,15 +143,16 @@ def _draw_head(content: Content, page: Page, style: Style, unit: float, margin: 
     return y + 1.6 * unit
 
 
-def _draw_note(content: Content, page: Page, unit: float) -> None:
+def _draw_note(content: Content, page: Page, unit: Number) -> None:
     y, margin = 0.5 * unit, 0.45 * unit
     room = page.width - 2 * margin
     values = content.values
     template = say(("To {note_name}:", "给{note_name}：", "給{note_name}："), content.language)
     page.text(margin, y, fill(template, values), unit, room=room)
     y += 1.3 * LINE * unit
-    for template in say((("Room {note_room}", "at {note_hour}"), ("{note_room}房间", "{note_hour}"),
-                         ("{note_room}房間", "{note_hour}")), content.language):  # fmt: skip
+    place = say(("Room {note_room}", "{note_room}房间", "{note_room}房間"), content.language)
+    hour = say(("at {note_hour}", "{note_hour}", "{note_hour}"), content.language)
+    for template in (place, hour):
         page.text(margin, y, fill(template, values), 1.15 * unit, bold=True, room=room)
         y += LINE * 1.2 * unit
     page.height = y + margin

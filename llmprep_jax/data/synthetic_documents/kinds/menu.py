@@ -5,7 +5,7 @@ from llmprep_jax.data.synthetic_documents.content import Asker, Content
 from llmprep_jax.data.synthetic_documents.dice import Dice
 from llmprep_jax.data.synthetic_documents.facts import Fact
 from llmprep_jax.data.synthetic_documents.lexicon import Language, say
-from llmprep_jax.data.synthetic_documents.page import LINE, Page
+from llmprep_jax.data.synthetic_documents.page import LINE, Number, Page
 from llmprep_jax.data.synthetic_documents.style import Style
 
 WIDTH, SIZE = 760, 20
@@ -102,7 +102,7 @@ def _asks(dice, language, level, values, rows, prices, money):
     return asker.asks
 
 
-def draw(content: Content, page: Page, style: Style, unit: float) -> None:
+def draw(content: Content, page: Page, style: Style, unit: Number) -> None:
     """Title, then sections one below another; wide pages may have two columns."""
     if content.is_tiny:
         page.height = _draw_tiny(content, page, unit)
@@ -131,7 +131,7 @@ def draw(content: Content, page: Page, style: Style, unit: float) -> None:
         page.rectangle(box, None, style.accent, 0.12 * unit)
 
 
-def _draw_title(content: Content, page: Page, style: Style, unit: float) -> float:
+def _draw_title(content: Content, page: Page, style: Style, unit: Number) -> Number:
     room = page.width - 5 * unit
     color = style.accent
     top = 1.8 * unit
@@ -145,7 +145,7 @@ def _draw_title(content: Content, page: Page, style: Style, unit: float) -> floa
     return top + 5.4 * unit
 
 
-def _draw_section(content, page, style, unit, place, section: int) -> float:
+def _draw_section(content, page, style, unit, place, section: int) -> Number:
     x, y, width = place
     title = lexicon.SECTIONS[content.language][section]
     page.text(x, y, title, 1.25 * unit, color=style.accent, face=style.heading.bold)
@@ -166,7 +166,7 @@ def _draw_section(content, page, style, unit, place, section: int) -> float:
     return y + 0.9 * unit
 
 
-def _draw_tiny(content: Content, page: Page, unit: float) -> float:
+def _draw_tiny(content: Content, page: Page, unit: Number) -> Number:
     y, margin = 0.4 * unit, 0.4 * unit
     title = lexicon.SECTIONS[content.language][content.more["sections"][0]]
     page.text(page.width / 2, y, title, unit, bold=True, align="center")

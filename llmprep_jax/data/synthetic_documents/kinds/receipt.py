@@ -5,7 +5,7 @@ from llmprep_jax.data.synthetic_documents.content import Asker, Content
 from llmprep_jax.data.synthetic_documents.dice import Dice
 from llmprep_jax.data.synthetic_documents.facts import Fact
 from llmprep_jax.data.synthetic_documents.lexicon import Language, say
-from llmprep_jax.data.synthetic_documents.page import LINE, Page
+from llmprep_jax.data.synthetic_documents.page import LINE, Number, Page
 from llmprep_jax.data.synthetic_documents.style import Style
 
 WIDTH, SIZE = 400, 15
@@ -173,7 +173,7 @@ def _asks(dice: Dice, language: Language, level: str, values: dict[str, Fact], r
     return asker.asks
 
 
-def draw(content: Content, page: Page, style: Style, unit: float) -> None:
+def draw(content: Content, page: Page, style: Style, unit: Number) -> None:
     """Goods to the left, amounts to the right, sums below a rule."""
     step, margin = LINE * unit, (0.5 if content.is_tiny else 1.6) * unit
     right = page.width - margin
@@ -202,7 +202,7 @@ def draw(content: Content, page: Page, style: Style, unit: float) -> None:
     page.height = y + margin
 
 
-def _draw_head(content: Content, page: Page, style: Style, unit: float, y: float) -> float:
+def _draw_head(content: Content, page: Page, style: Style, unit: Number, y: Number) -> Number:
     middle, margin = page.width / 2, 1.6 * unit
     language, room = content.language, page.width - 3.2 * unit
     page.text(middle, y, content.part("shop"), 1.7 * unit, align="center", room=room,
@@ -228,7 +228,7 @@ def _draw_head(content: Content, page: Page, style: Style, unit: float, y: float
     return y + LINE * unit
 
 
-def _rule(page: Page, style: Style, y: float, unit: float) -> float:
+def _rule(page: Page, style: Style, y: Number, unit: Number) -> Number:
     margin = 1.6 * unit
     if style.variant % 2:
         page.dashes(margin, y, page.width - margin, style.soft, 0.4 * unit, 1)
@@ -237,7 +237,7 @@ def _rule(page: Page, style: Style, y: float, unit: float) -> float:
     return y + 0.5 * unit
 
 
-def _draw_sums(content: Content, page: Page, style: Style, unit: float, y: float) -> float:
+def _draw_sums(content: Content, page: Page, style: Style, unit: Number, y: Number) -> Number:
     margin = (0.5 if content.is_tiny else 1.6) * unit
     right = page.width - margin
     if content.is_tiny:
@@ -262,7 +262,7 @@ def _draw_sums(content: Content, page: Page, style: Style, unit: float, y: float
     return y
 
 
-def _draw_foot(content: Content, page: Page, style: Style, unit: float, y: float) -> float:
+def _draw_foot(content: Content, page: Page, style: Style, unit: Number, y: Number) -> Number:
     y = _rule(page, style, y + 0.3 * unit, unit)
     thanks = say(LABELS["thanks"], content.language)
     page.text(page.width / 2, y, thanks, 0.95 * unit, align="center")

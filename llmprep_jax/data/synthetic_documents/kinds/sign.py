@@ -9,7 +9,7 @@ from llmprep_jax.data.synthetic_documents.dice import Dice
 from llmprep_jax.data.synthetic_documents.facts import Fact
 from llmprep_jax.data.synthetic_documents.kinds import sign_boards
 from llmprep_jax.data.synthetic_documents.lexicon import Language, Trio, say
-from llmprep_jax.data.synthetic_documents.page import Page
+from llmprep_jax.data.synthetic_documents.page import Number, Page
 from llmprep_jax.data.synthetic_documents.style import Style
 
 WIDTH, SIZE = 640, 26
@@ -255,8 +255,11 @@ def compose(dice: Dice, language: Language, level: str) -> Content:
     asker = Asker(dice, language, level, PHRASES)
     values = topic.make(dice, asker, language, level)
     asks: list[Ask] = asker.asks
-    return Content("sign", language, level, values, tuple(asks), {"board": topic.name})
+    # no text states where an arrow points
+    ways = {name: values.pop(name).text for name in [*values] if name.startswith("way")}
+    more = {"board": topic.name, "ways": ways}
+    return Content("sign", language, level, values, tuple(asks), more)
 
 
-def draw(content: Content, page: Page, style: Style, unit: float) -> None:
+def draw(content: Content, page: Page, style: Style, unit: Number) -> None:
     sign_boards.draw(content, page, style, unit)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from llmprep_jax.data.synthetic_documents.content import Content, Parts
 from llmprep_jax.data.synthetic_documents.lexicon import say
-from llmprep_jax.data.synthetic_documents.page import LINE, Box, Color, Page
+from llmprep_jax.data.synthetic_documents.page import LINE, Box, Color, Number, Page
 from llmprep_jax.data.synthetic_documents.style import BLACK, WHITE, Style
 
 BLUE, GREEN, RED, YELLOW = (20, 76, 150), (12, 98, 66), (184, 28, 36), (250, 204, 40)
@@ -25,20 +25,20 @@ class Board:
     page: Page
     content: Content
     style: Style
-    unit: float
+    unit: Number
     box: Box
     ink: Color
     fill: Color
 
     @property
-    def middle(self) -> float:
+    def middle(self) -> Number:
         return (self.box[0] + self.box[2]) / 2
 
     @property
-    def room(self) -> float:
+    def room(self) -> Number:
         return self.box[2] - self.box[0] - 1.6 * self.unit * (not self.content.is_tiny)
 
-    def line(self, y: float, parts: Parts, size: float, bold: bool = True, **style) -> float:
+    def line(self, y: Number, parts: Parts, size: Number, bold: bool = True, **style) -> Number:
         """A line in the middle; `size` and what is returned, the y below it, by the unit."""
         size *= self.unit
         style = {"color": self.ink, "room": self.room, **style}
@@ -49,7 +49,7 @@ class Board:
         return say((en, hans, hant), self.content.language)
 
 
-def draw(content: Content, page: Page, style: Style, unit: float) -> None:
+def draw(content: Content, page: Page, style: Style, unit: Number) -> None:
     """Draws a board, as high as its content needs, in the middle of a wall."""
     name = content.more["board"]
     colors = {"parking": (WHITE, BLUE), "ways": (WHITE, GREEN if style.variant % 2 else BLUE),
@@ -80,7 +80,7 @@ def draw(content: Content, page: Page, style: Style, unit: float) -> None:
     page.items[at:] = page.items[above:] + page.items[at:above]
 
 
-def _hours(board: Board, y: float) -> float:
+def _hours(board: Board, y: Number) -> Number:
     content, unit, page = board.content, board.unit, board.page
     y = board.line(y, content.part("shop"), 1.7, face=board.style.heading.bold,
                    color=board.style.accent)  # fmt: skip
@@ -98,7 +98,7 @@ def _hours(board: Board, y: float) -> float:
     return y
 
 
-def _parking(board: Board, y: float) -> float:
+def _parking(board: Board, y: Number) -> Number:
     content, unit, page = board.content, board.unit, board.page
     side, x = 4.6 * unit, board.middle
     page.rectangle((x - side / 2, y, x + side / 2, y + side), board.ink, radius=0.5 * unit)
@@ -112,18 +112,20 @@ def _parking(board: Board, y: float) -> float:
     return board.line(y, [*content.part("spaces"), (spaces, None)], 1.0, bold=False)
 
 
-def _ways(board: Board, y: float) -> float:
+def _ways(board: Board, y: Number) -> Number:
     content, unit, page = board.content, board.unit, board.page
     if content.is_tiny:
         y = board.line(y, content.part("place0"), 1.15)
         y = board.line(y, content.part("distance0"), 1.15)
-        _arrow(board, board.middle, y + 1.1 * unit, content.values["way0"].text, 2.0 * unit)
+        _arrow(board, board.middle, y + 1.1 * unit, content.more["ways"]["way0"], 2.0 * unit)
         return y + 2.1 * unit
     left, right = board.box[0] + 1.3 * unit, board.box[2] - 1.3 * unit
     for i in range(4):
         if f"place{i}" not in content.values:
             continue
-        _arrow(board, left + 0.9 * unit, y + 0.9 * unit, content.values[f"way{i}"].text, 1.7 * unit)
+        _arrow(
+            board, left + 0.9 * unit, y + 0.9 * unit, content.more["ways"][f"way{i}"], 1.7 * unit
+        )
         far = page.text(right, y, content.part(f"distance{i}"), 1.35 * unit, bold=True,
                         color=board.ink, align="right")  # fmt: skip
         page.text(left + 2.6 * unit, y, content.part(f"place{i}"), 1.35 * unit, bold=True,
@@ -132,12 +134,12 @@ def _ways(board: Board, y: float) -> float:
     return y - 0.4 * unit
 
 
-def _arrow(board: Board, x: float, y: float, way: str, size: float) -> None:
+def _arrow(board: Board, x: Number, y: Number, way: str, size: Number) -> None:
     """An arrow around a point."""
     half, head = size / 2, size * 0.34
     turn = {"left": (-1, 0), "right": (1, 0), "ahead": (0, -1)}[way]
 
-    def place(along: float, across: float) -> tuple[float, float]:
+    def place(along: Number, across: Number) -> tuple[Number, float]:
         return x + along * turn[0] - across * turn[1], y + along * turn[1] + across * turn[0]
 
     outline = [(-half, -0.09 * size), (half - head, -0.09 * size), (half - head, -head), (half, 0),
@@ -145,7 +147,7 @@ def _arrow(board: Board, x: float, y: float, way: str, size: float) -> None:
     board.page.polygon([value for point in outline for value in place(*point)], board.ink)
 
 
-def _door(board: Board, y: float) -> float:
+def _door(board: Board, y: Number) -> Number:
     content = board.content
     if content.is_tiny:
         y = board.line(y, board.say("Room", "房间", "房間"), 1.4)
@@ -156,7 +158,7 @@ def _door(board: Board, y: float) -> float:
     return board.line(y, content.part("department"), 1.0, bold=False)
 
 
-def _ring(board: Board, y: float, name: str, below: str) -> float:
+def _ring(board: Board, y: Number, name: str, below: str) -> Number:
     """A red ring with a number, and a plate below it."""
     unit, page, tiny = board.unit, board.page, board.content.is_tiny
     radius = (2.15 if tiny else 6.0) * unit
@@ -179,15 +181,15 @@ def _ring(board: Board, y: float, name: str, below: str) -> float:
     return y + LINE * size
 
 
-def _speed(board: Board, y: float) -> float:
+def _speed(board: Board, y: Number) -> Number:
     return _ring(board, y, "speed", board.say("km/h", "公里/小时", "公里/小時"))
 
 
-def _height(board: Board, y: float) -> float:
+def _height(board: Board, y: Number) -> Number:
     return _ring(board, y, "tall", board.say("Max. height", "限高", "限高"))
 
 
-def _notice(board: Board, y: float) -> float:
+def _notice(board: Board, y: Number) -> Number:
     content, unit = board.content, board.unit
     y = board.line(y, board.say("NOTICE", "通知", "通知"), 2.0)
     y = board.line(y + 0.2 * unit, board.say("Lift out of order", "电梯停用", "電梯停用"), 1.6)
@@ -199,7 +201,7 @@ def _notice(board: Board, y: float) -> float:
     return board.line(y, [(call, None), *content.part("phone")], 1.0, bold=False)
 
 
-def _platform(board: Board, y: float) -> float:
+def _platform(board: Board, y: Number) -> Number:
     content = board.content
     if content.is_tiny:
         y = board.line(y, board.say("Platform", "站台", "月台"), 1.2)
@@ -210,7 +212,7 @@ def _platform(board: Board, y: float) -> float:
     return board.line(y, [*train, *content.part("time")], 1.5)
 
 
-def _shop(board: Board, y: float) -> float:
+def _shop(board: Board, y: Number) -> Number:
     content, unit, page = board.content, board.unit, board.page
     since = [(board.say("since ", "创立于", "創立於"), None), *content.part("year"),
              (board.say("", "年", "年"), None)]  # fmt: skip

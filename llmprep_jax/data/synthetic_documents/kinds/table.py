@@ -7,7 +7,7 @@ from llmprep_jax.data.synthetic_documents.dice import Dice
 from llmprep_jax.data.synthetic_documents.facts import Fact
 from llmprep_jax.data.synthetic_documents.kinds.table_topics import TOPICS, Topic
 from llmprep_jax.data.synthetic_documents.lexicon import Language, say
-from llmprep_jax.data.synthetic_documents.page import LINE, Page
+from llmprep_jax.data.synthetic_documents.page import LINE, Number, Page
 from llmprep_jax.data.synthetic_documents.style import WHITE, Style, mix
 
 WIDTH, SIZE = 840, 19
@@ -96,7 +96,7 @@ class Look:
         return cls(*looks[style.variant % len(looks)])
 
 
-def draw(content: Content, page: Page, style: Style, unit: float) -> None:
+def draw(content: Content, page: Page, style: Style, unit: Number) -> None:
     """A title above a grid whose columns are as wide as their texts need."""
     margin = (0.35 if content.is_tiny else 2) * unit
     y = margin if content.is_tiny else 1.6 * unit
@@ -112,7 +112,7 @@ def draw(content: Content, page: Page, style: Style, unit: float) -> None:
     height = (1.42 if content.is_tiny else 1.85) * unit
     top = y
 
-    def row(y: float, names: list[str | None], bold: bool, color=None) -> None:
+    def row(y: Number, names: list[str | None], bold: bool, color=None) -> None:
         for c, name in enumerate(names):
             if name is None:
                 continue
@@ -143,7 +143,7 @@ def draw(content: Content, page: Page, style: Style, unit: float) -> None:
     page.height = y + (0.4 if content.is_tiny else 2) * unit
 
 
-def _draw_rules(page: Page, look: Look, span, edges, height: float, color, unit: float) -> None:
+def _draw_rules(page: Page, look: Look, span, edges, height: Number, color, unit: Number) -> None:
     top, bottom = span
     width = 0.06 * unit
     if not look.grid:
@@ -155,11 +155,11 @@ def _draw_rules(page: Page, look: Look, span, edges, height: float, color, unit:
         page.line((edges[0], top + r * height, edges[-1], top + r * height), color, width)
 
 
-def _widths(content: Content, page: Page, unit: float, room: float) -> list[float]:
+def _widths(content: Content, page: Page, unit: Number, room: Number) -> list[Number]:
     """Widths in proportion to the longest text of each column; texts that are too long shrink."""
-    needs: list[float] = []
+    needs: list[Number] = []
 
-    def width(name: str, bold: bool) -> float:
+    def width(name: str, bold: bool) -> Number:
         face = page.bold if bold else page.face
         return face.advance(content.values[name].text) * unit
 

@@ -40,7 +40,7 @@ class Made:
 
     title: str
     rows: list[list[Fact]]
-    numbers: list[list[float]]
+    numbers: list[list[int]]
     total: Fact | None = None
 
 
@@ -87,7 +87,7 @@ def _trains(dice: Dice, language: Language, level: str, count: int) -> Made:
         time = Fact(f"{hour}:{minute:02d}", (f"{hour:02d}:{minute:02d}",))
         rows.append([Fact(name, (str(number),)), Fact(city), time, Fact(str(dice.between(1, 14)))])
     title = say(("Departures from {}", "{}站发车时刻表", "{}站發車時刻表"), language)
-    return Made(title.format(cities[0]), rows, [[0.0] * 4 for _ in rows])
+    return Made(title.format(cities[0]), rows, [[0] * 4 for _ in rows])
 
 
 def _stock(dice: Dice, language: Language, level: str, count: int) -> Made:
@@ -103,7 +103,7 @@ def _stock(dice: Dice, language: Language, level: str, count: int) -> Made:
         total += worth
         fact = Fact(name if level == "tiny" else name.capitalize(), (name,))
         rows.append([fact, _number(amount), money.write(price), money.write(worth)])
-        numbers.append([0.0, amount, price, worth])
+        numbers.append([0, amount, price, worth])
     shop = dice.pick(lexicon.SHOPS[language])
     title = say(("Stock list, {}", "{}库存清单", "{}庫存清單"), language).format(shop)
     return Made(title, rows, numbers, money.write(total))
@@ -118,7 +118,7 @@ def _marks(dice: Dice, language: Language, level: str, count: int) -> Made:
     for name in names:
         marks = [dice.between(41, 99) for _ in range(3)]
         rows.append([Fact(name), *(Fact(str(mark)) for mark in (*marks, sum(marks)))])
-        numbers.append([0.0, *marks, sum(marks)])
+        numbers.append([0, *marks, sum(marks)])
     form = dice.between(1, 6)
     title = say(("Marks of class {}", "{}班成绩单", "{}班成績單"), language).format(form)
     return Made(title, rows, numbers)
@@ -134,7 +134,7 @@ def _staff(dice: Dice, language: Language, level: str, count: int) -> Made:
         rows.append([Fact(name), Fact(department), Fact(room), Fact(str(extension))])
     company = dice.pick(lexicon.COMPANIES[language])
     title = say(("Staff of {}", "{}通讯录", "{}通訊錄"), language).format(company)
-    return Made(title, rows, [[0.0] * 4 for _ in rows])
+    return Made(title, rows, [[0] * 4 for _ in rows])
 
 
 def _weather(dice: Dice, language: Language, level: str, count: int) -> Made:
@@ -146,7 +146,7 @@ def _weather(dice: Dice, language: Language, level: str, count: int) -> Made:
         low, rain = high - dice.between(3, 12), dice.between(0, 95)
         rows.append([Fact(city), *(Fact(f"{t}°C", (str(t), f"{t}°")) for t in (high, low)),
                      Fact(f"{rain}%", (str(rain),))])  # fmt: skip
-        numbers.append([0.0, high, low, rain])
+        numbers.append([0, high, low, rain])
     day = facts.write_date(facts.day(dice), language)
     title = say(("Weather on {}", "{}天气预报", "{}天氣預報"), language).format(day.text)
     return Made(title, rows, numbers)
