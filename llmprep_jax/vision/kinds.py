@@ -34,9 +34,12 @@ def _square(edge: int) -> dict[str, int]:
     return {"height": edge, "width": edge}
 
 
-def _color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
-    """The mean as a colour, rounded down as released: (122, 116, 104) of CLIP's."""
-    return tuple(min(max(int(x * 255), 0), 255) for x in mean)
+def read_color(fields: Fields, mean: str) -> tuple[int, int, int]:
+    """The mean as a colour, rounded down as released: (122, 116, 104) of CLIP's.
+
+    Also where it is not used otherwise, since `do_normalize` is false.
+    """
+    return tuple(min(max(int(x * 255), 0), 255) for x in fields.triple(mean, -1e3, 1e3))
 
 
 class _Resized(ImageProcessor):
@@ -94,7 +97,7 @@ class PaddedFirst(ShortestEdge):
 
     def _read(self, fields: Fields) -> None:
         super()._read(fields)
-        self.color = _color(self.mean) if fields.flag("do_pad") else None
+        self.color = read_color(fields, "image_mean") if fields.flag("do_pad") else None
 
     def _fit(self, image: Image.Image) -> Image.Image:
         return super()._fit(
@@ -172,11 +175,7 @@ class Padded(ImageProcessor):
         self.resample = read_filter(fields, "resample")
         self.least = fields.integer("min_size", 1, self.edge)
         self.resizes, self.pads = fields.flag("do_resize"), fields.flag("do_pad")
-        self.color = _color(self._mean("image_mean"))
-
-    def _mean(self, name: str) -> tuple[float, float, float]:
-        """Also where `do_normalize` is false."""
-        return self._fields.triple(name, -1e3, 1e3)
+        self.color = read_color(fields, "image_mean")
 
     def _view(self, image: Image.Image, num_images: int) -> Views:
         return Views([self._fit(image, self.edge, self.resample, self.color)])
@@ -215,7 +214,7 @@ class PaddedTwice(Padded):
         super()._read(fields)
         self.high_edge = read_edge(fields, "high_res_size")
         self.high_resample = read_filter(fields, "high_res_resample")
-        self.high_color = _color(self._mean("high_res_image_mean"))
+        self.high_color = read_color(fields, "high_res_image_mean")
         self.high_normalization = read_normalization(
             fields, "high_res_image_mean", "high_res_image_std"
         )
@@ -248,8 +247,7 @@ class Tiled(ImageProcessor):
     def _read(self, fields: Fields) -> None:
         scaled = Fields(fields.given, {**_SCALED, **self.defaults}, fields.where)
         self.normalization = read_normalization(scaled, "image_mean", "image_std", "normalize")
-        # released code pads with the mean whether it normalises or not
-        self.color = _color(fields.triple("image_mean", -1e3, 1e3))
+        self.color = read_color(fields, "image_mean")
         self.resolutions = self._read_resolutions(fields)
         self.edge = self.resolutions[0][0]
         patch = fields.integer("patch_size", 1, self.edge)
