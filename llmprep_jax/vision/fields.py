@@ -56,7 +56,7 @@ def read_files(folder: str | Path) -> Files:
 def write_files(
     folder: str | Path, image: Mapping[str, Any], processor: Mapping[str, Any], nested: bool = True
 ) -> None:
-    """Writes both files; with `nested` False one, its fields at the top."""
+    """Writes both files; with `nested` False one, its fields at the top, and removes the other."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if nested:
@@ -64,6 +64,7 @@ def write_files(
         _write_object(folder / PROCESSOR, {**processor, NESTED: dict(image)})
     else:
         _write_object(folder / PROCESSOR, {**processor, **image})
+        (folder / PREPROCESSOR).unlink(missing_ok=True)  # one of another model would be read first
 
 
 def read_object(path: Path) -> dict[str, Any]:

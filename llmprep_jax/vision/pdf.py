@@ -51,13 +51,11 @@ def render(
     """One page as an RGB image, with what is filled into its forms."""
     with _page(file, page, dpi, password, max_pixels, name) as (sheet, _):
         try:
-            bitmap = sheet.render(scale=dpi / 72, rev_byteorder=True)
-            image = bitmap.to_pil().convert("RGB")
+            return sheet.render(scale=dpi / 72).to_pil().convert("RGB")
         except Exception as error:  # PDFium's errors, or too little memory
             raise ValueError(
                 f"{name}: page {page} cannot be drawn ({one_line(error)}); try another dpi"
             ) from None
-        return image.copy()  # to_pil may share memory with the bitmap
 
 
 def page_size(

@@ -51,6 +51,8 @@ def test_palettes_and_transparent_colours_are_laid_over_white():
     assert open_image(encode(image, transparency=0)).tolist() == expected
     assert open_image(encode(image, "GIF", transparency=0)).tolist() == expected
     rgb = image.convert("RGB")
+    image.putpalette([0, 0, 0, 0, 0, 0, 200, 255, 9, 9, 9, 255], "RGBA")
+    assert open_image(image).tolist() == expected
     assert open_image(encode(rgb, transparency=(0, 0, 0))).tolist() == expected
     grey = Image.fromarray(GREY16)
     grey.info["transparency"] = 128
@@ -71,6 +73,7 @@ ARRAYS = {
     "alpha": (np.array([[[255, 0, 0, 51]]], np.uint8), [[255, 204, 204]]),
     "mask": (np.array([[True, False]]), [[255] * 3, [0] * 3]),
     "16 bits": (GREY16, [[0] * 3, [0] * 3, [128] * 3, [255] * 3]),
+    "dark 16 bits": (np.array([[0, 255]], np.uint16), [[0] * 3, [1] * 3]),
     "whole": (np.array([[0, 255]], np.int64), [[0] * 3, [255] * 3]),
     "floats to 1": (np.array([[0.0, 0.3, 1.0]]), [[0] * 3, [76] * 3, [255] * 3]),
     "floats to 255": (np.array([[0.0, 1.6, 255.0]], np.float16), [[0] * 3, [2] * 3, [255] * 3]),

@@ -10,7 +10,7 @@ from tests.vision.samples import draw
 
 def test_the_shorter_edge_is_exact_and_the_longer_rounded_down():
     assert resize.shortest_edge_size(640, 480, 224) == (298, 224)  # 298.67
-    assert resize.shortest_edge_size(480, 641, 224) == (224, 299)  # 299.13
+    assert resize.shortest_edge_size(480, 642, 224) == (224, 299)  # 299.6
     assert resize.shortest_edge_size(7, 7, 224) == (224, 224)
     assert resize.shortest_edge_size(1, 5000, 224) == (224, 1_120_000)
 
