@@ -37,7 +37,8 @@ from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from llmprep_jax.train.checkpoint import all_steps, read_meta, read_params
 from llmprep_jax.weights import hub, receipt, table
-from llmprep_jax.weights.folder import refuse_adapter
+from llmprep_jax.weights.folder import read_json, refuse_adapter
+from llmprep_jax.weights.rows import Table
 
 FLOATS = ("float32", "bfloat16", "float16")
 Dtype = Literal["float32", "bfloat16", "float16", "nf4", "fp4", "int8", "int4", "fp8"]
@@ -51,6 +52,7 @@ def load_model(
     *,
     compute: Compute | None = None,
     ema: bool = False,
+    only: str | None = None,
 ) -> nnx.Module:
     """Loads a model.
 
@@ -69,6 +71,8 @@ def load_model(
         `param_dtype` is that of everything else.
       ema: of a run that kept one (`ema_decay`), the running average of what it trained, in place of
         the weights themselves.
+      only: a part of a composed model, "language" or "vision" for most: nothing else is read, and
+        what is saved of it is a model of its own.
 
     Raises:
       FileNotFoundError, ValueError: in one line, with the file and the remedy.
@@ -78,23 +82,22 @@ def load_model(
     source, path = Source(str(path)), hub.resolve(path)
     run, step = _find_run(path)
     if run is not None:
-        return _load_run(run, step, dtype, mesh, compute, ema, source)
+        model = _load_run(run, step, dtype, mesh, compute, ema, source)
+        return model if only is None else _part(model, only)
     if ema:
         raise ValueError(f"{path} is no run: only runs keep a running average; leave ema out")
     checkpoint = unpacking(hub.open_checkpoint(path))
-    cfg = _read_config(checkpoint)
-    stored = _stored_dtype(checkpoint)
+    cfg, stored = _read_config(checkpoint), _stored_dtype(checkpoint)
     to_dense, kind = dtype in FLOATS, dtype if dtype in KINDS else None
     as_stored = dtype is None and compute is None
     compute = _settle(dtype, compute, Compute(dtype=stored, param_dtype=stored))
-    cfg = cfg.with_compute(compute)
     with use_mesh(mesh):
-        abstract = _abstract(cfg, checkpoint)
+        abstract, names = _abstract(cfg.with_compute(compute), checkpoint, only)
         pack = {} if to_dense else packers(abstract, checkpoint, kind)
         model = table.load(
             abstract,
             checkpoint,
-            abstract.weights,
+            names,
             dtype=None if as_stored else compute.param_dtype,
             dtypes=[(RouterBias, "float32")],
             pack=pack.get,
@@ -102,6 +105,17 @@ def load_model(
     model = adopt(model, compute.param_dtype)
     model.source = source
     return model
+
+
+def _part(model: nnx.Module, path: str) -> nnx.Module:
+    """A model that is a part of a composed one."""
+    decoder = model.cfg.decoder
+    if decoder is model.cfg:
+        raise ValueError(f"only={path!r}: the model is a language model as a whole; leave only out")
+    parts = [name for name, part in vars(model).items() if isinstance(part, nnx.Module)]
+    if path not in parts:
+        raise ValueError(f"the model has no part {path!r}; those there are: {', '.join(parts)}")
+    return getattr(model, path)
 
 
 def _settle(dtype: str | None, compute: Compute | None, default: Compute) -> Compute:
@@ -228,13 +242,16 @@ def _read_config(checkpoint: Any) -> ModelConfig:
     return cfg
 
 
-def _abstract(cfg: ModelConfig, checkpoint: Any) -> nnx.Module:
-    """The model without weights; a stored head that differs from the embedding unties them."""
+def _abstract(cfg: ModelConfig, checkpoint: Any, only: str | None) -> tuple[nnx.Module, Table]:
+    """The model, or a part, without weights, and its table; a stored head that differs from the
+    embedding unties them."""
     model = registry.abstract(cfg)
     is_tied = cfg.decoder is not None and cfg.decoder.tie_embeddings
     if is_tied and table.head_is_separate(checkpoint, model.weights):
-        return registry.abstract(cfg.with_decoder(tie_embeddings=False))
-    return model
+        model = registry.abstract(cfg.with_decoder(tie_embeddings=False))
+    if only is None:
+        return model, model.weights
+    return _part(model, only), model.weights.only(only)
 
 
 def _stored_dtype(checkpoint: Any) -> str:
@@ -245,14 +262,26 @@ def _stored_dtype(checkpoint: Any) -> str:
 
 
 def load_processor(path: str | Path) -> Processor:
-    """The tokenizer and chat template that go with a model; paths as in `load_model`."""
+    """The tokenizer, chat template and image processor that go with a model; paths as in
+    `load_model`."""
     path = hub.resolve(path)
     path = _find_run(path)[0] or path
     try:
-        return Processor.from_path(path)
+        return _processor_class(path).from_path(path)
     except FileNotFoundError:
         refuse_adapter(path)  # which may have a tokenizer, or none
         raise
+
+
+def _processor_class(path: Path) -> type[Processor]:
+    """Of the family whose model is there; that for text where there is none."""
+    if all_steps(path):
+        kind = read_meta(path, None)["config"].get("model_type")
+    elif (path / "config.json").is_file():
+        kind = read_json(path / "config.json").get("model_type")
+    else:
+        return Processor
+    return registry.processor_class(kind)
 
 
 def save_model(

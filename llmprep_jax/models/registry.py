@@ -6,6 +6,7 @@ only one that lists them.
 
 import difflib
 import functools
+import importlib.util
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from llmprep_jax.models import deepseek, gemma3_text, llama
 from llmprep_jax.models.model_config import lost
 from llmprep_jax.models.protocol import Family
+from llmprep_jax.text.processor import Processor
 
 FAMILIES: tuple[Family, ...] = (llama, gemma3_text, deepseek)
 
@@ -61,6 +63,18 @@ def to_hf(cfg: Any) -> dict[str, Any]:
             " such model"
         )
     return hf
+
+
+def processor_class(model_type: str | None) -> Any:
+    """What reads texts, and images where the family has a `processor` module, for a model.
+
+    It is imported when it is asked for: what trains on arrays needs no Pillow.
+    """
+    families = [family for family in FAMILIES if model_type in family.MODEL_TYPES]
+    name = f"{families[0].__name__}.processor" if families else None
+    if name is None or importlib.util.find_spec(name) is None:
+        return Processor
+    return importlib.import_module(name).Processor
 
 
 def preset(name: str) -> Any:
