@@ -33,6 +33,23 @@ class RouterBias(Buffer):
     """A router's bias on the choice of experts: no gradient, moved by the load of each step."""
 
 
+class Idle(Buffer):
+    """A weight that checkpoints hold and the model does without: it is loaded, saved and counted.
+
+    It is not trained: without a gradient it would still decay.
+    """
+
+
+def idle(module: nnx.Module) -> nnx.Module:
+    """The same module, which is changed, with all its weights idle."""
+    for name, child in list(nnx.iter_children(module)):
+        if isinstance(child, Param):
+            setattr(module, name, Idle(child[...]))
+        elif isinstance(child, nnx.Module):
+            idle(child)
+    return module
+
+
 TRAINED = (Param, RouterBias)  # what a step of training changes where there is no adapter
 
 

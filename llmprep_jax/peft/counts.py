@@ -16,7 +16,7 @@ import rich.console
 import rich.table
 from flax import nnx
 
-from llmprep_jax.nn.param import AdapterParam, Buffer, Shared
+from llmprep_jax.nn.param import AdapterParam, Buffer, Idle, Shared
 from llmprep_jax.peft.adapter import Adapted, adapters, split
 from llmprep_jax.peft.targets import plain
 from llmprep_jax.peft.tuned import tuned
@@ -48,7 +48,7 @@ def count(model: nnx.Module) -> Count:
     """Counts parameters; an abstract model will do."""
     trainable, frozen = split(model)
     frozen = _once(frozen)
-    dense = _size(nnx.filter_state(frozen, nnx.Any(Shared, nnx.Not(Buffer))))
+    dense = _size(nnx.filter_state(frozen, nnx.Any(Shared, Idle, nnx.Not(Buffer))))
     packed = sum(math.prod(layer.shape) for layer in packed_layers(model).values())
     idle = sum(map(_count_idle, adapters(model).values()))
     sizes = _size(trainable) - idle, dense + packed

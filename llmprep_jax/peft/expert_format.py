@@ -57,6 +57,29 @@ def expert_tensors(method: Method, path: str, base: Einsum, pattern: str) -> dic
     }
 
 
+def tensors_of(
+    method: Method, path: str, base: Einsum, pattern: str, mark: str
+) -> dict[str, tuple[str, str]]:
+    """As `Method.tensors`, of an ordinary layer or one of many experts whose weight has a pattern.
+
+    Args:
+      mark: what names end in, of layers that are one in transformers; else "".
+
+    Raises:
+      ValueError: PEFT has no format for the method there.
+    """
+    if experts(base):
+        tensors = expert_tensors(method, path, base, pattern)
+    elif mark and not method.adds_product:
+        raise ValueError(
+            f"{path} is a part of one layer in transformers, where only a LoRA can be taken apart"
+            f" and put together, no {type(method).__name__}; save the merged model (lp.peft.merge)"
+        )
+    else:
+        tensors = method.tensors(Layout.of_layer(base, pattern))
+    return {name: (f"{suffix}{mark}", order) for name, (suffix, order) in tensors.items()}
+
+
 def _layout(path: str, base: Einsum, pattern: str) -> tuple[Layout, str]:
     """(inputs and outputs, the experts' letter) of a pattern of three groups."""
     theirs, ours = pattern.split("->")

@@ -18,8 +18,16 @@ from llmprep_jax.peft.expert_format import expert_layers
 from llmprep_jax.peft.fused_format import leaves
 from llmprep_jax.peft.method import Method
 from llmprep_jax.peft.peft_fields import flag, names, shortest
-from llmprep_jax.peft.targets import Targets, check_regex, is_among, is_extra, matches, modules
-from llmprep_jax.peft.tied import EMBED, is_tied
+from llmprep_jax.peft.targets import (
+    Targets,
+    check_regex,
+    embedding,
+    is_among,
+    is_extra,
+    matches,
+    modules,
+)
+from llmprep_jax.peft.tied import is_tied
 from llmprep_jax.peft.tokens import trained_ids
 from llmprep_jax.peft.tuned import saved_names, tuned
 from llmprep_jax.weights.safetensors import quoted
@@ -226,9 +234,9 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
 
 def _tying(model: nnx.Module, by_name: Mapping[str, Method]) -> dict[str, Any]:
     """What has PEFT train the head with the embedding that it is."""
-    if not is_tied(model) or EMBED not in {*tuned(model), *methods(model)}:
+    if not is_tied(model) or embedding(model) not in {*tuned(model), *methods(model)}:
         return {}
     if next(iter(by_name.values())).ties_tables:
         return {"ensure_weight_tying": True}
-    head = model.weights["head.w"].name.removesuffix(".weight")
+    head = model.weights.in_memory()[model.weights.head].name.removesuffix(".weight")
     return {"modules_to_save": sorted([*saved_names(model), head])}

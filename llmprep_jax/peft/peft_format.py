@@ -24,7 +24,7 @@ from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import adapter, biases, injection, tied, tokens, tuned
 from llmprep_jax.peft.adapter_file import PREFIX as _PREFIX
 from llmprep_jax.peft.base_spelling import BaseSpelling
-from llmprep_jax.peft.expert_format import expert_layers, expert_module, expert_tensors
+from llmprep_jax.peft.expert_format import expert_layers, expert_module, tensors_of
 from llmprep_jax.peft.experts import experts, letters
 from llmprep_jax.peft.fused_format import PartsFile, join, join_tensors, marks, split_names
 from llmprep_jax.peft.layout import Layout, axes_of, dims
@@ -64,13 +64,13 @@ def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str,
     for path, method in methods.items():
         row = names_of[f"{plain(path)}.w"]
         module = row.name.removesuffix(".weight")
-        tensors = _names_of(path, method, of_model, row.pattern)
+        tensors = tensors_of(method, path, of_model[path], row.pattern, shared.get(path, ""))
         if experts(of_model[path]):
             beside = [other for other in methods if _number(other) == _number(path)]
             names = [names_of[f"{plain(x)}.w"].name for x in expert_layers(model, beside)]
             module = expert_module(row.name, names)
         for param, (suffix, theirs) in tensors.items():
-            row = Row(f"{_PREFIX}{module}.{suffix}{shared.get(path, '')}", theirs)
+            row = Row(f"{_PREFIX}{module}.{suffix}", theirs)
             if table.setdefault(f"{plain(path)}.{param}", row) != row:
                 raise ValueError(
                     f"layers of the list of {path} adapt experts unlike each other, for which there"
@@ -82,15 +82,6 @@ def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str,
 def _number(path: str) -> list[str]:
     """Where in lists of layers a path leads."""
     return [part for part in path.split(".") if part.isdigit()]
-
-
-def _names_of(
-    path: str, method: Method, of_model: Mapping[str, Einsum], pattern: str
-) -> Mapping[str, tuple[str, str]]:
-    """As `Method.tensors`, for an ordinary layer or one of many experts."""
-    if experts(of_model[path]):
-        return expert_tensors(method, path, of_model[path], pattern)
-    return method.tensors(Layout.of_layer(of_model[path], pattern))
 
 
 def trained_table(model: nnx.Module) -> dict[str, Row]:
@@ -322,10 +313,7 @@ def _layers(
             if config.targets is not None:
                 injection.refuse_embedding(config.method, {path: of_model[path]})
             method = config.method.resolve((theirs, f"{theirs}.weight"))
-            tensors = {
-                name: (f"{suffix}{shared.get(path, '')}", order)
-                for name, (suffix, order) in _names_of(path, method, of_model, pattern).items()
-            }
+            tensors = tensors_of(method, path, of_model[path], pattern, shared.get(path, ""))
             keys = expert_module(module, parameters) if path in of_experts else module
             layer = Layer(module, method, _rows(keys, method, of_model[path], tensors))
             # without target_modules, or beside the layers, what the file holds is what is adapted

@@ -7,6 +7,7 @@ picked one by one.
 """
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +17,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.nn.moe import ExpertWeights
+from llmprep_jax.nn.param import Idle
 from llmprep_jax.quant.linear import find_layers
 from llmprep_jax.weights.rows import Row, Table
 from llmprep_jax.weights.table import Entry
@@ -29,9 +31,14 @@ Names = tuple[str, ...]  # what one layer goes by
 
 def bases(model: nnx.Module) -> dict[str, Einsum]:
     """A model's linear layers by path; an adapted one by the path that its adapter took."""
-    layers = find_layers(model, lambda node: isinstance(node, Einsum))
+    layers = find_layers(model, lambda node: isinstance(node, Einsum) and not is_idle(node))
     # the copy of a layer that is trained whole is no layer beside it
     return {path: base for path, base in layers.items() if not path.endswith(".trained")}
+
+
+def is_idle(base: Einsum) -> bool:
+    """Whether a layer is stored and not used."""
+    return isinstance(getattr(base, "w", None), Idle)
 
 
 def stacked(base: Einsum) -> int | None:
@@ -63,6 +70,17 @@ def modules(model: nnx.Module) -> dict[str, dict[Place, str]]:
             row = Entry(path, base.shape, table[f"{plain(path)}.w"], place)
             by_path[path] = {at: name.removesuffix(".weight") for at, name in row.names().items()}
     return by_path
+
+
+def part(model: nnx.Module, path: str) -> Any:
+    """What a model has at a path."""
+    return functools.reduce(getattr, path.split("."), model)
+
+
+def embedding(model: nnx.Module) -> str | None:
+    """The path of a model's embedding, None: it has none."""
+    path = table_of(model).embed
+    return path and path.removesuffix(".w")
 
 
 def linear_layers(model: nnx.Module) -> dict[str, list[Names]]:

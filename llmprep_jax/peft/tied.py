@@ -6,7 +6,6 @@ that setting PEFT changes one use alone (the lookup, where the embedding is name
 an `untie`d model.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterable
 
@@ -15,18 +14,28 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.nn.linear import Head
-from llmprep_jax.peft.targets import Targets, is_name
+from llmprep_jax.peft.targets import Targets, embedding, is_name, part, table_of
 from llmprep_jax.sharding import has_mesh, on_own_mesh, spec
 from llmprep_jax.weights.gather import to_host
 from llmprep_jax.weights.safetensors import SafetensorsFile
 
-EMBED, HEAD = "embed", "head"  # paths of the two that a model may tie
 _ADAPTED = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
 
 
 def is_tied(model: nnx.Module) -> bool:
     """Whether a model's output head is its embedding."""
-    return hasattr(model, EMBED) and getattr(model, HEAD, False) is None
+    table = table_of(model)
+    return bool(table.embed and table.head) and part(model, _head(model)) is None
+
+
+def _head(model: nnx.Module) -> str:
+    """The path of the head."""
+    return model.weights.head.removesuffix(".w")
+
+
+def _name(model: nnx.Module, path: str) -> str:
+    """PEFT's name of a table's module."""
+    return model.weights.in_memory()[f"{path}.w"].name.removesuffix(".weight")
 
 
 @on_own_mesh
@@ -37,15 +46,17 @@ def untie(model: nnx.Module) -> nnx.Module:
     """
     if not is_tied(model):
         return model
-    table, compute = model.embed.w[...], model.embed.compute
+    embed = part(model, embedding(model))
+    table, compute = embed.w[...], embed.compute
     make = functools.partial(Head, *table.shape[::-1], compute=compute)
     graph, state = nnx.split(jax.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
     w = table.T
     w = jax.reshard(w, spec("embed", "vocab", shape=w.shape)) if has_mesh() else w
     state["w"] = state["w"].replace(w)
     changed = nnx.merge(*nnx.split(model))
-    changed.cfg = dataclasses.replace(model.cfg, tie_embeddings=False)
-    changed.head = nnx.data(nnx.merge(graph, state))
+    changed.cfg = model.cfg.with_decoder(tie_embeddings=False)
+    changed.decoder.cfg = changed.cfg.decoder
+    changed.decoder.head = nnx.data(nnx.merge(graph, state))
     return changed
 
 
@@ -58,7 +69,8 @@ def refuse_head(model: nnx.Module, names: Targets) -> None:
     names = (names,) if is_name(names) else names
     if not is_tied(model) or isinstance(names, str):
         return
-    head = {HEAD, model.weights["head.w"].name.removesuffix(".weight")}.intersection(names)
+    own = _head(model)
+    head = {own, own.rsplit(".", 1)[-1], _name(model, own)}.intersection(names)
     if head:
         raise ValueError(
             f"the model's head is its embedding, so {head.pop()!r} cannot be trained apart; name"
@@ -68,9 +80,10 @@ def refuse_head(model: nnx.Module, names: Targets) -> None:
 
 def _pairs(model: nnx.Module, prefix: str) -> dict[str, str]:
     """Names of the head's tensors in PEFT's files, and of the embedding's that they are made of."""
-    if not {f"{EMBED}.w", f"{HEAD}.w"} <= model.weights.keys():
+    if not (model.weights.embed and model.weights.head):
         return {}
-    table, head = (prefix + model.weights[f"{path}.w"].name for path in (EMBED, HEAD))
+    paths = embedding(model), _head(model)
+    table, head = (f"{prefix}{_name(model, path)}.weight" for path in paths)
     ends = {
         head.removesuffix("weight") + of_head: table.removesuffix("weight") + of_table
         for of_head, of_table in _ADAPTED.items()
@@ -94,7 +107,7 @@ def head_tensors(
 def shapes(model: nnx.Module, file: SafetensorsFile, prefix: str) -> dict[str, tuple[int, ...]]:
     """Shapes of what the file has of a tied head, and of tables that PEFT saves as they were."""
     names = [*_base_tables(model, file, prefix), *_saved_tables(model, file, prefix)]
-    by_name = {name: tuple(model.embed.w.shape) for name in names}
+    by_name = {name: tuple(part(model, model.weights.embed).shape) for name in names}
     if is_tied(model):
         for head, table in _pairs(model, prefix).items():
             if head in file:  # alone, it is refused by `check`
@@ -137,10 +150,10 @@ def changed_tables(model: nnx.Module, file: SafetensorsFile, prefix: str) -> set
 
 def _table(model: nnx.Module, name: str, prefix: str) -> np.ndarray:
     """The base's table of this name, vocabulary first."""
-    is_head = name.startswith(prefix + model.weights[f"{HEAD}.w"].name.removesuffix("weight"))
+    is_head = name.startswith(f"{prefix}{_name(model, _head(model))}.")
     if is_tied(model) or not is_head:
-        return to_host(model.embed.w[...])
-    return to_host(model.head.w[...]).T
+        return to_host(part(model, model.weights.embed)[...])
+    return to_host(part(model, model.weights.head)[...]).T
 
 
 def _equal(ours: np.ndarray, theirs: np.ndarray) -> bool:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Embed, contract_logits, look_up
 from llmprep_jax.nn.param import AdapterParam, Compute
-from llmprep_jax.peft.tied import EMBED
+from llmprep_jax.peft.targets import embedding, part
 from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Float, Int
 from llmprep_jax.weights.rows import Row
@@ -80,12 +80,14 @@ def train(model: nnx.Module, ids: tuple[int, ...], dtype: str, rows: Any = None)
     """
     if not ids:
         return model
-    embed, size = getattr(model, EMBED), model.cfg.vocab_size
+    path = embedding(model)
+    embed = part(model, path)
     if type(embed) is not Embed:
         raise ValueError(
             "trainable_token_indices is given, but the embedding is a target or trained whole;"
             " leave it in one of them"
         )
+    size = embed.layer_shape[0]
     wrong = [number for number in ids if type(number) is not int or not 0 <= number < size]
     wrong += [number for number in ids if ids.count(number) > 1]
     if wrong:
@@ -97,14 +99,15 @@ def train(model: nnx.Module, ids: tuple[int, ...], dtype: str, rows: Any = None)
         rows = table_rows(embed, ids)
     place = spec(None, None) if has_mesh() else None
     rows = jnp.asarray(rows, dtype) if place is None else jax.device_put(rows, place).astype(dtype)
-    changed = nnx.merge(*nnx.split(model))
-    setattr(changed, EMBED, nnx.data(TokenRows(getattr(changed, EMBED), ids, rows)))
-    return changed
+    trained = TokenRows(embed, ids, rows)
+    visit = lambda at, node: trained if ".".join(map(str, at)) == path else node  # noqa: E731
+    return nnx.recursive_map(visit, model)
 
 
 def trained_ids(model: nnx.Module) -> tuple[int, ...]:
     """The rows that a model trains."""
-    embed = getattr(model, EMBED, None)
+    path = embedding(model)
+    embed = None if path is None else part(model, path)
     return embed.ids if isinstance(embed, TokenRows) else ()
 
 
@@ -112,17 +115,22 @@ def table(model: nnx.Module, prefix: str) -> dict[str, Row]:
     """A weight table of the rows, with PEFT's name."""
     if not trained_ids(model):
         return {}
-    return {f"{EMBED}.rows": Row(name_of(model, prefix), "r d -> r d")}
+    return {f"{embedding(model)}.rows": Row(name_of(model, prefix), "r d -> r d")}
 
 
 def name_of(model: nnx.Module, prefix: str) -> str:
     """PEFT's name of the rows."""
-    return prefix + model.weights[f"{EMBED}.w"].name.removesuffix("weight") + _SUFFIX
+    embed = model.weights.in_memory()[model.weights.embed]
+    return prefix + embed.name.removesuffix("weight") + _SUFFIX
 
 
 def shapes(model: nnx.Module, ids: tuple[int, ...], prefix: str) -> dict[str, tuple[int, ...]]:
     """The shape of the rows' tensor, where there are rows."""
-    return {name_of(model, prefix): (len(ids), model.embed.layer_shape[1])} if ids else {}
+    return (
+        {name_of(model, prefix): (len(ids), part(model, embedding(model)).layer_shape[1])}
+        if ids
+        else {}
+    )
 
 
 def read(model: nnx.Module, ids: tuple[int, ...], file: SafetensorsFile, prefix: str) -> nnx.Module:

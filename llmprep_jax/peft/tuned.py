@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.nn.param import AdapterParam, Compute, Param
+from llmprep_jax.nn.param import AdapterParam, Compute, Idle, Param
 from llmprep_jax.peft.targets import Names, Place, Targets, plain, select, table_of
 from llmprep_jax.peft.tied import refuse_head
 from llmprep_jax.quant.linear import find_layers
@@ -79,7 +79,7 @@ def modules_of(model: nnx.Module) -> dict[str, dict[str, Entry]]:
     for (*owner, name), variable in nnx.to_flat_state(nnx.state(model)):
         path = ".".join(map(str, owner)).removesuffix(".base")
         row = table.get(f"{plain(path)}.{name}")
-        if row is None or path.endswith(".trained"):
+        if row is None or path.endswith(".trained") or isinstance(variable, Idle):
             continue
         place = tuple(part for part in owner if isinstance(part, int))
         by_path.setdefault(path, {})[name] = Entry(name, tuple(variable.shape), row, place)

@@ -2,7 +2,8 @@
 
 nf4, fp4 and int8 are written as bitsandbytes does, fp8 as DeepSeek-V3 is released; what was packed
 is written bit by bit. A file of int8 holds each row's largest magnitude, of which the scale is a
-127th; it is chosen such that the division gives the scale back.
+127th; it is chosen such that the division gives the scale back. Layers that are stored as one
+matrix, such as a qkv, are written dense.
 """
 
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.quant import bitsandbytes_format
 from llmprep_jax.quant.int8 import LARGEST
-from llmprep_jax.quant.linear import find_layers, packed_layers
+from llmprep_jax.quant.linear import dequantize_model, find_layers, packed_layers
 from llmprep_jax.quant.packed import Packed
 from llmprep_jax.weights import table
 from llmprep_jax.weights.gather import to_host
-from llmprep_jax.weights.table import Entry, Table
+from llmprep_jax.weights.rows import Table
+from llmprep_jax.weights.table import Entry, Rows
 
 _REMEDY = "save lp.quant.dequantize_model(model)"
 
@@ -45,12 +47,13 @@ def check_can_save(model: nnx.Module) -> None:
 
 def tensors(model: nnx.Module, names: Table) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, array) of every tensor, one layer in host memory at a time."""
+    model = _with_dense_parts(model, names)
     layers = packed_layers(model)
     packed = {f"{path}.{name}" for path, layer in layers.items() for name in layer.names}
     flat = nnx.to_flat_state(nnx.state(model))
     dense = [item for item in flat if ".".join(map(str, item[0])) not in packed]
     yield from table.export(nnx.from_flat_state(dense), names)
-    dtype = str(model.embed.w.dtype)
+    dtype = str(model.dtype)
     for path, layer in layers.items():
         stack = layer.packed
         for place, name in _row(path, layer, names).names().items():
@@ -58,7 +61,14 @@ def tensors(model: nnx.Module, names: Table) -> Iterator[tuple[str, np.ndarray]]
             yield from _TENSORS[stack.kind](matrix, name, dtype).items()
 
 
-def _row(path: str, layer: Einsum, names: Table) -> Entry:
+def _with_dense_parts(model: nnx.Module, names: Table) -> nnx.Module:
+    """The model with dense layers where several are one matrix."""
+    layers = packed_layers(model)
+    parts = {path: x for path, x in layers.items() if _row(path, x, names).row.part[1] > 1}
+    return dequantize_model(model, parts) if parts else model
+
+
+def _row(path: str, layer: Einsum, names: Rows) -> Entry:
     parts = [int(part) if part.isdigit() else part for part in path.split(".")]
     row = table.entry([*parts, "w"], layer.shape, names)
     if row is None:
@@ -105,6 +115,7 @@ _TENSORS = {
 
 def config_fields(model: nnx.Module, names: Table) -> dict[str, Any]:
     """`quantization_config` of config.json; nothing for a model without packed layers."""
+    model = _with_dense_parts(model, names)
     layers = packed_layers(model)
     if not layers:
         return {}
@@ -132,17 +143,18 @@ def config_fields(model: nnx.Module, names: Table) -> dict[str, Any]:
             "bnb_4bit_compute_dtype": str(first.dtype),
             "bnb_4bit_quant_storage": "uint8",
         }
+    head = names.in_memory()[names.head].name.removesuffix(".weight") if names.head else "lm_head"
     # without a list transformers leaves the head alone, with one only what it names
-    return {"quantization_config": fields | ({skipped: ["lm_head", *left]} if left else {})}
+    return {"quantization_config": fields | ({skipped: [head, *left]} if left else {})}
 
 
 def _dense_modules(model: nnx.Module, names: Table) -> list[str]:
-    """Names of linear layers that are not packed."""
+    """Names, in memory, of linear layers that are not packed."""
     dense = find_layers(model, lambda node: isinstance(node, Einsum) and hasattr(node, "w"))
     layers = {path: x for path, x in dense.items() if not isinstance(x, (Embed, Head))}
-    modules: dict[str, None] = {}
+    modules, in_memory = {}, names.in_memory()
     for path, layer in layers.items():
-        for name in _row(path, layer, names).names().values():
+        for name in _row(path, layer, in_memory).names().values():
             # a layer's experts are one module in transformers
             module = name.rsplit(".", 3)[0] if isinstance(layer, ExpertWeights) else name
             modules[module.removesuffix(".weight")] = None

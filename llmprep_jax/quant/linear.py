@@ -12,7 +12,7 @@ axis, as an Einsum's weight has.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum, contract
 from llmprep_jax.nn.moe import ExpertWeights
-from llmprep_jax.nn.param import Buffer, Compute, add_bias
+from llmprep_jax.nn.param import Buffer, Compute, Idle, add_bias
 from llmprep_jax.quant.kinds import check_kind, quantize
 from llmprep_jax.quant.packed import Packed, dequantize, whole
 from llmprep_jax.quant.product import multiply
@@ -139,7 +139,7 @@ class QuantExperts(QuantEinsum, ExpertWeights):
 
 def is_dense(node: Any) -> bool:
     """Whether a part of a model is a linear layer that may be packed, and is not."""
-    return type(node) in (Einsum, ExpertWeights)
+    return type(node) in (Einsum, ExpertWeights) and not isinstance(node.w, Idle)
 
 
 def matrix_eqn(base: Einsum) -> str:
@@ -222,9 +222,13 @@ def quantize_model(model: nnx.Module, kind: str, targets: str = "all-linear") ->
 
 
 @on_own_mesh
-def dequantize_model(model: nnx.Module) -> nnx.Module:
-    """A model whose packed layers are dense again, in the dtype they had."""
-    layers = packed_layers(model)
+def dequantize_model(model: nnx.Module, paths: Collection[str] | None = None) -> nnx.Module:
+    """A model whose packed layers are dense again, in the dtype they had.
+
+    Args:
+      paths: of these alone; None: all.
+    """
+    layers = {path: x for path, x in packed_layers(model).items() if paths is None or path in paths}
     return _replace(model, {path: base.with_weight(base.weight()) for path, base in layers.items()})
 
 

@@ -7,9 +7,9 @@ still found out.
 """
 
 import re
-from collections.abc import Sequence
 
 from llmprep_jax.weights.folder import Checkpoint
+from llmprep_jax.weights.rows import Table
 
 BUFFERS = (r"rotary_emb\.inv_freq$", r"\.position_ids$")  # in old files; computed, not loaded
 _WRAPPERS = re.compile(
@@ -17,29 +17,20 @@ _WRAPPERS = re.compile(
 )
 
 
-def canonical_names(
-    checkpoint: Checkpoint,
-    renames: Sequence[tuple[str, str]] = (),
-    ignore: Sequence[str] = (),
-    embed: str | None = None,
-    head: str | None = None,
-) -> dict[str, str]:
-    """Stored names by the names that tables use.
-
-    Args:
-      renames: (regex, replacement) pairs. ignore: regexes of tensors, as stored or by their table
-        names, that are none of the model's.
-      embed, head: the table's names of the embedding and the output head, if it has them.
+def canonical_names(checkpoint: Checkpoint, table: Table) -> dict[str, str]:
+    """Stored names by the names that a table uses, without what it ignores by either.
 
     Raises:
       ValueError: two tensors come to one name.
     """
-    spelled = {stored: _spell(stored, renames) for stored in checkpoint.names}
-    if embed is not None:
-        spelled = _under_the_tables_prefix(spelled, embed, head)
+    spelled = {name: table.rename(_WRAPPERS.sub("", name)) for name in checkpoint.names}
+    if table.finds_prefix and table.embed:
+        head = table.head and table[table.head].name
+        spelled = _under_the_tables_prefix(spelled, table[table.embed].name, head)
+    ignored = (*table.ignored, *BUFFERS)
     by_name: dict[str, str] = {}
     for stored, name in spelled.items():
-        if any(re.search(pattern, x) for pattern in (*ignore, *BUFFERS) for x in (stored, name)):
+        if any(re.search(pattern, x) for pattern in ignored for x in (stored, name)):
             continue
         if name in by_name:
             raise ValueError(
@@ -48,13 +39,6 @@ def canonical_names(
             )
         by_name[name] = stored
     return by_name
-
-
-def _spell(name: str, renames: Sequence[tuple[str, str]]) -> str:
-    name = _WRAPPERS.sub("", name)
-    for pattern, replacement in renames:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _under_the_tables_prefix(

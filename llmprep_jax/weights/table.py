@@ -139,8 +139,6 @@ def load(
     *,
     dtype: str | None = None,
     dtypes: Sequence[tuple[type, str]] = (),
-    renames: Sequence[tuple[str, str]] = (),
-    ignore: Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
     pack: Callable[[str], Pack | None] | None = None,
 ) -> nnx.Module:
@@ -153,9 +151,6 @@ def load(
       abstract: from `jax.eval_shape` of the model's constructor, under the mesh if there is one.
       dtype: of all parameters; None: each as stored.
       dtypes: (class of Variable, dtype) pairs of those that have one of their own.
-      renames: (regex, replacement) pairs that bring the checkpoint's names to the table's.
-      ignore: regexes of tensors, as stored or as the table names them, that are none of this
-        model's.
       progress: called with each parameter's path before it is read.
       pack: gives, for a parameter's path, None or a function of its row and its tensors' stored
         names; the function reads them, and its result takes the parameter's place, unless it is
@@ -166,10 +161,7 @@ def load(
         file has a head that is not the embedding.
     """
     rows = entries(abstract, table)
-    tables = (table.embed, table.head) if table.finds_prefix else ()
-    ends = [path and table[path].name for path in tables]
-    renames, ignore = (*table.renames, *renames), (*table.ignored, *ignore)
-    stored = canonical_names(checkpoint, renames, ignore, *ends)
+    stored = canonical_names(checkpoint, table)
     _check(rows, table, stored, checkpoint)
     graph, state = nnx.split(abstract)
     flat = []
@@ -331,14 +323,11 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def head_is_separate(checkpoint: Checkpoint, table: Table) -> bool:
     """True when the file holds an output head that is not the embedding; it wins over "tied"."""
-    if table.embed is None or table.head is None:
+    if table.head is None or table.embed is None:
         return False
-    embed_name, head_name = [table[path].name for path in (table.embed, table.head)]
-    ends = (embed_name, head_name) if table.finds_prefix else ()
-    stored = canonical_names(checkpoint, table.renames, table.ignored, *ends)
-    if head_name not in stored or embed_name not in stored:
-        return False
-    return not _equal(checkpoint.read(stored[head_name]), checkpoint.read(stored[embed_name]))
+    stored = canonical_names(checkpoint, table)
+    tables = [stored.get(table[path].name) for path in (table.head, table.embed)]
+    return None not in tables and not _equal(*map(checkpoint.read, tables))
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:

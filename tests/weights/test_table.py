@@ -1,5 +1,6 @@
 """Tensors into parameters by table and back: exact, read once, one error for all that is wrong."""
 
+import dataclasses
 import itertools
 import math
 
@@ -276,9 +277,9 @@ def test_loaded_buffers_may_be_donated(tensors):
 # ---- what does not fit
 
 
-def refused(checkpoint, module=None, **settings) -> str:
+def refused(checkpoint, module=None, rows=TABLE) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the callers check the reason)
-        table.load(module or abstract(), checkpoint, TABLE, **settings)
+        table.load(module or abstract(), checkpoint, rows)
     assert len(str(caught.value).splitlines()) == 1
     assert set(checkpoint.reads.values()) <= {0, 1}
     return str(caught.value)
@@ -310,14 +311,16 @@ def test_a_long_list_is_cut(tensors):
 
 def test_two_spellings_of_one_tensor_are_refused(tensors):
     tensors = tensors | {"model.embed.weight": tensors["embed.weight"]}
-    message = refused(Memory(tensors), renames=[(r"^model\.", "")])
+    renamed = dataclasses.replace(TABLE, renames=((r"^model\.", ""),))
+    message = refused(Memory(tensors), rows=renamed)
     assert "holds embed.weight twice, as embed.weight and as model.embed.weight" in message
 
 
 def test_renames_bring_older_spellings_to_the_table(tensors):
     spelled = {f"text.{name}".replace("layers.", "h."): a for name, a in tensors.items()}
-    renames = [(r"^text\.", ""), (r"^h\.", "layers.")]
-    loaded = table.load(abstract(), Memory(spelled), TABLE, renames=renames)
+    renames = ((r"^text\.", ""), (r"^h\.", "layers."))
+    renamed = dataclasses.replace(TABLE, renames=renames)
+    loaded = table.load(abstract(), Memory(spelled), renamed)
     assert_same(loaded, random())
 
 
@@ -328,7 +331,7 @@ def test_buffers_of_old_files_and_ignored_tensors_are_left_alone(tensors):
         "vision.tower.weight": np.zeros(4, np.float32),
     }
     checkpoint = Memory(tensors | other)
-    table.load(abstract(), checkpoint, TABLE, ignore=[r"^vision\."])
+    table.load(abstract(), checkpoint, dataclasses.replace(TABLE, ignored=(r"^vision\.",)))
     assert [checkpoint.reads[name] for name in other] == [0, 0, 0]
 
 
