@@ -144,6 +144,13 @@ def read_scaling(fields: Mapping[str, Any], max_seq_len: int) -> RopeScaling | N
             f"config.json asks for RoPE scaling {kind!r} with {given}; say by how many times the"
             ' context grows, e.g. "factor": 4.0'
         )
+    if kind == "yarn" and fields.get("attn_factor") is not None:
+        warnings.warn(
+            f"config.json has attn_factor={fields['attn_factor']!r}, which transformers does not"
+            " read, and so it is not here: yarn's own factor of cos and sin counts, which vLLM and"
+            " llama.cpp multiply by it; give their product as attention_factor if that is meant",
+            stacklevel=2,
+        )
     own = {name: fields.get(name) for name in (*_SCALING_FIELDS[kind], *_TEMPERATURES)}
     # yarn's borders of 0 turns are its defaults too
     given = {name: x for name, x in own.items() if x is not None and (x or "beta" not in name)}

@@ -170,8 +170,9 @@ class Attention(nnx.Module):
     Args:
       dim: D. num_heads: N. num_kv_heads: K. head_dim: H.
       qkv_bias, out_bias: biases of the projections (Qwen2 has the former).
-      qk_norm_eps: epsilon of the (1 + w) norms of each head's queries and keys (Gemma 3); None: no
-        norms.
+      qk_norm_eps: epsilon of the norms of each head's queries and keys, before they are rotated;
+        None: no norms.
+      zero_centered: whether these scale by 1 + w (Gemma 3) or by w (Qwen3).
       scale: of the scores; None is H^-0.5.
     """
 
@@ -185,6 +186,7 @@ class Attention(nnx.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         qk_norm_eps: float | None = None,
+        zero_centered: bool = False,
         scale: float | None = None,
         compute: Compute,
         rngs: nnx.Rngs,
@@ -219,8 +221,8 @@ class Attention(nnx.Module):
         def norm() -> RMSNorm | None:
             if qk_norm_eps is None:
                 return None
-            kind = dict(eps=qk_norm_eps, zero_centered=True, param_dtype=compute.param_dtype)
-            return RMSNorm(head_dim, **kind, rngs=rngs)
+            kind = dict(eps=qk_norm_eps, zero_centered=zero_centered)
+            return RMSNorm(head_dim, **kind, param_dtype=compute.param_dtype, rngs=rngs)
 
         self.q_norm, self.k_norm = norm(), norm()
 

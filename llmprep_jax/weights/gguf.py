@@ -2,7 +2,8 @@
 
 The package `gguf` dequantises; names, shapes and layouts become Hugging Face's here. The one thing
 a reader would get wrong: llama.cpp interleaves the rotary halves of Llama's q and k (undone per
-head here, Qwen2's and Gemma's are as released) and stores Gemma's norms as 1 + w.
+head here, Qwen's and Gemma's are as released) and stores Gemma's norms as 1 + w. A Mistral is a
+Llama there, without the window that version 0.1 has of 4,096 tokens.
 """
 
 import math
@@ -40,7 +41,7 @@ _TOP_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "gemma3": "gemma3_text"}
+_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,

@@ -54,6 +54,15 @@ MODELS = {
     "qwen2": transformers.Qwen2Config(
         **_SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1
     ),
+    "qwen3": transformers.Qwen3Config(
+        **_SIZES,
+        head_dim=8,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "mistral": transformers.MistralConfig(**_SIZES, sliding_window=4),
     "gemma3": transformers.Gemma3TextConfig(
         **{**_SIZES, "num_hidden_layers": 3, "num_key_value_heads": 1},
         head_dim=8,

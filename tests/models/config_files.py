@@ -60,7 +60,9 @@ DEEPSEEK = {
 }
 OPTIONAL = {
     "llama": LLAMA | {"attention_bias": flags, "mlp_bias": flags},
-    "qwen2": LLAMA | WINDOWS | {"layer_types": BY_LAYER.map(lambda kinds: kinds and sorted(kinds))},
+    "qwen2": LLAMA | WINDOWS | {"layer_types": BY_LAYER},
+    "qwen3": LLAMA | WINDOWS | {"layer_types": BY_LAYER, "attention_bias": flags},
+    "mistral": LLAMA | {"sliding_window": st.sampled_from([None, 5, 4096])},
     "gemma3_text": {
         **LLAMA,
         "num_key_value_heads": st.sampled_from([1, 2]),
@@ -174,6 +176,8 @@ NUMBERS = {
     "num_groups": st.sampled_from([1, 2]),
     "num_active_groups": st.just(1),
     "original_max_seq_len": contexts,
+    "first_window_layer": st.integers(0, 3),
+    "has_window": st.none() | st.lists(flags, min_size=4, max_size=4).map(tuple),
     "is_local": st.none() | st.lists(flags, min_size=4, max_size=4).map(tuple),
 }
 

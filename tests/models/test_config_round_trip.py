@@ -10,7 +10,7 @@ import pytest
 from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
 from tests.models.config_files import OPTIONAL, configs, files
-from tests.models.tiny import CONFIGS
+from tests.models.tiny import CONFIGS, ODD_CONFIGS
 
 FAMILIES = {family.__name__.split(".")[-1]: family for family in registry.FAMILIES}
 MODEL_TYPES = [kind for family in registry.FAMILIES for kind in family.MODEL_TYPES]
@@ -80,10 +80,13 @@ def test_a_config_is_written_whole_or_refused_by_the_field(name, data):
         ("llama-tied-9-3-heads", {"qkv_bias": True}, "out_bias=False"),
         ("qwen2-window", {"qkv_bias": False}, "qkv_bias=False"),
         ("qwen2-window", {"mlp_bias": True}, "mlp_bias=True"),
+        ("qwen2-window", {"qk_norm": True}, "qk_norm=True"),
+        ("qwen2-window", {"model_type": "qwen3"}, "out_bias=False, qk_norm=False"),
+        ("qwen3-window-in-turns", {"model_type": "mistral"}, "has_window="),
         ("deepseek-v3", {"model_type": "deepseek_v2"}, "topk_method='noaux_tc'"),
     ],
 )
 def test_what_no_config_json_can_say_is_named(name, changes, lost):
-    cfg = dataclasses.replace(CONFIGS[name], **changes)
+    cfg = dataclasses.replace((CONFIGS | ODD_CONFIGS)[name], **changes)
     with pytest.raises(ValueError, match=lost):
         registry.to_hf(cfg)

@@ -1,5 +1,7 @@
 """config.json as released, in every spelling, and what is refused rather than computed wrongly."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,43 @@ QWEN = {
     "tie_word_embeddings": False,
     "bos_token_id": 151643,
     "eos_token_id": 151643,
+}
+MISTRAL = {
+    "model_type": "mistral",
+    "vocab_size": 131072,
+    "hidden_size": 5120,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN3 = {  # DeepSeek-R1-0528-Qwen3-8B, without its scaling of RoPE
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": False,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 36,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
 }
 GEMMA = {  # what the multimodal 4B's file says, and no more
     "model_type": "gemma3",
@@ -199,6 +238,42 @@ def test_qwens_window_holds_from_a_layer_on(changes, window, first):
     assert (cfg.window, cfg.first_window_layer) == (window, first)
 
 
+def test_qwens_windows_may_lie_in_turns():
+    cfg = read(QWEN3, layer_types=["sliding_attention", "full_attention"] * 18, sliding_window=64)
+    assert cfg.windows() == (64, None) * 18
+    with pytest.raises(ValueError, match="not all those from some first one on"):
+        dataclasses.replace(cfg, has_window=(False,) * 6 + (True,) * 30)
+
+
+def test_qwen3_norms_its_heads_and_has_biases_on_request():
+    cfg = read(QWEN3)
+    assert (cfg.qk_norm, cfg.head_dim, cfg.qkv_bias, cfg.out_bias) == (True, 128, False, False)
+    cfg = read(QWEN3, attention_bias=True, mlp_bias=True)
+    assert (cfg.qkv_bias, cfg.out_bias, cfg.mlp_bias) == (True, True, False)
+    narrow = {name: x for name, x in QWEN3.items() if name != "head_dim"}
+    assert read(narrow, hidden_size=1024).head_dim == 128  # of the class, not 1024 / 32
+
+
+def test_mistrals_window_holds_on_all_layers():
+    cfg = read(MISTRAL)
+    assert (cfg.qk_norm, cfg.qkv_bias, cfg.head_dim) == (False, False, 128)
+    assert cfg.windows() == (None,) * 40
+    assert read(MISTRAL, sliding_window=4096).windows() == (4096,) * 40
+    rest = {name: x for name, x in MISTRAL.items() if "window" not in name and "key" not in name}
+    cfg = read(rest, head_dim=None, attention_bias=True)
+    assert (cfg.window, cfg.num_kv_heads, cfg.head_dim, cfg.qkv_bias) == (4096, 8, 160, False)
+
+
+def test_a_factor_that_transformers_does_not_read_is_told():
+    fields = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    with pytest.warns(UserWarning, match="attn_factor=0.878, which transformers does not read"):
+        cfg = read(QWEN3, rope_scaling=fields | {"attn_factor": 0.878})
+    assert cfg == registry.preset("deepseek-r1-0528-qwen3-8b")
+    assert read(MISTRAL) == registry.preset("mistral-nemo-12b")
+    _, factor = rope_frequencies(cfg.head_dim, cfg.rope_base, cfg.rope_scaling)
+    assert factor == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
+
+
 def test_layers_that_slide_have_transformers_window_where_none_is_given():
     hf = {name: value for name, value in QWEN.items() if name != "sliding_window"}
     kinds = ["full_attention"] * 3 + ["sliding_attention"] * 25
@@ -208,7 +283,14 @@ def test_layers_that_slide_have_transformers_window_where_none_is_given():
 
 @pytest.mark.parametrize(
     ("model_type", "bos", "eos"),
-    [("llama", 1, (2,)), ("qwen2", None, ()), ("deepseek_v2", 1, (2,)), ("deepseek_v3", 0, (1,))],
+    [
+        ("llama", 1, (2,)),
+        ("qwen2", None, ()),
+        ("qwen3", None, ()),
+        ("mistral", 1, (2,)),
+        ("deepseek_v2", 1, (2,)),
+        ("deepseek_v3", 0, (1,)),
+    ],
 )
 def test_token_ids_that_a_file_leaves_out_are_transformers(model_type, bos, eos):
     hf = {"model_type": model_type, "num_experts_per_tok": 2}
@@ -291,11 +373,10 @@ def test_gemmas_pattern_may_be_another_or_said_layer_by_layer():
         (LLAMA, {"hidden_size": "4096"}, "hidden_size='4096'"),
         (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers=0"),
         (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq'"),
-        (
-            QWEN,
-            {"layer_types": ["sliding_attention", "full_attention"] * 14},
-            "a full layer after sliding ones",
-        ),
+        (QWEN, {"layer_types": ["full_attention"] * 27}, "of 28 layers; each must be"),
+        (QWEN3, {"layer_types": ["chunked_attention"] * 36}, "chunked_attention"),
+        (MISTRAL, {"layer_types": ["full_attention"] * 40}, "layer_types="),
+        (MISTRAL, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (GEMMA["text_config"], {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
         (GEMMA["text_config"], {"use_bidirectional_attention": True}, "use_bidirectional"),
         (GEMMA["text_config"], {"layer_types": ["chunked_attention"] * 34}, "chunked_attention"),
@@ -342,6 +423,8 @@ def test_missing_sizes_are_named_together():
         read(LLAMA, rope_scaling={"type": "yarn", "factor": 4.0, "mscale_all_dim": 0.707}),
         read(LLAMA, rope_scaling={"type": "linear", "factor": 2.0}, eos_token_id=None),
         read(QWEN, use_sliding_window=True),
+        read(QWEN, layer_types=["sliding_attention", "full_attention"] * 14),
+        read(MISTRAL, sliding_window=4096),
         read(GEMMA["text_config"], final_logit_softcapping=30.0, query_pre_attn_scalar=168),
     ],
     ids=[
@@ -352,6 +435,8 @@ def test_missing_sizes_are_named_together():
         "one-mscale",
         "linear",
         "qwen-window",
+        "windows-in-turns",
+        "mistral-window",
         "gemma3",
     ],
 )

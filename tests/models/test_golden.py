@@ -19,10 +19,14 @@ from llmprep_jax.weights.folder import Checkpoint
 from tests.grids import cases
 
 FOLDER = Path(__file__).parent.parent / "golden"
-NAMES = ["llama", "qwen2", "gemma3", "deepseek_v2", "deepseek_v3"]
-# gradients compile for seconds; the two that are slow are of layers that another has, but for
+NAMES = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "deepseek_v2", "deepseek_v3"]
+# gradients compile for seconds; those that are slow are of layers that another has, but for
 # Qwen2's biases and V2's softmax over experts, whose logits and own gradients are in the fast suite
-GRADIENTS = cases(NAMES, fast=["llama", "gemma3", "deepseek_v3"], slow=["qwen2", "deepseek_v2"])
+GRADIENTS = cases(
+    NAMES,
+    fast=["llama", "qwen3", "gemma3", "deepseek_v3"],
+    slow=["qwen2", "mistral", "deepseek_v2"],
+)
 
 
 class Golden(Checkpoint):

@@ -13,7 +13,7 @@ import llmprep_jax as lp
 from llmprep_jax.weights.safetensors import write_file
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-NAMES = ("llama", "qwen2", "gemma3", "deepseek_v2", "deepseek_v3")
+NAMES = ("llama", "qwen2", "gemma3", "deepseek_v2", "deepseek_v3", "qwen3", "mistral")
 WHOLE = [json.loads((GOLDEN / f"{name}.json").read_text()) for name in NAMES]
 WHOLE.append({"model_type": "gemma3", "text_config": {k: WHOLE[2][k] for k in list(WHOLE[2])[:30]}})
 SCALED = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}

@@ -37,6 +37,15 @@ COUNTS = {
     "qwen2.5-14b": 14_770_033_664,
     "qwen2.5-32b": 32_763_876_352,
     "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mistral-nemo-12b": 12_247_782_400,
     "deepseek-llm-7b": 6_910_365_696,
     "deepseek-llm-67b": 67_425_001_472,
     "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
@@ -45,6 +54,7 @@ COUNTS = {
     "deepseek-r1-distill-qwen-32b": 32_763_876_352,
     "deepseek-r1-distill-llama-8b": 8_030_261_248,
     "deepseek-r1-distill-llama-70b": 70_553_706_496,
+    "deepseek-r1-0528-qwen3-8b": 8_190_735_360,
     "gemma3-270m": 268_098_176,
     "gemma3-1b": 999_885_952,
     "gemma3-4b": 3_880_263_168,
@@ -124,5 +134,5 @@ def test_five_local_layers_come_before_a_global_one():
 def test_unknown_names_are_answered_with_near_ones():
     with pytest.raises(ValueError, match="llama-3.1-8b"):
         registry.preset("llama-3.1-8")
-    with pytest.raises(ValueError, match="did you mean qwen2"):
-        registry.family_of_type("qwen3")
+    with pytest.raises(ValueError, match="did you mean qwen3 or qwen2"):
+        registry.family_of_type("qwen4")

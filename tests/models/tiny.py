@@ -75,6 +75,21 @@ ODD_CONFIGS = {
         routing=Routing(8, 2),
         model_type="deepseek_v2",
     ),
+    "qwen3-window-in-turns": LlamaConfig(
+        **_SIZES,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        qkv_bias=True,
+        out_bias=True,
+        qk_norm=True,
+        window=5,
+        has_window=(True, False, True, False),
+        model_type="qwen3",
+    ),
+    "mistral-all-windows": LlamaConfig(
+        **_SIZES, num_layers=2, num_heads=4, num_kv_heads=1, window=4, model_type="mistral"
+    ),
     "gemma3-all-global": Gemma3Config(**_GEMMA, num_layers=2, num_kv_heads=4, global_every=1),
 }
 

@@ -118,6 +118,17 @@ def test_normed_heads_do_not_see_the_scale_of_their_weights():
     np.testing.assert_allclose(run(attention, x), before, atol=1e-5)
 
 
+@pytest.mark.parametrize(("zero_centered", "same"), [(False, 2.0), (True, 1.0)])
+def test_norms_of_heads_scale_by_their_weights_or_by_these_and_one(zero_centered, same):
+    x = draw(1, 6, 32)
+    plain = make_attention(qk_norm_eps=0.0, scale=4 * 8**-0.5)
+    normed = make_attention(qk_norm_eps=0.0, zero_centered=zero_centered)
+    for attention, scale in ((plain, 1.0), (normed, same)):  # q and k doubled: scores fourfold
+        for norm in (attention.q_norm, attention.k_norm):
+            norm.scale[...] = np.full(8, scale, np.float32)
+    np.testing.assert_allclose(run(normed, x), run(plain, x), atol=1e-5)
+
+
 def test_scores_are_scaled_by_the_head_width_unless_told():
     assert make_attention().scale == 8**-0.5
     assert make_attention(scale=0.25).scale == 0.25

@@ -23,6 +23,7 @@ UNUSED = {
     "deepseek_v3": {"num_key_value_heads", "moe_layer_freq", "aux_loss_alpha"},
     # in force in layers that its class derives from it, and only with a window
     "qwen2": {"max_window_layers"},
+    "qwen3": {"max_window_layers"},
     "gemma3_text": {"sliding_window_pattern"},
 }
 GROUPS = ("n_group", "topk_group", "topk_method")
@@ -43,7 +44,7 @@ def values_of(config):
     values = {name: getattr(config, name, None) for name in names}
     if isinstance(values["eos_token_id"], int):
         values["eos_token_id"] = [values["eos_token_id"]]
-    if SLIDING not in (values["layer_types"] or ()):
+    if values["layer_types"] is not None and SLIDING not in values["layer_types"]:
         values |= dict.fromkeys(("sliding_window", "use_sliding_window"))
     if kind == "deepseek_v2" and (config.topk_method == "greedy" or config.n_group == 1):
         values |= dict.fromkeys(GROUPS)

@@ -59,12 +59,14 @@ def test_every_tensor_of_a_real_gguf_equals_transformers(tmp_path, name):
     assert_same(REAL[name](tmp_path))
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_every_tensor_of_a_small_gguf_equals_transformers(tmp_path, arch):
     shapes, fields = dict(tiny.SHAPES), tiny.GEMMA if arch == "gemma3" else tiny.LLAMA
     if arch == "qwen2":
         shapes |= {f"blk.0.attn_{p}.bias": (64 if p == "q" else 32,) for p in "qkv"}
         shapes |= {"output.weight": (tiny.V, tiny.D)}
+    if arch == "qwen3":
+        shapes |= {f"blk.0.attn_{p}_norm.weight": (16,) for p in "qk"}
     if arch == "gemma3":
         sizes = {"attn_q_norm": 16, "attn_k_norm": 16, "post_attention_norm": 64}
         shapes |= {f"blk.0.{n}.weight": (size,) for n, size in sizes.items()}

@@ -179,7 +179,7 @@ def test_the_language_model_of_a_multimodal_gemma_loads(tmp_path, cap):
     np.testing.assert_allclose(forward(ours, tokens), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_bf16_follows_transformers_bf16_as_closely_as_rounding_lets_it(tmp_path, name):
     theirs = torch_models.make(name)
     tokens = torch_models.tokens()

@@ -31,7 +31,9 @@ def on_disk(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["llama", "llama-tied-mqa", "llama-mha-biases", "qwen2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-tied-mqa", "llama-mha-biases", "qwen2", "qwen3", "gemma3"]
+)
 def test_shards_of_transformers_load_bit_by_bit(tmp_path, name, dtype):
     theirs = torch_models.make(name).to(DTYPES[dtype])
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -44,7 +46,9 @@ def test_shards_of_transformers_load_bit_by_bit(tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["llama", "llama-tied-mqa", "qwen2-tied", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-tied-mqa", "qwen2-tied", "qwen3-layer-types", "mistral", "gemma3"]
+)
 def test_shards_of_ours_load_in_transformers_bit_by_bit(tmp_path, name, dtype):
     theirs = torch_models.make(name).to(DTYPES[dtype])
     theirs.save_pretrained(tmp_path / "theirs")

@@ -83,6 +83,25 @@ CASES = {
             "layer_types": ["full_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "qwen3": ("Qwen3", {**_SIZES, "head_dim": 16, **_rope(1e6)}),
+    "qwen3-layer-types": (
+        "Qwen3",
+        {
+            **_SIZES,
+            **_rope(1e6, **_YARN),
+            "head_dim": 12,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "mistral": ("Mistral", {**_SIZES, "sliding_window": 5}),
+    "mistral-no-window": (
+        "Mistral",
+        {**_SIZES, "sliding_window": None, "head_dim": 16, "rms_norm_eps": 1e-5, **_rope(1e6)},
+    ),
     "gemma3": ("Gemma3", _GEMMA),
     "gemma3-pattern": ("Gemma3", {**_GEMMA, "sliding_window_pattern": 2, "rms_norm_eps": 1e-5}),
     "gemma3-mqa-untied": (

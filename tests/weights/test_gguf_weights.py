@@ -207,6 +207,23 @@ def test_a_qwen2_file_is_not_permuted_and_has_biases_and_a_head(tmp_path):
     )
 
 
+def test_a_qwen3_file_is_not_permuted_and_has_norms_of_heads_wider_than_the_model(tmp_path):
+    width = 24  # of a head; 4 of them are wider than the model
+    shapes = {f"blk.0.attn_{p}_norm.weight": (width,) for p in "qk"}
+    shapes |= {"blk.0.attn_q.weight": (4 * width, D), "blk.0.attn_output.weight": (D, 4 * width)}
+    shapes |= {f"blk.0.attn_{p}.weight": (2 * width, D) for p in "kv"}
+    fields = LLAMA | {"attention.key_length": width, "attention.value_length": width}
+    tensors = random_tensors(SHAPES | shapes)
+    model = load(GgufCheckpoint(write(tmp_path / "a.gguf", "qwen3", fields, tensors)))
+    assert (model.cfg.head_dim, model.cfg.model_type) == (width, "qwen3")
+    attn = model.layers.attn
+    np.testing.assert_array_equal(
+        attn.k.w[0], tensors["blk.0.attn_k.weight"].T.reshape(D, KV_HEADS, width)
+    )
+    np.testing.assert_array_equal(attn.q_norm.scale[0], tensors["blk.0.attn_q_norm.weight"])
+    np.testing.assert_array_equal(attn.k_norm.scale[0], tensors["blk.0.attn_k_norm.weight"])
+
+
 def test_gemma_s_norms_lose_their_one_and_its_four_norms_their_names(tmp_path):
     names = ["attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm"]
     sizes = [16, 16, D, D]
@@ -302,7 +319,7 @@ def test_a_gguf_file_is_read_onto_a_mesh(whole):
 
 def test_an_unknown_architecture_is_named_with_those_supported(tmp_path):
     path = write(tmp_path / "a.gguf", "mamba", {})
-    assert "holds a 'mamba' model; supported: llama, qwen2, gemma3" in refused(path)
+    assert "holds a 'mamba' model; supported: llama, qwen2, qwen3, gemma3" in refused(path)
 
 
 def test_a_part_of_several_says_how_to_merge(tmp_path):

@@ -58,6 +58,7 @@ class Block(nnx.Module):
             cfg.num_kv_heads,
             cfg.head_dim,
             qk_norm_eps=cfg.norm_eps,
+            zero_centered=True,
             scale=cfg.query_scale**-0.5,
             compute=compute,
             rngs=rngs,

@@ -1,8 +1,8 @@
-"""Llama 2 and 3.x, SmolLM2, Qwen2 and 2.5, DeepSeek-LLM, and the R1 distills of them."""
+"""Llama 2 and 3.x, SmolLM2, Qwen2, 2.5 and 3, Mistral, DeepSeek-LLM, and R1's distills of them."""
 
 from llmprep_jax.models.llama.config import Config, from_hf, to_hf
 from llmprep_jax.models.llama.model import Model
 from llmprep_jax.models.llama.presets import PRESETS
 
-MODEL_TYPES = ("llama", "qwen2")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
 __all__ = ["MODEL_TYPES", "PRESETS", "Config", "Model", "from_hf", "to_hf"]

@@ -1,9 +1,10 @@
 """Llama (Touvron et al. 2023; Llama 3 herd, 2024): pre-norm decoder with RoPE, GQA and SwiGLU.
 
 x <- x + Attention(RMSNorm(x)); x <- x + SwiGLU(RMSNorm(x)), a final RMSNorm, and a head that may be
-the embedding itself. Qwen2 (2024) is the same with biases on q, k and v. Positions and segments
-travel beside the tokens, so packing, left padding and cached decoding are all the same forward
-pass.
+the embedding itself. Qwen2 (2024) is the same with biases on q, k and v, Qwen3 (2025) with norms of
+each head's queries and keys, Mistral 7B (Jiang et al. 2023) with a window on all layers. Positions
+and segments travel beside the tokens, so packing, left padding and cached decoding are all the same
+forward pass.
 """
 
 import functools
@@ -45,6 +46,7 @@ class Block(nnx.Module):
             cfg.head_dim,
             qkv_bias=cfg.qkv_bias,
             out_bias=cfg.out_bias,
+            qk_norm_eps=cfg.norm_eps if cfg.qk_norm else None,
             compute=compute,
             rngs=rngs,
         )

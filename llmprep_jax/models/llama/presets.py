@@ -44,6 +44,30 @@ _QWEN2 = dict(
     eos_ids=(151645,),
 )
 _QWEN2_TIED = {**_QWEN2, "vocab_size": 151936, "tie_embeddings": True}
+_QWEN3 = dict(
+    model_type="qwen3",
+    vocab_size=151936,
+    head_dim=128,
+    qk_norm=True,
+    max_seq_len=40960,
+    rope_base=1_000_000.0,
+    norm_eps=1e-6,
+    bos_id=151643,
+    eos_ids=(151645,),
+)
+_QWEN3_TIED = {**_QWEN3, "tie_embeddings": True}
+_R1_QWEN3 = {**_QWEN3, "max_seq_len": 131072, "rope_scaling": RopeScaling("yarn", 4.0, 32768)}
+_MISTRAL = dict(
+    model_type="mistral",
+    vocab_size=32000,
+    head_dim=128,
+    max_seq_len=32768,
+    norm_eps=1e-5,
+    bos_id=1,
+    eos_ids=(2,),
+)
+_MISTRAL_FULL = {**_MISTRAL, "vocab_size": 32768, "rope_base": 1_000_000.0}
+_NEMO = {**_MISTRAL_FULL, "vocab_size": 131072, "max_seq_len": 128000}
 _DEEPSEEK = dict(vocab_size=102400, max_seq_len=4096, bos_id=100000, eos_ids=(100001,))
 _R1_QWEN = {**_QWEN2, "max_seq_len": 131072, "norm_eps": 1e-5, "eos_ids": (151643,)}
 
@@ -52,8 +76,9 @@ def _size(
     family: dict, dim: int, mlp_dim: int, num_layers: int, num_heads: int, num_kv_heads: int, **more
 ) -> Config:
     sizes = dict(dim=dim, mlp_dim=mlp_dim, num_layers=num_layers, num_heads=num_heads)
-    more = {"head_dim": dim // num_heads, "num_kv_heads": num_kv_heads, **sizes, **more}
-    return Config(**{**family, **more})
+    return Config(
+        **{"head_dim": dim // num_heads, **family, "num_kv_heads": num_kv_heads, **sizes, **more}
+    )
 
 
 PRESETS: dict[str, Config] = {
@@ -82,6 +107,15 @@ PRESETS: dict[str, Config] = {
     "qwen2.5-14b": _size(_QWEN2, 5120, 13824, 48, 40, 8, norm_eps=1e-5),
     "qwen2.5-32b": _size(_QWEN2, 5120, 27648, 64, 40, 8, norm_eps=1e-5),
     "qwen2.5-72b": _size(_QWEN2, 8192, 29568, 80, 64, 8, norm_eps=1e-5),
+    "qwen3-0.6b": _size(_QWEN3_TIED, 1024, 3072, 28, 16, 8),
+    "qwen3-1.7b": _size(_QWEN3_TIED, 2048, 6144, 28, 16, 8),
+    "qwen3-4b": _size(_QWEN3_TIED, 2560, 9728, 36, 32, 8),
+    "qwen3-8b": _size(_QWEN3, 4096, 12288, 36, 32, 8),
+    "qwen3-14b": _size(_QWEN3, 5120, 17408, 40, 40, 8),
+    "qwen3-32b": _size(_QWEN3, 5120, 25600, 64, 64, 8),
+    "mistral-7b-v0.1": _size(_MISTRAL, 4096, 14336, 32, 32, 8, window=4096),
+    "mistral-7b-v0.3": _size(_MISTRAL_FULL, 4096, 14336, 32, 32, 8),
+    "mistral-nemo-12b": _size(_NEMO, 5120, 14336, 40, 32, 8),
     "deepseek-llm-7b": _size(_DEEPSEEK, 4096, 11008, 30, 32, 32),
     "deepseek-llm-67b": _size(_DEEPSEEK, 8192, 22016, 95, 64, 8),
     "deepseek-r1-distill-qwen-1.5b": _size(
@@ -94,4 +128,5 @@ PRESETS: dict[str, Config] = {
     "deepseek-r1-distill-qwen-32b": _size(_R1_QWEN, 5120, 27648, 64, 40, 8),
     "deepseek-r1-distill-llama-8b": _size(_LLAMA31, 4096, 14336, 32, 32, 8),
     "deepseek-r1-distill-llama-70b": _size(_LLAMA31, 8192, 28672, 80, 64, 8),
+    "deepseek-r1-0528-qwen3-8b": _size(_R1_QWEN3, 4096, 12288, 36, 32, 8),
 }

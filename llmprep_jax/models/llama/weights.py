@@ -1,9 +1,9 @@
-"""Names of the Llama family's tensors in Hugging Face checkpoints (Llama, SmolLM2, Qwen2,
-DeepSeek-LLM).
+"""Names of the Llama family's tensors in Hugging Face checkpoints (Llama, SmolLM2, Qwen2, Qwen3,
+Mistral, DeepSeek-LLM).
 
 `{l}` runs over the stacked layers; the pattern turns their dimensions into ours. Rows that a model
-has no parameter for (biases, a head of its own) are not used. `(n h)` leaves the rotary halves as
-released; only GGUF files permute them.
+has no parameter for (biases, norms of q and k, a head of its own) are not used. `(n h)` leaves the
+rotary halves as released; only GGUF files permute them.
 """
 
 from llmprep_jax.weights.rows import Table
@@ -22,6 +22,8 @@ WEIGHTS = Table(
         "layers.attn.k.b": (f"{_LAYER}.self_attn.k_proj.bias", "(k h) -> k h"),
         "layers.attn.v.b": (f"{_LAYER}.self_attn.v_proj.bias", "(k h) -> k h"),
         "layers.attn.o.b": (f"{_LAYER}.self_attn.o_proj.bias", "d -> d"),
+        "layers.attn.q_norm.scale": (f"{_LAYER}.self_attn.q_norm.weight", "h -> h"),
+        "layers.attn.k_norm.scale": (f"{_LAYER}.self_attn.k_norm.weight", "h -> h"),
         "layers.mlp_norm.scale": (f"{_LAYER}.post_attention_layernorm.weight", "d -> d"),
         "layers.mlp.gate.w": (f"{_LAYER}.mlp.gate_proj.weight", "f d -> d f"),
         "layers.mlp.up.w": (f"{_LAYER}.mlp.up_proj.weight", "f d -> d f"),
