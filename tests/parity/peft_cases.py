@@ -1,7 +1,7 @@
 """PEFT's adapters that are compared with ours, and the pairs of base and adapter that tell most.
 
-The bases differ in what adapters meet: qwen2 has biases, gemma3 a tied, scaled table, heads wider
-than the model and layers of two kinds.
+The bases differ in what adapters meet: qwen2 has biases, qwen3 norms of heads, gemma3 a tied,
+scaled table, heads wider than the model and layers of two kinds.
 """
 
 import itertools

@@ -66,7 +66,12 @@ def test_every_tensor_of_a_small_gguf_equals_transformers(tmp_path, arch):
         shapes |= {f"blk.0.attn_{p}.bias": (64 if p == "q" else 32,) for p in "qkv"}
         shapes |= {"output.weight": (tiny.V, tiny.D)}
     if arch == "qwen3":
-        shapes |= {f"blk.0.attn_{p}_norm.weight": (16,) for p in "qk"}
+        width = 128  # all that theirs reads: it does not look at attention.key_length
+        fields = fields | {"attention.key_length": width}
+        shapes |= {f"blk.0.attn_{p}_norm.weight": (width,) for p in "qk"}
+        rows = {"q": tiny.HEADS, "k": tiny.KV_HEADS, "v": tiny.KV_HEADS}
+        shapes |= {f"blk.0.attn_{p}.weight": (n * width, tiny.D) for p, n in rows.items()}
+        shapes |= {"blk.0.attn_output.weight": (tiny.D, tiny.HEADS * width)}
     if arch == "gemma3":
         sizes = {"attn_q_norm": 16, "attn_k_norm": 16, "post_attention_norm": 64}
         shapes |= {f"blk.0.{n}.weight": (size,) for n, size in sizes.items()}

@@ -80,6 +80,8 @@ def assert_same(found, expected, tolerance: float = 1e-4) -> None:
 @pairs(
     llama=("q_proj", "patterns", "patterns-by-name", "some-layers"),
     qwen2=("all-linear", "rslora"),
+    qwen3=("all-linear",),
+    mistral=("all-linear",),
     gemma3=("all-linear", "patterns", "regex"),
 )
 def test_a_folder_that_peft_saves_gives_the_same_logits(base, tmp_path, name):
@@ -101,7 +103,9 @@ def check_their_folder(theirs, ours, tmp_path, settings):
     assert_same(forward(lp.peft.load(ours, tmp_path), TOKENS), expected)
 
 
-@pairs(llama=("rslora",), qwen2=("all-linear",), gemma3=("patterns-by-name",))
+@pairs(
+    llama=("rslora",), qwen2=("all-linear",), qwen3=("all-linear",), gemma3=("patterns-by-name",)
+)
 def test_every_gradient_of_a_and_b_agrees(base, tmp_path, name):
     theirs, ours = base
     check_gradients(adapt(theirs, SETTINGS[name]), ours, tmp_path)
@@ -143,6 +147,7 @@ def check_gradients(adapted, ours, tmp_path, switch=lambda model: model):
         *("dora", "biases", "dora-biases", "loha-patterns", "lokr"),
         *("adalora", "oft-coft", "hra-gs", "ia3"),
     ),
+    qwen3=("whole",),
     gemma3=("dora", "whole", "tables", "vera-drawn", "oft-exact", "hra"),
 )
 def test_other_methods_agree_in_logits_gradients_and_folders_both_ways(base, tmp_path, name):
@@ -312,7 +317,13 @@ def test_what_is_dropped_changes_logits_and_gradients_as_in_peft(
     assert np.abs(expected - forward(model, TOKENS)).max() > 0.02
 
 
-@pairs(llama=("all-linear",), qwen2=("rslora",), gemma3=("patterns",))
+@pairs(
+    llama=("all-linear",),
+    qwen2=("rslora",),
+    qwen3=("all-linear",),
+    mistral=("rslora",),
+    gemma3=("patterns",),
+)
 def test_a_folder_that_we_save_gives_the_same_logits_in_peft(base, tmp_path, name):
     theirs, ours = base
     adapt(theirs, SETTINGS[name]).save_pretrained(tmp_path / "theirs")
@@ -386,7 +397,9 @@ def test_a_tied_table_trained_beside_ia3_loads_in_peft(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "base", [pytest.param("llama", marks=pytest.mark.grid), "qwen2", "gemma3"], indirect=True
+    "base",
+    [pytest.param("llama", marks=pytest.mark.grid), "qwen2", "qwen3", "gemma3"],
+    indirect=True,
 )
 def test_a_merged_folder_gives_the_same_logits_in_transformers(base, tmp_path):
     theirs, ours = base
