@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprep_jax.text import Reply, ThoughtSplitter, split_thoughts
+from llmprep_jax.text import Processor, Reply, ThoughtSplitter, split_thoughts
 from llmprep_jax.text.thinking import opens_thought, parts_of
+from tests.text import tool_templates
 from tests.text.samples import ASSISTANT
 
 CODE = "```\n</think> <think>\n```"
@@ -97,3 +98,24 @@ def test_one_piece_may_hold_both_parts():
 ])  # fmt: skip
 def test_a_prompt_that_ends_with_the_opening_tag_opens_the_thoughts(prompt, opens):
     assert opens_thought(prompt) is opens
+
+
+ALWAYS = tool_templates.QWEN3 + "{{ '<think>\\n' if add_generation_prompt }}"
+
+
+# Qwen3 as first released thinks or does not, as it is told; of its later forms one always does
+@pytest.mark.parametrize(("template", "fields", "said"), [
+    (tool_templates.QWEN3, {}, "<think>\nhm\n</think>\n\n4"),
+    (tool_templates.QWEN3, {"enable_thinking": True}, "<think>\nhm\n</think>\n\n4"),
+    (tool_templates.QWEN3, {"enable_thinking": False}, "4"),
+    (ALWAYS, {}, "hm\n</think>\n\n4"),
+], ids=["free", "on", "off", "always"])  # fmt: skip
+def test_thoughts_of_qwen3_are_told_apart_in_each_of_its_ways(
+    with_template, template, fields, said
+):
+    tokenizer = with_template(template)
+    question = [{"role": "user", "content": "2 + 2?"}]
+    (ids,) = Processor(tokenizer)(question, **fields)["tokens"]
+    opened = opens_thought(tokenizer.decode(ids, skip_special=False))
+    thoughts = "" if fields == {"enable_thinking": False} else "hm"
+    assert split_thoughts(said, opened) == Reply(thoughts, "4")
