@@ -241,8 +241,20 @@ def test_qwens_window_holds_from_a_layer_on(changes, window, first):
 def test_qwens_windows_may_lie_in_turns():
     cfg = read(QWEN3, layer_types=["sliding_attention", "full_attention"] * 18, sliding_window=64)
     assert cfg.windows() == (64, None) * 18
-    with pytest.raises(ValueError, match="not all those from some first one on"):
-        dataclasses.replace(cfg, has_window=(False,) * 6 + (True,) * 30)
+    few = read(
+        QWEN3,
+        num_hidden_layers=4,
+        layer_types=["full_attention", "sliding_attention"] * 2,
+        sliding_window=64,
+    )
+    assert few.windows() == (None, 64) * 2
+    for changes, message in (
+        ({"has_window": (False,) * 6 + (True,) * 30}, "not all those from some first one on"),
+        ({"has_window": (True, False)}, "has_window has 2 of 36 layers"),
+        ({"model_type": "qwen4"}, "model_type is 'qwen4'; this family has llama, qwen2, qwen3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(cfg, **changes)
 
 
 def test_qwen3_norms_its_heads_and_has_biases_on_request():
