@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from llmprep_jax.vision import crops, resize, tiles
@@ -224,6 +226,12 @@ class PaddedTwice(Padded):
             return Views([image], high=image)
         high = self._fit(image, self.high_edge, self.high_resample, self.high_color)
         return Views([self._fit(high, self.edge, self.resample, self.color)], high=high)
+
+    def normalize_high(
+        self, values: UInt8[np.ndarray, "*N P Q 3"]
+    ) -> Float32[np.ndarray, "*N P Q 3"]:
+        """By the mean and std of the large pictures."""
+        return self.high_normalization(values)
 
 
 class Tiled(ImageProcessor):

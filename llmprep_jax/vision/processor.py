@@ -152,6 +152,12 @@ class ImageProcessor:
         """(values x scale - mean) / std: what `model(images=...)` takes."""
         return self.normalization(values)
 
+    def normalize_high(
+        self, values: UInt8[np.ndarray, "*N P Q 3"]
+    ) -> Float32[np.ndarray, "*N P Q 3"]:
+        """As `normalize`, of the pictures of a second tower."""
+        raise ValueError(f"{self._fields.where}: {self.kind} makes no pictures of high resolution")
+
     @property
     def mean(self) -> Triple:
         return self.normalization.mean

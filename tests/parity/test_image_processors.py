@@ -54,7 +54,7 @@ def assert_same(ours: ImageProcessor, theirs, images: list[Image.Image]) -> None
     expected = theirs(images, return_tensors="np")
     pairs = [(ours.normalize(pixels.values), expected["pixel_values"])]
     if pixels.high is not None:
-        high = ours.high_normalization(pixels.high)
+        high = ours.normalize_high(pixels.high)
         pairs.append((high, expected["high_res_pixel_values"]))
     for made, wanted in pairs:
         assert made.dtype == wanted.dtype == np.float32
