@@ -21,7 +21,8 @@ from llmprep_jax.train.adam8bit import scale_by_adam8bit
 from llmprep_jax.train.offload import keep_on_host
 from llmprep_jax.train.state import Split, merge, path_name
 
-NO_DECAY = ("scale", "b", "bias")  # last names of a model's own parameters: norms and biases
+# last names of a model's own parameters: norms and biases, and of towers what all inputs share
+NO_DECAY = ("scale", "b", "bias", "table", "class_token", "probe", "logit_scale", "logit_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,8 @@ class OptimConfig:
       decay_fraction: of the run, over which "wsd" falls.
       warmup_steps: steps of linear rise; the first has lr / warmup_steps.
       betas, eps: Adam's.
-      weight_decay: decoupled, times the learning rate; not of norms and biases, and of adapters
-        what their method says (`peft.Method.decayed`).
+      weight_decay: decoupled, times the learning rate; not of norms and biases, nor of towers'
+        positions, queries and scalars; of adapters what their method says (`peft.Method.decayed`).
       decay_embeddings: whether weight decay holds for embedding tables too.
       clip_norm: largest global norm of the gradient; None: no clipping.
       lora_plus: ratio of the learning rate of the factors that are zero at first, LoRA's B and of

@@ -17,6 +17,7 @@ from llmprep_jax.config import settle
 from llmprep_jax.nn.param import TRAINED, AdapterParam
 from llmprep_jax.peft import is_adapted, train_mode
 from llmprep_jax.train.checkpoint import CheckpointConfig
+from llmprep_jax.train.contrastive import ContrastiveLoss
 from llmprep_jax.train.losses import next_token_loss, training_loss
 from llmprep_jax.train.optim import (
     OptimConfig,
@@ -112,6 +113,12 @@ class Trainer:
         if trainable is None:
             trainable = AdapterParam if is_adapted(model) else TRAINED
         cfg, loss_fn = cfg or FitConfig(), loss_fn or make_loss()
+        if cfg.accumulate > 1 and isinstance(loss_fn, ContrastiveLoss):
+            raise ValueError(
+                f"accumulate={cfg.accumulate}: a contrastive loss holds each row of a batch against"
+                ' all others, so a batch is not cut; set accumulate=1, and form="ring" or'
+                " compute.remat for memory"
+            )
         self.cfg, self.split = cfg, split_model(model, trainable)
         self.tx = make_optimizer(cfg.optim, self.split, cfg.horizon)
         self.step = make_train_step(
