@@ -339,7 +339,7 @@ def _with_copies(
 
 def _write_extras(config: Mapping[str, Any], processor: Processor | None, folder: Path) -> None:
     """The tokenizer's files, and the ids that end a reply, where transformers looks for them."""
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if processor is not None:
         processor.save(folder)
         ids["eos_token_id"] = list(processor.tokenizer.stop_ids) or ids["eos_token_id"]

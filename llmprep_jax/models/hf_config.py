@@ -36,7 +36,9 @@ def check_numbers(cfg: Any, path: str = "") -> None:
     """
     sizes = ("vocab_size", "dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "window")
     sizes += ("expert_dim", "q_rank", "kv_rank", "nope_dim", "rope_dim", "value_dim", "moe_every")
+    sizes += ("projection_dim",)
     most = dict.fromkeys(sizes, 2**24) | {"num_layers": 10_000, "max_seq_len": 2**31 - 1}
+    most |= {"image_size": 2**14, "patch_size": 2**14}
     least = dict.fromkeys(most, 1) | dict.fromkeys(("rope_base", "norm_eps", "query_scale"), 0)
     most |= {"num_shared": 1_000, "num_dense": 10_000, "num_mtp": 100, "num_experts": 10_000}
     least |= {"num_shared": 0, "num_dense": 0, "num_mtp": 0, "num_experts": 1}

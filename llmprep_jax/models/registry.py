@@ -12,12 +12,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from llmprep_jax.models import deepseek, gemma3_text, llama
+from llmprep_jax.models import clip, deepseek, gemma3_text, llama, siglip
 from llmprep_jax.models.model_config import lost
 from llmprep_jax.models.protocol import Family
 from llmprep_jax.text.processor import Processor
 
-FAMILIES: tuple[Family, ...] = (llama, gemma3_text, deepseek)
+FAMILIES: tuple[Family, ...] = (llama, gemma3_text, deepseek, clip, siglip)
 
 
 def family_of_type(model_type: str | None) -> Family:

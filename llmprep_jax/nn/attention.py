@@ -16,7 +16,7 @@ from flax import nnx
 
 from llmprep_jax.kernels.flash_attention import attention
 from llmprep_jax.nn.cache import KVCache, Seen, widen
-from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.linear import Einsum, Init, fan_in_normal
 from llmprep_jax.nn.norm import RMSNorm
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.remat import QKV, keep
@@ -114,7 +114,7 @@ def attend(
     window: int | None = None,
     **options: Any,
 ) -> Any:
-    """Causal attention of tokens to others, or to themselves where `keys` is None, [B, T, N, U].
+    """Attention of tokens to others, or to themselves where `keys` is None, [B, T, N, U].
 
     `options` are those of `kernels.flash_attention.attention`.
     """
@@ -174,6 +174,8 @@ class Attention(nnx.Module):
         None: no norms.
       zero_centered: whether these scale by 1 + w (Gemma 3) or by w (Qwen3).
       scale: of the scores; None is H^-0.5.
+      causal: whether later tokens are hidden; encoders see all.
+      inits: of the weights of queries, keys and values, and of the output.
     """
 
     def __init__(
@@ -188,10 +190,13 @@ class Attention(nnx.Module):
         qk_norm_eps: float | None = None,
         zero_centered: bool = False,
         scale: float | None = None,
+        causal: bool = True,
+        inits: tuple[Init, Init] = (fan_in_normal, fan_in_normal),
         compute: Compute,
         rngs: nnx.Rngs,
     ):
         self.scale = head_dim**-0.5 if scale is None else scale
+        self.causal = causal
         self.within = attend  # how tokens attend to themselves; LongLoRA trains with another
 
         def project(heads: int, axis: str) -> Einsum:
@@ -201,6 +206,7 @@ class Attention(nnx.Module):
                 ("embed", axis, "head"),
                 ("batch", None, axis, None),  # every query may see every key
                 bias=qkv_bias,
+                init=inits[0],
                 compute=compute,
                 rngs=rngs,
             )
@@ -214,6 +220,7 @@ class Attention(nnx.Module):
             ("heads", "head", "embed"),
             ("batch", "seq", "act_embed"),
             bias=out_bias,
+            init=inits[1],
             compute=compute,
             rngs=rngs,
         )
@@ -235,6 +242,7 @@ class Attention(nnx.Module):
         window: int | None = None,
         cache: KVCache | None = None,
         layer: int | Int[Array, ""] = 0,
+        keys: Tokens | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attends within `x_BTD`, or over `cache` with x's keys and values written into it first.
 
@@ -244,14 +252,18 @@ class Attention(nnx.Module):
           window: sliding window, None for all.
           cache: keys and values so far; it has `begin` called on it for these tokens.
           layer: which layer's slots of the cache are meant.
+          keys: what x is as keys, where that is other segments: padding that none sees and that
+            sees; without a cache.
         """
         q_BTNH, k_BTKH, v_BTKH = keep((self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)), QKV)
         if self.q_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if rope is not None:
             q_BTNH, k_BTKH = apply_rope(q_BTNH, *rope), apply_rope(k_BTKH, *rope)
-        options = dict(window=window, scale=self.scale)
+        options = dict(window=window, scale=self.scale, causal=self.causal)
         if cache is None:
+            if keys is not None:
+                options["keys"] = keys
             return self.o(self.within(q_BTNH, k_BTKH, v_BTKH, tokens, **options)), None
         cache, seen = cache.update(layer, k_BTKH, v_BTKH)
         return self.o(attend_cached(q_BTNH, seen, tokens, **options)), cache

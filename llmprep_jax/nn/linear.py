@@ -9,6 +9,7 @@ speed; hence the custom rule, which rounds the cotangent to the operands' dtype 
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from llmprep_jax.sharding import has_mesh, sharding_of, spec, without_axes
 from llmprep_jax.types import Array, Float, Int
 
 fan_in_normal = jax.nn.initializers.lecun_normal
+Init = Callable[..., jax.nn.initializers.Initializer]  # (in_axis, out_axis) -> an initialiser
 _HIDDEN = ("batch", "seq", "act_embed")
 NARROW = 4  # times as many inputs as outputs, and more
 PRODUCT = "product"  # name of a `contract`'s result, for what the backward pass keeps
@@ -144,8 +146,11 @@ def _outer(eqn: str, x: Array, dy: Array) -> Array:
 contract.defvjp(_contract_forward, _contract_backward)
 
 
-class Einsum(nnx.Module):
+class Projection(nnx.Module):
     """y = einsum(eqn, x, w) + b, for a weight with unmerged dimensions.
+
+    As it is, adapters and packing leave it alone: of what is no nn.Linear in the released model, a
+    convolution or attention in one piece. All else is an `Einsum`.
 
     Args:
       eqn: einsum of the activation and the weight.
@@ -153,10 +158,8 @@ class Einsum(nnx.Module):
       axes: logical axes of the weight.
       out_axes: logical axes of the result.
       bias: whether a bias over the weight's output dimensions is added.
+      init: gives the weight's initialiser, by its input and output dimensions.
     """
-
-    is_by_row = False  # whether each row of a batch has a weight of its own, so that there is none
-    is_packed = False  # whether the weight is in few bits, see `quant`
 
     def __init__(
         self,
@@ -166,6 +169,7 @@ class Einsum(nnx.Module):
         out_axes: tuple[str | None, ...],
         *,
         bias: bool = False,
+        init: Init = fan_in_normal,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
@@ -174,12 +178,23 @@ class Einsum(nnx.Module):
         w_dims, y_dims = eqn.split("->")[0].split(",")[1], eqn.split("->")[1]
         outputs = [i for i, dim in enumerate(w_dims) if dim in y_dims]
         inputs = [i for i, dim in enumerate(w_dims) if dim not in y_dims]
-        init = fan_in_normal(in_axis=inputs, out_axis=outputs)
-        self.w = param(rngs, shape, axes, init, compute.param_dtype)
+        initializer = init(in_axis=inputs, out_axis=outputs)
+        self.w = param(rngs, shape, axes, initializer, compute.param_dtype)
         # replicated: it is small, and may be added to whatever layout the result has
         b_shape, b_axes = tuple(shape[i] for i in outputs), (None,) * len(outputs)
         zeros = jax.nn.initializers.zeros
         self.b = param(rngs, b_shape, b_axes, zeros, compute.param_dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = contract(self.eqn, x, self.w[...], self.dtype, self.out_axes)
+        return y if self.b is None else add_bias(y, self.b[...])
+
+
+class Einsum(Projection):
+    """A linear layer: what adapters go around, and what is packed."""
+
+    is_by_row = False  # whether each row of a batch has a weight of its own, so that there is none
+    is_packed = False  # whether the weight is in few bits, see `quant`
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -196,10 +211,6 @@ class Einsum(nnx.Module):
         state["w"] = state["w"].replace(w.astype(self.w.dtype))
         return nnx.merge(graph, state)
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = contract(self.eqn, x, self.w[...], self.dtype, self.out_axes)
-        return y if self.b is None else add_bias(y, self.b[...])
-
 
 class Embed(Einsum):
     """A table of token embeddings, [V, D], and the output head of models that tie it.
@@ -207,11 +218,19 @@ class Embed(Einsum):
     As an einsum it is that of tokens as one-hot vectors.
     """
 
-    def __init__(self, vocab_size: int, dim: int, *, compute: Compute, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        *,
+        std: float = 0.02,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
         self.eqn, self.axes, self.out_axes = "BTV,VD->BTD", ("vocab", "embed"), _HIDDEN
         self.dtype, self.layer_shape, self.b = compute.operand_dtype, (vocab_size, dim), None
         self.compute = compute
-        init = jax.nn.initializers.normal(0.02)
+        init = jax.nn.initializers.normal(std)
         self.w = param(rngs, self.layer_shape, self.axes, init, compute.param_dtype)
 
     @property

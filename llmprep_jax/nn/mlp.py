@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from llmprep_jax.nn.linear import Einsum
+from llmprep_jax.nn.linear import Einsum, Init, fan_in_normal
 from llmprep_jax.nn.param import Compute
 from llmprep_jax.nn.remat import MLP_HIDDEN, keep
 from llmprep_jax.types import Array, Float
@@ -65,7 +65,10 @@ def _gated(act: str) -> Callable[[Array, Array], Array]:
 
 
 class Mlp(nnx.Module):
-    """down(act(up(x))), the original feed-forward layer (Vaswani et al. 2017, section 3.3)."""
+    """down(act(up(x))), the original feed-forward layer (Vaswani et al. 2017, section 3.3).
+
+    `inits` are of the weights of up and down.
+    """
 
     def __init__(
         self,
@@ -74,13 +77,15 @@ class Mlp(nnx.Module):
         *,
         act: str = "gelu",
         bias: bool = True,
+        inits: tuple[Init, Init] = (fan_in_normal, fan_in_normal),
         compute: Compute,
         rngs: nnx.Rngs,
     ):
         self.act = act
         make = functools.partial(Einsum, bias=bias, compute=compute, rngs=rngs)
-        self.up = make("BTD,DF->BTF", (dim, mlp_dim), ("embed", "mlp"), _ACT_AXES)
-        self.down = make("BTF,FD->BTD", (mlp_dim, dim), ("mlp", "embed"), _OUT_AXES)
+        ups, downs = ("embed", "mlp"), ("mlp", "embed")
+        self.up = make("BTD,DF->BTF", (dim, mlp_dim), ups, _ACT_AXES, init=inits[0])
+        self.down = make("BTF,FD->BTD", (mlp_dim, dim), downs, _OUT_AXES, init=inits[1])
 
     @jax.named_scope("mlp")
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

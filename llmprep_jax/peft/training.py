@@ -122,7 +122,7 @@ def train_mode(model: nnx.Module, key: jax.Array | None = None) -> nnx.Module:
         return model
 
     def visit(path: tuple, node: Any) -> Any:
-        if groups != {None} and isinstance(node, Attention):
+        if groups != {None} and isinstance(node, Attention) and node.causal:
             node.within = ShiftedAttention(*groups)
         if drops and _drops(node):
             node.key = nnx.data(Buffer(_keys(".".join(map(str, path)), stacked(node.base), key)))

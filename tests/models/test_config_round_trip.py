@@ -9,11 +9,13 @@ import pytest
 
 from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
+from llmprep_jax.models.model_config import LanguageConfig
 from tests.models.config_files import OPTIONAL, configs, files
 from tests.models.tiny import CONFIGS, ODD_CONFIGS
 
-FAMILIES = {family.__name__.split(".")[-1]: family for family in registry.FAMILIES}
-MODEL_TYPES = [kind for family in registry.FAMILIES for kind in family.MODEL_TYPES]
+LANGUAGE = [family for family in registry.FAMILIES if issubclass(family.Config, LanguageConfig)]
+FAMILIES = {family.__name__.split(".")[-1]: family for family in LANGUAGE}
+MODEL_TYPES = [kind for family in LANGUAGE for kind in family.MODEL_TYPES]
 many = hypothesis.settings(max_examples=100, deadline=None)
 
 
