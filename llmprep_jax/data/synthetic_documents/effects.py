@@ -50,13 +50,22 @@ class Warp:
 
     def image(self, drawing: Image.Image, around: tuple[int, int, int]) -> Image.Image:
         """The page's drawing warped, with a colour around it."""
-        inverse = np.diag([self.scale, self.scale, 1.0]) @ np.linalg.inv(self.matrix)
+        border = 2  # of nothing, with which the paper's edges are mixed
+        layer = Image.new(
+            "RGBA",
+            (drawing.width + 2 * border, drawing.height + 2 * border),
+            (*drawing.getpixel((0, 0)), 0),
+        )
+        layer.paste(drawing, (border, border))
+        to_layer = np.array([[self.scale, 0, border], [0, self.scale, border], [0, 0, 1]])
+        inverse = to_layer @ np.linalg.inv(self.matrix)
         inverse /= inverse[2, 2]
-        layer = drawing.convert("RGBA")
         warped = layer.transform(
-            self.size, Image.Transform.PERSPECTIVE, inverse.ravel()[:8].tolist(),
+            self.size,
+            Image.Transform.PERSPECTIVE,
+            inverse.ravel()[:8].tolist(),
             Image.Resampling.BICUBIC,
-        )  # fmt: skip
+        )
         ground = Image.new("RGB", self.size, around)
         ground.paste(warped, mask=warped.getchannel("A"))
         return ground
