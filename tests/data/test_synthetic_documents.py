@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from llmprep_jax.data.synthetic_documents import KINDS, Settings, fonts, generate
+from llmprep_jax.data.synthetic_documents.content import asks_of_side
 from llmprep_jax.data.synthetic_documents.dice import Dice
 from llmprep_jax.data.synthetic_documents.fonts import find_families
 from llmprep_jax.data.synthetic_documents.grounding import to_text
@@ -186,6 +187,17 @@ def test_no_question_with_its_answer_and_no_page_is_on_both_sides(kind, level, c
         assert not train["train"] & held["heldout"]
     for train, held in itertools.product((texts, other_texts), (texts, other_texts)):
         assert not train["train"] & held["heldout"]
+
+
+def test_a_page_and_its_questions_lie_on_one_side():
+    shares = []
+    for content in contents("table", "en", count=80):
+        train, held = (asks_of_side(content, split, 0.25) for split in ("train", "heldout"))
+        assert not (train and held)
+        assert len(train) + len(held) < len(content.asks)
+        shares.append(bool(held))
+        assert asks_of_side(content, "train", 0.0) == list(content.asks)
+    assert np.mean(shares) == pytest.approx(0.25, abs=0.1)
 
 
 @pytest.mark.parametrize(("holdout", "held"), [

@@ -1,11 +1,13 @@
 """What a document says before it is drawn: facts, and questions with their answers.
 
-The side of a question, training or held out, is decided by a hash of its text and answer alone, as
-in `data/documents.py`: sets of other seeds, counts and kinds share no question between their sides.
+The side of a page, training or held out, is decided by a hash of what it states, and that of a
+question by a hash of its text and answer, as in `data/documents.py`: sets of other seeds, counts
+and kinds share neither between their sides.
 """
 
 import dataclasses
 import hashlib
+import json
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -100,9 +102,16 @@ def is_held_out(text: str, share: float) -> bool:
 
 
 def asks_of_side(content: Content, split: str, share: float) -> list[Ask]:
-    """The questions whose text and answer lie on a side; all where nothing is held out."""
+    """The questions that lie on a side, none where the page itself does not.
+
+    Where nothing is held out, all lie on every side.
+    """
     if not share:
         return list(content.asks)
+    texts = {name: fact.text for name, fact in content.values.items()}
+    page = json.dumps([content.kind, content.language, texts])
+    if is_held_out(page, share) != (split == "heldout"):
+        return []
     return [
         ask
         for ask in content.asks

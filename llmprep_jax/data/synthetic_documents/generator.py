@@ -5,13 +5,12 @@ worn. Facts are drawn again until page and questions lie on the document's side 
 """
 
 import dataclasses
-import json
 
 import numpy as np
 from PIL import Image
 
 from llmprep_jax.data.synthetic_documents import effects
-from llmprep_jax.data.synthetic_documents.content import Ask, Content, asks_of_side, is_held_out
+from llmprep_jax.data.synthetic_documents.content import Ask, Content, asks_of_side
 from llmprep_jax.data.synthetic_documents.dice import Dice
 from llmprep_jax.data.synthetic_documents.fonts import find_families
 from llmprep_jax.data.synthetic_documents.grounding import to_text
@@ -131,19 +130,12 @@ def _compose(settings: Settings, index: int) -> tuple[Content, list[Ask]]:
     for _ in range(MAX_TRIES):
         content = MODULES[kind].compose(dice, language, settings.level)
         asks = asks_of_side(content, split, share)
-        held = bool(share) and is_held_out(_statement(content), share)
-        if asks and held == (split == "heldout"):
+        if asks:
             return content, dice.sample(asks, settings.questions)
     raise ValueError(
         f"no {kind} of {MAX_TRIES} has its page and a question on the {split} side; give a larger"
         " holdout"
     )
-
-
-def _statement(content: Content) -> str:
-    """All that a document states, as one text."""
-    facts = {name: fact.text for name, fact in content.values.items()}
-    return json.dumps([content.kind, content.language, facts])
 
 
 def _lay_out(content: Content, style: Style) -> Page:
