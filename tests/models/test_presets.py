@@ -65,6 +65,9 @@ COUNTS = {
     "deepseek-v2-lite": 15_706_484_224,
     "deepseek-v2": 235_741_434_880,
     "deepseek-v3": 671_026_419_200 + 11_610_068_224,  # and its multi-token prediction module
+    "deepseek-vl2-tiny": 3_370_501_440,
+    "deepseek-vl2-small": 16_148_349_504,
+    "deepseek-vl2": 27_480_134_248,
     "clip-vit-base-patch32": 151_277_313,
     "clip-vit-base-patch16": 149_620_737,
     "clip-vit-large-patch14": 427_616_513,

@@ -1,15 +1,16 @@
 """Shapes of DeepSeek-V2, V2-Lite and V2.5, and of DeepSeek-V3, V3.1 and R1.
 
 One architecture (latent attention, a few dense layers, then mixtures of experts) with two routers:
-V2 gates by a softmax, V3 by sigmoids with a bias, normalised. Hugging Face's field names occur in
-`from_hf` and `to_hf` only. A file that leaves a field out means its class's default, which differs
-between V2 and V3 and from every release.
+V2 gates by a softmax, V3 by sigmoids with a bias, normalised. DeepSeek-VL2 Tiny's has plain
+multi-head attention in place of the latent one. Hugging Face's field names occur in `from_hf` and
+`to_hf` only. A file that leaves a field out means its class's default, which differs between V2 and
+V3 and from every release.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from llmprep_jax.models.hf_config import (
     read_rope,
@@ -37,6 +38,8 @@ class Config(LanguageConfig):
         rotary key.
       nope_dim, rope_dim: of a head's query and key, without and with rotation. value_dim: of its
         value.
+      attention: "latent", or "heads": multi-head attention whose heads share out `dim`, each
+        rotated as a whole; ranks and the three widths above are then of nothing.
       num_shared: shared experts of a layer, one MLP together.
       num_dense: the first layers, which have no experts. moe_every: after them, layers whose index
         is no multiple of it have none either.
@@ -60,6 +63,7 @@ class Config(LanguageConfig):
     nope_dim: int = 128
     rope_dim: int = 64
     value_dim: int = 128
+    attention: Literal["latent", "heads"] = "latent"
     num_shared: int = 1
     num_dense: int = 1
     moe_every: int = 1
@@ -84,6 +88,10 @@ class Config(LanguageConfig):
     def __post_init__(self):
         if self.rope_dim % 2:
             raise ValueError(f"rope_dim={self.rope_dim} is odd; it is rotated in pairs")
+        if self.attention == "heads" and self.dim % (2 * self.num_heads):
+            raise ValueError(
+                f"dim={self.dim} is not num_heads={self.num_heads} heads of an even width"
+            )
         if self.moe_every < 1:
             raise ValueError(f"moe_every={self.moe_every} must be at least 1")
 
@@ -110,7 +118,14 @@ class Config(LanguageConfig):
     @property
     def head_dim(self) -> float:
         """Mean width of a head's two products, which is what its FLOPs are counted by."""
+        if self.attention == "heads":
+            return self.dim // self.num_heads
         return (self.nope_dim + self.rope_dim + self.value_dim) / 2
+
+    @property
+    def rotated_dim(self) -> int:
+        """Of a head, how much is rotated."""
+        return self.dim // self.num_heads if self.attention == "heads" else self.rope_dim
 
     @property
     def active_share(self) -> float:
@@ -177,8 +192,14 @@ _METHODS = {
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
     *("num_hidden_layers", "num_attention_heads", "num_experts_per_tok", "n_routed_experts"),
-    *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
 )
+_LATENT = {
+    "q_lora_rank": "q_rank",
+    "kv_lora_rank": "kv_rank",
+    "qk_nope_head_dim": "nope_dim",
+    "qk_rope_head_dim": "rope_dim",
+    "v_head_dim": "value_dim",
+}
 
 
 def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config:
@@ -221,11 +242,7 @@ def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config
         num_layers=hf["num_hidden_layers"],
         num_heads=hf["num_attention_heads"],
         routing=_read_routing(hf, is_v3),
-        kv_rank=hf["kv_lora_rank"],
-        q_rank=hf["q_lora_rank"],
-        nope_dim=hf["qk_nope_head_dim"],
-        rope_dim=hf["qk_rope_head_dim"],
-        value_dim=hf["v_head_dim"],
+        **_read_attention(hf),
         num_shared=hf["n_shared_experts"] or 0,
         num_dense=hf["first_k_dense_replace"] or 0,
         moe_every=hf["moe_layer_freq"],
@@ -240,6 +257,15 @@ def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config
         model_type=kind,
         **token_ids_from_hf(hf),
     )
+
+
+def _read_attention(hf: Mapping[str, Any]) -> dict[str, Any]:
+    if hf.get("use_mla") is not False:
+        require(hf, *[name for name in _LATENT if name != "q_lora_rank"])
+        return {ours: hf[theirs] for theirs, ours in _LATENT.items()}
+    heads = hf["num_attention_heads"]
+    refuse_unsupported(hf, num_key_value_heads=(heads, None))
+    return {"attention": "heads", "q_rank": None}
 
 
 def _read_routing(hf: Mapping[str, Any], is_v3: bool) -> Routing:
@@ -278,11 +304,7 @@ def to_hf(cfg: Config) -> dict[str, Any]:
         "num_hidden_layers": cfg.num_layers,
         "num_attention_heads": cfg.num_heads,
         "num_key_value_heads": cfg.num_heads,
-        "kv_lora_rank": cfg.kv_rank,
-        "q_lora_rank": cfg.q_rank,
-        "qk_nope_head_dim": cfg.nope_dim,
-        "qk_rope_head_dim": cfg.rope_dim,
-        "v_head_dim": cfg.value_dim,
+        **_write_attention(cfg),
         "n_routed_experts": routing.num_experts,
         "num_experts_per_tok": routing.num_active,
         "n_shared_experts": cfg.num_shared,
@@ -302,13 +324,21 @@ def to_hf(cfg: Config) -> dict[str, Any]:
         "tie_word_embeddings": cfg.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        **write_rope(cfg.rope_base, cfg.rope_scaling, cfg.rope_dim),
+        **write_rope(cfg.rope_base, cfg.rope_scaling, cfg.rotated_dim),
         **token_ids_to_hf(cfg.bos_id, cfg.eos_ids, cfg.pad_id),
     }
     if is_v3:
         hf["rope_interleave"] = cfg.rope_interleaved
         hf["num_nextn_predict_layers"] = cfg.num_mtp
     return hf
+
+
+def _write_attention(cfg: Config) -> dict[str, Any]:
+    if cfg.attention == "latent":
+        return {theirs: getattr(cfg, ours) for theirs, ours in _LATENT.items()}
+    nothing = {"kv_lora_rank": None, "q_lora_rank": None}
+    widths = dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 0)
+    return {"use_mla": False, **nothing, **widths}  # as released
 
 
 def _method(routing: Routing) -> str:

@@ -8,6 +8,7 @@ stacks, and a layer's number in a checkpoint, and its slot in the cache, count b
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax import nnx
 from llmprep_jax.models.deepseek import loss, weights
 from llmprep_jax.models.deepseek.config import Config
 from llmprep_jax.models.deepseek.drafts import Drafts
-from llmprep_jax.nn.attention import Tokens, place_tokens
+from llmprep_jax.nn.attention import Attention, Tokens, place_tokens
 from llmprep_jax.nn.balance import Load
 from llmprep_jax.nn.base_model import Source
 from llmprep_jax.nn.cache import KVCache
@@ -43,18 +44,7 @@ class Block(nnx.Module):
     def __init__(self, cfg: Config, is_moe: bool, *, rngs: nnx.Rngs):
         kind = dict(compute=cfg.compute, rngs=rngs)
         self.attn_norm, self.mlp_norm = _norm(cfg, rngs), _norm(cfg, rngs)
-        self.attn = MLA(
-            cfg.dim,
-            cfg.num_heads,
-            nope_dim=cfg.nope_dim,
-            rope_dim=cfg.rope_dim,
-            value_dim=cfg.value_dim,
-            kv_rank=cfg.kv_rank,
-            q_rank=cfg.q_rank,
-            rope_scaling=cfg.rope_scaling,
-            interleaved=cfg.rope_interleaved,
-            **kind,
-        )
+        self.attn = _attention(cfg, **kind)
         if is_moe:
             sizes = (cfg.dim, cfg.expert_dim, cfg.num_shared, cfg.routing)
             sent = dict(transport=cfg.transport, buffer_factor=cfg.buffer_factor)
@@ -73,7 +63,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Load | None]:
         """What follows the layer, the cache, and the load of its experts if it has any."""
         x_BTD = keep(x_BTD, BLOCK_IN)
-        h_BTD, cache = self.attn(self.attn_norm(x_BTD), tokens, rope, cache, layer)
+        h_BTD, cache = self.attn(self.attn_norm(x_BTD), tokens, rope, cache=cache, layer=layer)
         x_BTD = keep(x_BTD + h_BTD, MLP_IN)
         h_BTD = self.mlp_norm(x_BTD)
         if isinstance(self.mlp, MoE):
@@ -128,6 +118,23 @@ class MTP(nnx.Module):
         x_BTD = self.proj(jnp.concatenate(pair, axis=-1))
         x_BTD, cache, load = self.block(x_BTD, tokens, rope, cache, layer)
         return self.norm(x_BTD), cache, load
+
+
+def _attention(cfg: Config, **kind: Any) -> nnx.Module:
+    if cfg.attention == "heads":
+        return Attention(cfg.dim, cfg.num_heads, cfg.num_heads, cfg.rotated_dim, **kind)
+    return MLA(
+        cfg.dim,
+        cfg.num_heads,
+        nope_dim=cfg.nope_dim,
+        rope_dim=cfg.rope_dim,
+        value_dim=cfg.value_dim,
+        kv_rank=cfg.kv_rank,
+        q_rank=cfg.q_rank,
+        rope_scaling=cfg.rope_scaling,
+        interleaved=cfg.rope_interleaved,
+        **kind,
+    )
 
 
 def _norm(cfg: Config, rngs: nnx.Rngs) -> RMSNorm:
@@ -226,7 +233,7 @@ class Model(LanguageModel):
     def rope(self, place: Tokens) -> Rope:
         """cos and sin of the tokens' positions."""
         cfg = self.cfg
-        frequencies = rope_frequencies(cfg.rope_dim, cfg.rope_base, cfg.rope_scaling)
+        frequencies = rope_frequencies(cfg.rotated_dim, cfg.rope_base, cfg.rope_scaling)
         return rope_angles(place.positions_BT, *frequencies)
 
     @on_own_mesh
@@ -242,7 +249,8 @@ class Model(LanguageModel):
         dtype: str | jnp.dtype | None = None,
         **pages: int | None,
     ) -> KVCache:
-        """An empty cache for `max_len` tokens a row, of kv_rank + rope_dim numbers a layer.
+        """An empty cache for `max_len` tokens a row, of kv_rank + rope_dim numbers a layer; of all
+        heads' keys and values where attention is not latent.
 
         `dtype` and `pages` as `KVCache.create`.
         """
@@ -257,13 +265,15 @@ class Model(LanguageModel):
         **pages: int | None,
     ) -> KVCache:
         """An empty cache of so many layers."""
-        cfg = self.cfg
+        cfg, heads, widths = self.cfg, 1, (self.cfg.kv_rank + self.cfg.rope_dim,)
+        if cfg.attention == "heads":
+            heads, widths = cfg.num_heads, (cfg.rotated_dim, cfg.rotated_dim)
         return KVCache.create(
             num_layers,
             batch_size,
             max_len,
-            num_kv_heads=1,
-            widths=(cfg.kv_rank + cfg.rope_dim,),
+            num_kv_heads=heads,
+            widths=widths,
             dtype=dtype or cfg.compute.dtype,
             **pages,
         )

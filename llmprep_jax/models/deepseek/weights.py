@@ -22,6 +22,14 @@ _ATTENTION = {
     "attn.o.w": ("self_attn.o_proj.weight", "d (n h) -> n h d"),
     "mlp_norm.scale": ("post_attention_layernorm.weight", "d -> d"),
 }
+_HEADS = {  # of plain multi-head attention
+    "attn_norm.scale": ("input_layernorm.weight", "d -> d"),
+    "attn.q.w": ("self_attn.q_proj.weight", "(n h) d -> d n h"),
+    "attn.k.w": ("self_attn.k_proj.weight", "(n h) d -> d n h"),
+    "attn.v.w": ("self_attn.v_proj.weight", "(n h) d -> d n h"),
+    "attn.o.w": ("self_attn.o_proj.weight", "d (n h) -> n h d"),
+    "mlp_norm.scale": ("post_attention_layernorm.weight", "d -> d"),
+}
 _MLP = {
     "gate.w": ("gate_proj.weight", "f d -> d f"),
     "up.w": ("up_proj.weight", "f d -> d f"),
@@ -44,9 +52,8 @@ def _below(path: str, name: str, rows: Mapping[str, tuple]) -> Mapping[str, Row]
     return Table(rows).below(path, f"{name}.")
 
 
-_DENSE = {**_ATTENTION, **_below("mlp", "mlp", _MLP)}
+_DENSE = dict(_below("mlp", "mlp", _MLP))
 _MOE = {
-    **_ATTENTION,
     "mlp.router.w": ("mlp.gate.weight", "e d -> d e"),
     "mlp.router.bias": ("mlp.gate.e_score_correction_bias", "e -> e"),
     **_below("mlp.experts", "mlp.experts", _EXPERTS),
@@ -66,18 +73,24 @@ def table(cfg: Config) -> Table:
     dense = [layer for layer in layers if not cfg.is_moe[layer]]
     moe = [layer for layer in layers if cfg.is_moe[layer]]
     mtp = range(cfg.num_layers, cfg.num_layers + cfg.num_mtp)
-    without_q_rank = {"attn.q_b.w": ("self_attn.q_proj.weight", "(n h) d -> d n h")}
-    fixes = without_q_rank if cfg.q_rank is None else {}
+    attention = _attention(cfg)
     rows = {
         "embed.w": ("model.embed_tokens.weight", "v d -> v d"),
-        **(_below("dense_layers", _layer(dense), _DENSE | fixes) if dense else {}),
-        **_below("moe_layers", _layer(moe), _MOE | fixes),
+        **(_below("dense_layers", _layer(dense), attention | _DENSE) if dense else {}),
+        **_below("moe_layers", _layer(moe), attention | _MOE),
         **(_below("mtp", _layer(mtp), _MTP) if mtp else {}),
-        **(_below("mtp.block", _layer(mtp), _MOE | fixes) if mtp else {}),
+        **(_below("mtp.block", _layer(mtp), attention | _MOE) if mtp else {}),
         "norm.scale": ("model.norm.weight", "d -> d"),
         "head.w": ("lm_head.weight", "v d -> d v"),
     }
     return Table(rows, ignored=ignored(cfg), copies=copies(cfg), finds_prefix=True)
+
+
+def _attention(cfg: Config) -> dict[str, tuple[str, str]]:
+    if cfg.attention == "heads":
+        return _HEADS
+    without_q_rank = {"attn.q_b.w": ("self_attn.q_proj.weight", "(n h) d -> d n h")}
+    return _ATTENTION | (without_q_rank if cfg.q_rank is None else {})
 
 
 def _layer(numbers: Sequence[int]) -> str:
