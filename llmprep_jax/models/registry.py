@@ -12,12 +12,25 @@ from typing import Any
 import jax
 from flax import nnx
 
-from llmprep_jax.models import clip, deepseek, deepseek_vl2, gemma3_text, llama, siglip
+from llmprep_jax.models import (
+    clip,
+    deepseek,
+    deepseek_vl2,
+    gemma3,
+    gemma3_text,
+    llama,
+    llava,
+    siglip,
+)
 from llmprep_jax.models.model_config import lost
 from llmprep_jax.models.protocol import Family
 from llmprep_jax.text.processor import Processor
 
-FAMILIES: tuple[Family, ...] = (llama, gemma3_text, deepseek, clip, siglip, deepseek_vl2)
+FAMILIES: tuple[Family, ...] = (
+    *(llama, gemma3_text, deepseek),
+    *(clip, siglip),
+    *(gemma3, llava, deepseek_vl2),
+)
 
 
 def family_of_type(model_type: str | None) -> Family:

@@ -26,11 +26,13 @@ class ComposedModel(BaseModel):
       language: the language model.
       image_id: the token that stands for a feature of an image.
       tokens_per_image: how many there are of each; None: that depends on the image.
+      image_size: sides of an image, in pixels.
     """
 
     language: LanguageModel
     image_id: int
     tokens_per_image: int | None = None
+    image_size: int
 
     @on_own_mesh
     def __call__(
@@ -105,6 +107,17 @@ class ComposedModel(BaseModel):
     def spans(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
         """None: no token sees a later one."""
         return None
+
+    def probe(self) -> dict[str, Array]:
+        """Logits of a row with an image, and the image's features."""
+        rng, size = np.random.default_rng(0), self.image_size
+        image = rng.normal(size=(1, 1, size, size, 3)).astype(np.float32)
+        words = rng.integers(0, min(self.language.cfg.vocab_size, self.image_id), (1, 24))
+        run = np.full((1, self.tokens_per_image), self.image_id)
+        tokens = np.concatenate([words[:, :8], run, words[:, 8:]], axis=1).astype(np.int32)
+        features_BJD = self.image_features(images=jnp.asarray(image))
+        logits = self(jnp.asarray(tokens), images=jnp.asarray(image)).logits
+        return {"logits": logits, "features": features_BJD}
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any = None, **pages: Any) -> Any:
         """The language model's."""

@@ -80,7 +80,29 @@ OPTIONAL = {
         "num_nextn_predict_layers": st.integers(0, 2),
     },
 }
-OPTIONAL["gemma3"] = OPTIONAL["gemma3_text"]
+# composed models: the type of `text_config`, what stands beside it, and what may
+_TOWER = {"image_size": 56, "patch_size": 14, "hidden_size": 24, "num_attention_heads": 2}
+COMPOSED = {
+    "gemma3": (
+        "gemma3_text",
+        {
+            "mm_tokens_per_image": st.sampled_from([1, 4, 16]),
+            "vision_config": st.just(_TOWER | {"vision_use_head": False}),
+        },
+        {"image_token_index": st.integers(1, 60)},
+    ),
+    "llava": (
+        "llama",
+        {"vision_config": st.just(_TOWER | {"model_type": "clip_vision_model"})},
+        {
+            "vision_feature_layer": st.sampled_from([-2, -1, 0, 5]),
+            "vision_feature_select_strategy": st.sampled_from(["default", "full"]),
+            "projector_hidden_act": st.sampled_from(["gelu", "silu"]),
+            "multimodal_projector_bias": flags,
+            "image_token_index": st.integers(1, 60),
+        },
+    ),
+}
 NEEDED = {
     "vocab_size": st.just(64),
     "hidden_size": st.just(24),
@@ -149,6 +171,14 @@ def ropes(model_type: str) -> st.SearchStrategy[dict[str, Any]]:
 @functools.cache
 def files(model_type: str) -> st.SearchStrategy[dict[str, Any]]:
     """A config.json."""
+    if model_type in COMPOSED:
+        text_type, beside, more = COMPOSED[model_type]
+        more = more | TOKEN_IDS | {"tie_word_embeddings": flags}
+        return st.builds(
+            lambda text, rest: {"model_type": model_type, "text_config": text} | rest,
+            files(text_type),
+            st.fixed_dictionaries(beside, optional=more),
+        )
     optional = OPTIONAL[model_type]
     needed = {name: optional[name] for name in ALWAYS if name in optional}
     rest = {name: value for name, value in optional.items() if name not in needed}
@@ -158,10 +188,7 @@ def files(model_type: str) -> st.SearchStrategy[dict[str, Any]]:
         ropes(model_type),
     )
     kind = {"model_type": model_type}
-    if model_type != "gemma3":
-        return fields.map(lambda fields: kind | fields)
-    outer = st.fixed_dictionaries({}, optional=TOKEN_IDS | {"tie_word_embeddings": flags})
-    return st.builds(lambda text, rest: kind | {"text_config": text} | rest, fields, outer)
+    return fields.map(lambda fields: kind | fields)
 
 
 # what a number of a Config may be, so that most configs make sense together

@@ -99,7 +99,16 @@ GEMMA = {  # what the multimodal 4B's file says, and no more
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 1024,
     },
-    "vision_config": {"hidden_size": 1152},
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
 }
 
 
@@ -315,7 +324,9 @@ def test_token_ids_that_a_file_leaves_out_are_transformers(model_type, bos, eos)
 
 
 def test_gemma_takes_what_its_file_omits_from_transformers():
-    cfg = read(GEMMA)
+    whole = read(GEMMA)
+    assert whole == registry.preset("gemma3-4b-multimodal").with_decoder(eos_ids=(1, 106))
+    cfg = whole.language
     assert cfg == Gemma3Config(
         vocab_size=262208,
         dim=2560,
@@ -326,14 +337,13 @@ def test_gemma_takes_what_its_file_omits_from_transformers():
         window=1024,
         rope_scaling=RopeScaling("linear", 8.0, 131072),
         eos_ids=(1, 106),
-        multimodal=True,
     )
     assert sum(not local for local in cfg.local_layers()) == 5
 
 
 def test_the_multimodal_gemma_caps_no_logits():
     text = {**GEMMA["text_config"], "final_logit_softcapping": 30.0}
-    assert read(GEMMA, text_config=text).logits_soft_cap is None
+    assert read(GEMMA, text_config=text).language.logits_soft_cap is None
     assert read(text).logits_soft_cap == 30.0
 
 

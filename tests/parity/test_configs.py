@@ -76,7 +76,7 @@ def local_angles_of(cfg):
     return rope_frequencies(cfg.head_dim, cfg.rope_local_base)
 
 
-@pytest.mark.parametrize("model_type", [kind for kind in OPTIONAL if kind != "gemma3"])
+@pytest.mark.parametrize("model_type", OPTIONAL)
 @hypothesis.given(data=hypothesis.strategies.data())
 @hypothesis.settings(max_examples=150, deadline=None)
 @pytest.mark.filterwarnings("ignore:config.json has a rope_scaling")

@@ -2,6 +2,7 @@
 
 from llmprep_jax.models.gemma3_text.config import PRESETS, Config, from_hf, to_hf
 from llmprep_jax.models.gemma3_text.model import Model
+from llmprep_jax.models.gemma3_text.weights import WEIGHTS
 
-MODEL_TYPES = ("gemma3_text", "gemma3")
-__all__ = ["MODEL_TYPES", "PRESETS", "Config", "Model", "from_hf", "to_hf"]
+MODEL_TYPES = ("gemma3_text",)
+__all__ = ["MODEL_TYPES", "PRESETS", "WEIGHTS", "Config", "Model", "from_hf", "to_hf"]

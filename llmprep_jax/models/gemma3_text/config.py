@@ -38,7 +38,6 @@ class Config(LanguageConfig):
       global_every: layer i is global when (i + 1) % global_every == 0.
       is_local: says so layer by layer instead, if given.
       logits_soft_cap: tanh cap of the logits, None in every release.
-      multimodal: whether the checkpoint is a multimodal one whose language model this is.
     """
 
     vocab_size: int
@@ -64,7 +63,6 @@ class Config(LanguageConfig):
     eos_ids: tuple[int, ...] = (1,)
     pad_id: int | None = 0
     model_type: str = "gemma3_text"
-    multimodal: bool = dataclasses.field(default=False, metadata=UNSAVED)
     compute: Compute = dataclasses.field(default=Compute(), metadata=UNSAVED)
 
     def __post_init__(self):
@@ -99,15 +97,10 @@ _DEFAULTS = dict(
     eos_token_id=1,
     pad_token_id=0,
 )
-# fields that a multimodal config.json states beside `text_config`, whose own are defaults then
-_OUTER = (
-    *("tie_word_embeddings", "quantization_config"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-)
 
 
 def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config:
-    """Reads a config.json of model_type gemma3_text, or the text part of one of gemma3.
+    """Reads a config.json of model_type gemma3_text.
 
     Args:
       names: of the checkpoint's tensors, which say nothing more here.
@@ -115,12 +108,6 @@ def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config
     Raises:
       ValueError: a field asks for something that this family does not compute.
     """
-    multimodal = hf["model_type"] == "gemma3"
-    if multimodal:
-        text = hf.get("text_config") or {}
-        # the multimodal class caps no logits, whatever its text part says
-        text = {**text, "final_logit_softcapping": None}
-        hf = {**text, **{name: hf[name] for name in _OUTER if hf.get(name) is not None}}
     # of token ids null has a meaning: there is none
     ids = {name: value for name, value in hf.items() if name.endswith("_token_id")}
     given = {name: value for name, value in hf.items() if value is not None}
@@ -157,7 +144,6 @@ def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config
         norm_eps=hf["rms_norm_eps"],
         tie_embeddings=hf["tie_word_embeddings"],
         logits_soft_cap=hf.get("final_logit_softcapping"),
-        multimodal=multimodal,
         **token_ids_from_hf(hf),
     )
 

@@ -1,0 +1,208 @@
+"""Models that read images against transformers: logits, gradients, greedy tokens, folders."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+import llmprep_jax as lp
+from llmprep_jax.models import registry
+from llmprep_jax.nn.param import Param
+from llmprep_jax.train.losses import sum_losses
+from llmprep_jax.weights import table
+
+IMAGE, BEGIN, END, WORDS = 120, 121, 122, 119
+_TEXT = dict(
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    max_position_embeddings=128,
+)
+_GEMMA = {**_TEXT, "sliding_window": 7, "sliding_window_pattern": 2, "query_pre_attn_scalar": 20}
+_TOWER = dict(
+    hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=28
+)
+_PLAIN = {**_TOWER, "vision_use_head": False}
+
+
+def gemma(text: dict, tower: dict, each: int):
+    """transformers' Gemma 3, and how many tokens an image has."""
+    cfg = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=tower,
+        mm_tokens_per_image=each,
+        image_token_index=IMAGE,
+        boi_token_index=BEGIN,
+        eoi_token_index=END,
+        tie_word_embeddings=text.get("tie_word_embeddings", True),
+        attn_implementation="eager",
+    )
+    return transformers.Gemma3ForConditionalGeneration(cfg), each
+
+
+def llava(text: dict, tower: dict, **fields):
+    """transformers' LLaVA, likewise."""
+    cfg = transformers.LlavaConfig(
+        text_config=text,
+        vision_config={"model_type": "clip_vision_model", **tower},
+        image_token_index=IMAGE,
+        **fields,
+    )
+    patches = (tower["image_size"] // tower["patch_size"]) ** 2
+    is_full = fields.get("vision_feature_select_strategy") == "full"
+    return transformers.LlavaForConditionalGeneration(cfg), patches + is_full
+
+
+CASES = {
+    "gemma3-4-tokens": lambda: gemma(_GEMMA, {**_PLAIN, "patch_size": 7}, 4),
+    "gemma3-unused-pooling": lambda: gemma(
+        {**_GEMMA, "num_key_value_heads": 1, "sliding_window": 16},
+        {**_TOWER, "patch_size": 4, "num_hidden_layers": 2},
+        49,
+    ),
+    "gemma3-untied-window-below-an-image": lambda: gemma(
+        {**_GEMMA, "sliding_window": 3, "tie_word_embeddings": False},
+        {**_PLAIN, "patch_size": 7, "layer_norm_eps": 1e-3},
+        16,
+    ),
+    "llava": lambda: llava({**_TEXT, "model_type": "llama"}, {**_TOWER, "patch_size": 7}),
+    "llava-full-qwen2": lambda: llava(
+        {**_TEXT, "model_type": "qwen2", "num_attention_heads": 4, "head_dim": 8},
+        {**_TOWER, "patch_size": 14, "hidden_act": "gelu"},
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        projector_hidden_act="gelu",
+    ),
+    "llava-first-block": lambda: llava(
+        {**_TEXT, "model_type": "llama", "tie_word_embeddings": True},
+        {**_TOWER, "patch_size": 9},
+        vision_feature_layer=1,
+        multimodal_projector_bias=False,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@functools.cache
+def make(name: str, folder: str):
+    """transformers' model, ours with its weights, and inputs of two rows with unlike images."""
+    torch.manual_seed(0)
+    theirs, each = CASES[name]()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    theirs.eval().save_pretrained(folder)
+    rng = np.random.default_rng(0)
+    run = [BEGIN, *[IMAGE] * each, END]
+    words = lambda n: rng.integers(3, WORDS, n).tolist()  # noqa: E731
+    rows = [words(3) + run + words(2) + run + words(4), words(5) + run + words(each + 6)]
+    width = max(map(len, rows))
+    tokens = np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
+    mask = np.array([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    images = rng.normal(size=(3, 28, 28, 3)).astype(np.float32)
+    return theirs, lp.load_model(folder), tokens, mask, images
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    return make(request.param, str(tmp_path_factory.getbasetemp() / request.param))
+
+
+def their_inputs(theirs, tokens, mask, images):
+    types = {"token_type_ids": torch.tensor(tokens == IMAGE).long()}
+    return (types if theirs.config.model_type == "gemma3" else {}) | dict(
+        input_ids=torch.tensor(tokens).long(),
+        attention_mask=torch.tensor(mask).long(),
+        pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)),
+    )
+
+
+def test_logits_agree(case):
+    theirs, ours, tokens, mask, images = case
+    with torch.no_grad():
+        expected = theirs(**their_inputs(theirs, tokens, mask, images)).logits.numpy()
+    found = np.asarray(ours(tokens, images=images, mask=mask).logits)
+    np.testing.assert_allclose(found[mask], expected[mask], atol=1e-4)
+
+
+def test_gradients_of_all_parts_agree(case):
+    theirs, ours, tokens, mask, images = case
+    inputs = their_inputs(theirs, tokens, mask, images)
+    labels = torch.where(inputs["attention_mask"] > 0, inputs["input_ids"], -100)
+    theirs.zero_grad()
+    loss = theirs(**inputs, labels=labels).loss
+    loss.backward()
+    names = {name: x.grad for name, x in theirs.named_parameters() if x.grad is not None}
+    media = ours.by_row(tokens, {"images": images})
+    targets = np.where(mask[:, 1:], tokens[:, 1:], 0)
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": targets,
+        "loss_mask": mask[:, 1:].astype(np.float32),
+        "segment_ids": mask[:, :-1].astype(np.int32),
+    }
+
+    graph, params, rest = nnx.split(ours, Param, ...)
+    grads = jax.jit(jax.grad(lambda p: _loss(nnx.merge(graph, p, rest), batch, media)))(params)
+    model = nnx.merge(graph, grads, rest)
+    found = dict(table.export(model, ours.weights))
+    compared = 0
+    for name, value in found.items():
+        expected = names.get(ours.weights.module_name(name))
+        if expected is None:  # read, and used by nobody
+            continue
+        compared += 1
+        scale = max(float(expected.abs().max()), 1e-6)
+        np.testing.assert_allclose(value, expected.numpy(), atol=2e-4 * scale + 1e-7, err_msg=name)
+    assert compared == len(names)
+
+
+def _loss(model, batch, media):
+    x_BTD = model.embed_inputs(batch["tokens"], **media)
+    more = {**batch, "spans": model.spans(batch["tokens"])}
+    total, count, _ = model.next_token_terms(
+        x_BTD, more, functools.partial(sum_losses, model.decoder, 0.0)
+    )
+    return total / count
+
+
+def test_greedy_tokens_agree(case):
+    theirs, ours, tokens, mask, images = case
+    row, two = tokens[:1, : int(mask[0].sum())], images[:2]
+    inputs = their_inputs(theirs, row, np.ones_like(row, bool), two)
+    with torch.no_grad():
+        expected = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    found = lp.generate_tokens(ours, row, max_new_tokens=8, media={"images": two})
+    np.testing.assert_array_equal(found[0], expected[0, row.shape[1] :])
+
+
+def test_folders_agree_bit_by_bit_both_ways(case, tmp_path):
+    theirs, ours, *_ = case
+    folder = lp.save_model(ours, tmp_path / "ours")
+    again = type(theirs).from_pretrained(folder)
+    ours_of = again.state_dict()
+    assert theirs.state_dict().keys() == ours_of.keys()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, ours_of[name]), name
+    family = registry.family_of(ours.cfg)
+    assert family.from_hf(again.config.to_dict(), tuple(ours_of)) == ours.cfg
+
+
+def test_the_language_model_alone_is_loaded_by_name_and_saved_as_one(case, tmp_path):
+    _theirs, ours, tokens, _mask, _ = case
+    row = np.where(tokens[1:2] == IMAGE, 5, tokens[1:2])
+    alone = lp.load_model(ours.source.path, only="language")
+    folder = lp.save_model(alone, tmp_path / "text")
+    text = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = text(torch.tensor(row).long()).logits.numpy()
+    np.testing.assert_allclose(alone(row).logits, expected, atol=1e-4)
+    np.testing.assert_array_equal(alone(row).logits, ours.language(row).logits)
