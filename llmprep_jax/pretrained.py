@@ -170,6 +170,8 @@ def _load_run(
             cfg = _with_training_settings(cfg, meta.get("training", {}))
             abstract = registry.abstract(cfg)
             graph, params, frozen = nnx.split(abstract, TRAINED, ...)
+            if jax.tree.leaves(frozen):
+                frozen = _untrained(meta, cfg, compute, mesh)
         item = "ema" if ema else "params"
         params = read_params(path, nnx.to_pure_dict(params), step, item=item)
         model = nnx.merge(graph, params, nnx.to_pure_dict(frozen))
@@ -177,6 +179,18 @@ def _load_run(
             model.source = source
         whole = kind is not None and meta["adapter"] is None
         return quantize_model(model, kind) if whole else model
+
+
+def _untrained(
+    meta: Mapping[str, Any], cfg: ModelConfig, compute: Compute, mesh: jax.sharding.Mesh | None
+) -> Any:
+    """What a run without an adapter left as it was, and its checkpoints therefore lack."""
+    if meta["base"] is None:  # the weights were random
+        seed = meta["run"]["seed"]
+        model = jax.jit(lambda: registry.build(cfg, rngs=nnx.Rngs(seed)))()
+    else:
+        model = load_base(meta["base"], None, mesh=mesh, compute=compute)
+    return nnx.split(model, TRAINED, ...)[2]
 
 
 def load_base(

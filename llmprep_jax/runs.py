@@ -16,6 +16,7 @@ from flax import nnx
 from llmprep_jax import data, peft, quant
 from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.models import registry
+from llmprep_jax.nn.param import Idle
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor, training_settings
@@ -165,7 +166,9 @@ def count_steps(cfg: RunConfig, processor: Processor) -> int:
 def describe_model(cfg: RunConfig, model: nnx.Module, method: AnyMethod | None) -> dict[str, Any]:
     """What the run's checkpoints say of the model."""
     config = registry.to_hf(model.cfg)
-    return make_meta(cfg, config, method, training_settings(model.cfg))
+    trains_all = not jax.tree.leaves(nnx.state(model, Idle))
+    settings = training_settings(model.cfg)
+    return make_meta(cfg, config, method, settings, trains_all=trains_all)
 
 
 def make_trainer(cfg: RunConfig, model: nnx.Module) -> Trainer:

@@ -293,12 +293,15 @@ def make_meta(
     hf_config: Mapping[str, Any],
     method: Any | None,
     training: Mapping[str, Any] | None = None,
+    *,
+    trains_all: bool = True,
 ) -> dict[str, Any]:
     """What each checkpoint says of its model, for `load_model` to rebuild it.
 
     Args:
       method: of the adapter that is trained.
       training: of `pretrained.training_settings`.
+      trains_all: whether all weights of a model without an adapter are trained, and saved.
 
     Returns:
       base: path of the frozen weights, None where all weights are in the checkpoint; config: the
@@ -308,7 +311,7 @@ def make_meta(
     packages = ("jax", "flax", "optax", "orbax-checkpoint")
     return {
         "format": 1,
-        "base": cfg.model if cfg.adapter is not None else None,
+        "base": cfg.model if cfg.adapter is not None or not trains_all else None,
         "config": dict(hf_config),
         "training": dict(training or {}),
         "adapter": to_dict(method),

@@ -1,10 +1,12 @@
-"""A model of no family: a tower with a fused qkv and a head that is not used, and a small Llama.
+"""A family that is none: a tower with a fused qkv and a head that is not used, and a small Llama.
 
 Its files are spelled as Gemma 3's are: stored under `language_model.model.`, in transformers'
 memory under `model.language_model.`.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from flax import nnx
 from llmprep_jax.models.llama.config import Config as LlamaConfig
 from llmprep_jax.models.llama.model import Model as Llama
 from llmprep_jax.models.llama.weights import WEIGHTS as LLAMA
-from llmprep_jax.models.model_config import ComposedConfig
+from llmprep_jax.models.model_config import UNSAVED, ComposedConfig
 from llmprep_jax.nn.base_model import Source
 from llmprep_jax.nn.composed import ComposedModel
 from llmprep_jax.nn.linear import Einsum
@@ -42,7 +44,20 @@ class Config(ComposedConfig):
         num_heads=4,
         num_kv_heads=2,
     )
-    compute: Compute = Compute()
+    model_type: str = "toy"
+    compute: Compute = dataclasses.field(default=Compute(), metadata=UNSAVED)
+
+
+def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config:
+    return Config().with_decoder(tie_embeddings=hf["tie_word_embeddings"])
+
+
+def to_hf(cfg: Config) -> dict[str, Any]:
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return {**ids, "model_type": "toy", "tie_word_embeddings": cfg.language.tie_embeddings}
+
+
+MODEL_TYPES, PRESETS = ("toy",), {}
 
 
 def linear(eqn: str, *shape: int, rngs: nnx.Rngs, compute: Compute, bias: bool = False) -> Einsum:

@@ -8,12 +8,17 @@ import pytest
 from flax import nnx
 
 import llmprep_jax as lp
+from llmprep_jax import runs
+from llmprep_jax.data import DataConfig
+from llmprep_jax.models import registry
 from llmprep_jax.nn.param import Idle, Param
 from llmprep_jax.quant import export
 from llmprep_jax.quant.folder import packers, unpacking
 from llmprep_jax.quant.kinds import quantize
 from llmprep_jax.quant.linear import adopt, packed_layers
+from llmprep_jax.train.checkpoint import Checkpoints
 from llmprep_jax.train.optim import OptimConfig
+from llmprep_jax.train.run import RunConfig
 from llmprep_jax.train.trainer import FitConfig, Trainer
 from llmprep_jax.weights import table
 from tests.models import composed
@@ -60,6 +65,42 @@ def test_weight_decay_leaves_idle_weights_as_they_are(model):
     # nothing of the tower has a gradient where there are words alone, but its weights decay
     assert not np.array_equal(trained.vision.blocks.q.w[...], model.vision.blocks.q.w[...])
     chex.assert_trees_all_equal(*(nnx.state(m.vision.pool) for m in (trained, model)))
+
+
+@pytest.fixture
+def family(monkeypatch):
+    """The toy as a family that folders may be of."""
+    monkeypatch.setattr(registry, "FAMILIES", (*registry.FAMILIES, composed))
+
+
+def leaves(model: nnx.Module) -> dict:
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def test_a_composed_model_goes_through_a_folder_whole_and_in_part(model, family, tmp_path):
+    folder = lp.save_model(model, tmp_path / "model")
+    chex.assert_trees_all_equal(leaves(lp.load_model(folder)), leaves(model))
+    for part in ("vision", "language"):
+        loaded = lp.load_model(folder, only=part)
+        chex.assert_trees_all_equal(leaves(loaded), leaves(getattr(model, part)))
+
+
+@pytest.mark.parametrize("began", ["loaded", "drawn"])
+def test_a_run_s_model_has_the_idle_weights_that_it_began_with(model, family, tmp_path, began):
+    kind = dict(out=tmp_path / "run", data=DataConfig(paths=("none",)), seed=4)
+    if began == "loaded":
+        cfg = RunConfig(model=str(lp.save_model(model, tmp_path / "model")), **kind)
+    else:
+        cfg = RunConfig(architecture=composed.Config(), tokenizer="none", **kind)
+    base = runs.make_base(cfg, None, None)
+    meta = runs.describe_model(cfg, base, None)
+    assert meta["base"] == cfg.model
+    trainer = Trainer(jax.tree.map(jnp.copy, base), cfg=cfg)
+    with Checkpoints(cfg.out, cfg.checkpoint, meta) as checkpoints:
+        checkpoints.save(trainer.start(), {})
+    loaded = lp.load_model(cfg.out)
+    chex.assert_trees_all_equal(leaves(loaded), leaves(base))
+    assert np.any(loaded.vision.pool.q.w[...])
 
 
 def test_idle_layers_are_not_packed_and_layers_that_are_one_are_written_dense(model, tensors):
