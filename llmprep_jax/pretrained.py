@@ -334,7 +334,9 @@ def save_model(
         Path(folder),
         config,
         _with_copies(export.tensors(model, model.weights), model.weights.copies),
-        extra_files=functools.partial(_write_extras, config, processor),
+        extra_files=functools.partial(
+            _write_extras, config, processor, model.cfg.decoder is not None
+        ),
         verify=lambda written: receipt.probe_difference(
             model, load_model(written, mesh=mesh_of(model), compute=model.cfg.compute)
         ),
@@ -351,11 +353,14 @@ def _with_copies(
         yield from ((copy, array) for copy, original in copies.items() if original == name)
 
 
-def _write_extras(config: Mapping[str, Any], processor: Processor | None, folder: Path) -> None:
-    """The tokenizer's files, and the ids that end a reply, where transformers looks for them."""
+def _write_extras(
+    config: Mapping[str, Any], processor: Processor | None, generates: bool, folder: Path
+) -> None:
+    """The processor's files, and the ids that end a reply, where transformers looks for them."""
     ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if processor is not None:
         processor.save(folder)
         ids["eos_token_id"] = list(processor.tokenizer.stop_ids) or ids["eos_token_id"]
     ids = {name: value for name, value in ids.items() if value is not None}
-    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    if generates:
+        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import normalizers
 
-from llmprep_jax.text import spm
+from llmprep_jax.text import spm, towers
 from llmprep_jax.text.vocab import ROLES, Parts, add_special, one_line, set_template
 
 
@@ -31,6 +32,13 @@ def read_folder(folder: str | Path) -> Parts:
         core = _read_core(folder / "tokenizer.json")
     elif (folder / "tokenizer.model").is_file():
         core, special = _read_spm(folder / "tokenizer.model", config, special)
+    elif _kind(config) == "CLIPTokenizer" and (folder / "merges.txt").is_file():
+        core = towers.read_clip(folder / "vocab.json", folder / "merges.txt")
+        config, special = {"add_eos_token": True, **config}, towers.CLIP_SPECIAL | special
+    elif _kind(config) == "SiglipTokenizer" and (folder / "spiece.model").is_file():
+        core, special = _read_spm(folder / "spiece.model", config, towers.SIGLIP_SPECIAL | special)
+        core.normalizer = normalizers.Sequence([towers.canonical_normalizer(), core.normalizer])
+        config = {"add_eos_token": True, **config, "add_bos_token": False}
     else:
         raise FileNotFoundError(
             f"{folder}: no tokenizer.json or tokenizer.model; copy the model's files there"
@@ -42,6 +50,11 @@ def read_folder(folder: str | Path) -> Parts:
     eos_ids = _ids(folder, "eos_token_id") or _eos_saved(folder, config)
     _fill_roles(folder, core, special)
     return Parts(core, special, eos_ids, _read_template(folder, config), str(folder))
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """The class that tokenizer_config.json names, fast or not."""
+    return str(config.get("tokenizer_class", "")).removesuffix("Fast")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -80,6 +80,11 @@ class Config(ModelConfig):
         """How both towers compute."""
         return self.text.compute
 
+    @property
+    def vocab_size(self) -> int:
+        """Of texts."""
+        return self.text.vocab_size
+
 
 def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config:
     """Reads a config.json of model_type siglip.
