@@ -32,6 +32,7 @@ from llmprep_jax.text.answers import (
     sentinel,
 )
 from llmprep_jax.text.messages import (
+    TEXT,
     Conversation,
     check_messages,
     insert_after,
@@ -57,21 +58,26 @@ _GIVEN = {"messages", "add_generation_prompt", "strftime_now"}  # what every tem
 class ChatTemplate:
     """A compiled chat template.
 
-    `tokens` are the variables such as bos_token that it may use; `source` names its file in errors.
+    `tokens` are the variables such as bos_token that it may use; `source` names its file in errors;
+    `kinds` are the types of content parts that messages may have ("image", of models that see).
     Raises ValueError when the template does not compile.
     """
 
     def __init__(
-        self, text: str, tokens: Mapping[str, str] | None = None, source: str = "chat template"
+        self,
+        text: str,
+        tokens: Mapping[str, str] | None = None,
+        source: str = "chat template",
+        kinds: tuple[str, ...] = TEXT,
     ):
         self.text = text
-        self.source = source
+        self.source, self.kinds = source, kinds
         self._tokens = dict(tokens or {})
         self._template = self._compile(text, marked=False)
 
     def __reduce__(self) -> tuple[type, tuple]:
         """Pickles as its text, for data workers; what is compiled does not pickle."""
-        return ChatTemplate, (self.text, self._tokens, self.source)
+        return ChatTemplate, (self.text, self._tokens, self.source, self.kinds)
 
     @functools.cached_property
     def fields(self) -> frozenset[str]:
@@ -129,7 +135,7 @@ class ChatTemplate:
           ValueError: as `apply`, and where an answer is not shown, or cannot be told from what
             surrounds it.
         """
-        messages = check_messages(messages)
+        messages = check_messages(messages, self.kinds)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         learnt = [i for i, message in enumerate(messages) if is_trained(i, message)]
         messages = self._plain(messages)
@@ -202,7 +208,7 @@ class ChatTemplate:
         return self._compile(self.text, marked=True) if _GENERATION.search(self.text) else None
 
     def _plain(self, messages: Conversation) -> Messages:
-        plain = without_marks(check_messages(messages))
+        plain = without_marks(check_messages(messages, self.kinds))
         if any(isinstance(message["content"], list) for message in plain) and not self._takes_parts:
             plain = [message | {"content": join_parts(message["content"])} for message in plain]
         return plain

@@ -1,8 +1,9 @@
 """Messages: what a conversation must look like before a chat template sees it.
 
 A message is {"role": ..., "content": ...} with content a string or a list of {"type": "text",
-"text": ...} parts. Messages are copied into plain JSON values, because a template is a program from
-the internet and must not get hold of an object with methods.
+"text": ...} parts, among which a model that sees has {"type": "image"} ones. Messages are copied
+into plain JSON values, because a template is a program from the internet and must not get hold of
+an object with methods.
 """
 
 import difflib
@@ -14,11 +15,13 @@ from llmprep_jax.text.vocab import one_line
 
 Conversation = Any  # a list of messages; `check_messages` says what is wrong with any other
 MARKS = ("train", "weight")  # keys of a message that say whether it is learnt, for no template
+TEXT = ("text",)  # kinds of parts that a model of text reads
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
-def check_messages(messages: Conversation) -> list[dict[str, Any]]:
-    """A plain copy of the messages. Raises ValueError naming the message that is wrong."""
+def check_messages(messages: Conversation, kinds: tuple[str, ...] = TEXT) -> list[dict[str, Any]]:
+    """A plain copy of the messages, whose parts are of `kinds`. Raises ValueError naming the
+    message that is wrong."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(
             f"a conversation is a list of messages, got {type(messages).__name__};"
@@ -28,7 +31,7 @@ def check_messages(messages: Conversation) -> list[dict[str, Any]]:
         raise ValueError(
             'a conversation needs a message; give [{"role": "user", "content": "..."}]'
         )
-    return [_check_message(i, message) for i, message in enumerate(messages)]
+    return [_check_message(i, message, kinds) for i, message in enumerate(messages)]
 
 
 def join_parts(content: str | list | None) -> str | None:
@@ -86,7 +89,7 @@ def insert_after(pattern: re.Pattern[str], mark: str, value: Any) -> Any:
     return value
 
 
-def _check_message(i: int, message: Any) -> dict[str, Any]:
+def _check_message(i: int, message: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(
             f"message {i} is {type(message).__name__}, not an object with role and content"
@@ -102,10 +105,10 @@ def _check_message(i: int, message: Any) -> dict[str, Any]:
         hint = "assistant" if role == "model" else near[0] if near else ", ".join(ROLES)
         raise ValueError(f"message {i} has role {_show(role)}; did you mean {hint}?")
     plain = plain_values(f"message {i}", message)
-    return plain | {"content": _check_content(i, plain)}
+    return plain | {"content": _check_content(i, plain, kinds)}
 
 
-def _check_content(i: int, message: dict[str, Any]) -> str | list | None:
+def _check_content(i: int, message: dict[str, Any], kinds: tuple[str, ...]) -> str | list | None:
     content = message.get("content")
     if isinstance(content, str) or (content is None and message.get("tool_calls")):
         return content
@@ -115,12 +118,13 @@ def _check_content(i: int, message: dict[str, Any]) -> str | list | None:
             ' {"type": "text", "text": "..."} parts'
         )
     for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
+        if not isinstance(part, dict) or part.get("type") not in kinds:
             kind = part.get("type") if isinstance(part, dict) else part
             raise ValueError(
-                f"message {i} has a content part {_show(kind)}; this model reads parts of type text"
+                f"message {i} has a content part {_show(kind)}; this model reads parts of type"
+                f" {' and '.join(kinds)}"
             )
-        if not isinstance(part.get("text"), str):
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
             raise ValueError(f"message {i} has a text part without text; give its text as a string")
     return content
 

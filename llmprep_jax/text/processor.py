@@ -81,12 +81,12 @@ class Processor:
           ValueError: on one line: images (this processor is for text), an empty batch or text,
             malformed messages, a variable that the template does not read.
         """
-        if images is not None:
-            raise ValueError("this model reads text only; call the processor without images")
         if special_tokens not in get_args(SpecialTokens):
             known = ", ".join(get_args(SpecialTokens))
             raise ValueError(f"special_tokens is {special_tokens!r}; give one of {known}")
         items = _listed(messages_or_texts)
+        is_one = items is not messages_or_texts
+        items, pictures = self._take_images(items, images, is_one, special_tokens)
         if isinstance(items[0], str):
             if variables:
                 raise ValueError(
@@ -107,7 +107,8 @@ class Processor:
         for i, row in enumerate(rows):
             if not row:
                 raise ValueError(f"text {i} has no tokens; a model needs at least one")
-        return self._pad(rows)
+        rows, media = self._place_images(rows, pictures)
+        return {**self._pad(rows), **media}
 
     def decode(
         self,
@@ -128,6 +129,20 @@ class Processor:
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files, as `Tokenizer.save`."""
         self.tokenizer.save(folder)
+
+    def _take_images(
+        self, items: Sequence, images: Any, is_one: bool, special_tokens: SpecialTokens
+    ) -> tuple[Sequence, list[list[Any]]]:
+        """(the texts or conversations as templates take them, the images of each)."""
+        if images is not None:
+            raise ValueError("this model reads text only; call the processor without images")
+        return items, []
+
+    def _place_images(
+        self, rows: list[list[int]], images: list[list[Any]]
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        """(ids with the tokens that images are, what the model is given beside them)."""
+        return rows, {}
 
     def _encode(
         self,

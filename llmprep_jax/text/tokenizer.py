@@ -21,7 +21,7 @@ from llmprep_jax.text import gguf
 from llmprep_jax.text.chat import ChatTemplate
 from llmprep_jax.text.literal import LiteralEncoder, spellings_of
 from llmprep_jax.text.stream import StreamDecoder, is_byte_piece
-from llmprep_jax.text.vocab import Parts, one_line
+from llmprep_jax.text.vocab import Parts, add_special, one_line
 
 END_OF_TURN = (
     "<|im_end|>",
@@ -41,8 +41,11 @@ class Tokenizer:
     `special_tokens` maps bos_token, eos_token, unk_token, pad_token and a model's own to their
     texts, where the files name them. `stop_ids` are the ids that end a reply: those of
     generation_config.json, EOS, and the end-of-turn tokens that the chat template writes.
-    `chat_template` is the template's text or None.
+    `chat_template` is the template's text or None. `shown` are special tokens that decoded text
+    keeps.
     """
+
+    shown: tuple[str, ...] = ()
 
     def __init__(self, parts: Parts):
         self._core = parts.core
@@ -67,6 +70,18 @@ class Tokenizer:
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
         """Builds the tokenizer of a GGUF file. Raises ValueError when it has none we know."""
         return cls(gguf.read_tokenizer(path))
+
+    def extended(self, special: Iterable[str], chat_template: str | None = None) -> "Tokenizer":
+        """This tokenizer with further special tokens, those that it has not, in order, and with a
+        chat template if it has none."""
+        core, missing = self._core, [x for x in special if self._core.token_to_id(x) is None]
+        if missing:
+            core = type(core).from_str(core.to_str())
+        core.post_processor = self._post_processor
+        add_special(core, special)
+        template = self.chat_template or chat_template
+        parts = Parts(core, self.special_tokens, self._eos_ids, template, self.source)
+        return Tokenizer(parts)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The ids of a text.
@@ -260,7 +275,7 @@ class Tokenizer:
         }
 
     def _skipped_ids(self, skip_special: bool, keep: Iterable[str]) -> frozenset[int]:
-        kept = {self._core.token_to_id(text) for text in keep}
+        kept = {self._core.token_to_id(text) for text in (*keep, *self.shown)}
         return self.special_ids - kept if skip_special else frozenset()
 
     def _role_id(self, role: str) -> int | None:

@@ -1,0 +1,79 @@
+"""DeepSeek-VL2's prompts: its conversation, tiles of pictures, and places in them.
+
+A conversation of more than two pictures is not tiled, as released, so a third picture changes what
+the first two became. The released code has no chat template; the one here writes what it writes and
+is saved with the folder. It tokenises each turn on its own and this the whole at once: ids differ
+where an answer begins with a mark that BPE joins to the colon before it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmprep_jax.models.deepseek_vl2.layout import count_tokens
+from llmprep_jax.text.image_text import ImageTextProcessor, stack_rows
+from llmprep_jax.text.processor import Processor as TextProcessor
+from llmprep_jax.text.tokenizer import Tokenizer
+from llmprep_jax.vision.grounding import TOKENS
+from llmprep_jax.vision.processor import ImageProcessor
+
+MARKER = "<image>"
+# in this order, where a tokenizer lacks them
+SPECIAL = (MARKER, *TOKENS, "<|User|>", "<|Assistant|>")
+TEMPLATE = """\
+{%- macro text(content) -%}
+{%- set said = namespace(text='') -%}
+{%- if content is string -%}
+{%- set said.text = content -%}
+{%- else -%}
+{%- for part in content -%}
+{%- set said.text = said.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
+{%- endfor -%}
+{%- endif -%}
+{{- said.text | trim -}}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{{- '<|User|>: ' + text(message['content']) + '\\n\\n<|Assistant|>:' -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- text(message['content']) + eos_token -}}
+{%- elif message['role'] == 'system' and loop.first -%}
+{{- text(message['content']) -}}
+{%- else -%}
+{{- raise_exception('roles are user and assistant, after one system message at most') -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+class Processor(ImageTextProcessor):
+    """Texts or conversations, and pictures, to `tokens`, `mask`, `images` and `grids`."""
+
+    def __init__(self, tokenizer: Tokenizer, images: ImageProcessor, padding_side: str = "left"):
+        marker = images.fields().get("image_token") or MARKER
+        tokenizer = tokenizer.extended((marker, *SPECIAL[1:]), TEMPLATE)
+        tokenizer.shown = TOKENS  # what they say of a picture is of the answer
+        super().__init__(tokenizer, images, marker, padding_side)
+
+    @classmethod
+    def from_path(cls, path: str | Path, padding_side: str = "left") -> "Processor":
+        """Reads a folder of a model, or one of a run, which has `tokenizer/`.
+
+        Raises FileNotFoundError or ValueError, on one line, naming the file and the remedy.
+        """
+        tokenizer = TextProcessor.from_path(path).tokenizer
+        own = Path(path) / "tokenizer"
+        images = ImageProcessor.from_folder(own if own.is_dir() else path, "deepseek_vl_v2")
+        return cls(tokenizer, images, padding_side)
+
+    def count_tokens(self, pixels: Any) -> list[int]:
+        """Newlines and separators too."""
+        return count_tokens(pixels.grids, self.images.side).tolist()
+
+    def media(self, pixels: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Tiles [B, M, H, W, 3] and grids [B, N, 2]."""
+        grids = stack_rows([None if row is None else row.grids for row in pixels])
+        return {**super().media(pixels), "grids": grids}

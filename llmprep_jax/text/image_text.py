@@ -1,0 +1,187 @@
+"""Prompts with images in them, for the processors of all families that see.
+
+A marker stands for an image, written by the chat template for an {"type": "image"} part or spelled
+in a text. It is one token until the whole is tokenised, and then a run of as many as the image has:
+the ids are those of a text with the run written out, and what is known of characters stays exact.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llmprep_jax.text.chat import SpecialTokens
+from llmprep_jax.text.processor import Processor
+from llmprep_jax.text.tokenizer import Tokenizer
+
+KINDS = ("text", "image")
+_SOURCES = ("image", "path")  # keys of a part that brings its image along
+
+
+class Run(NamedTuple):
+    """The tokens of an image in a row: the first, and how many."""
+
+    start: int
+    length: int
+
+
+def expand_markers(
+    ids: Sequence[int], marker: int, lengths: Sequence[int]
+) -> tuple[list[int], list[Run]]:
+    """Ids in which the i-th marker is repeated `lengths[i]` times, and where the runs are.
+
+    Raises:
+      ValueError: there are more or fewer markers than lengths.
+    """
+    count = list(ids).count(marker)
+    if count != len(lengths):
+        raise ValueError(
+            f"there are {count} image tokens (id {marker}) and {len(lengths)} images; give an image"
+            " for each"
+        )
+    expanded: list[int] = []
+    runs: list[Run] = []
+    left = iter(lengths)
+    for i in ids:
+        if i != marker:
+            expanded.append(i)
+            continue
+        run = Run(len(expanded), next(left))
+        expanded += [marker] * run.length
+        runs.append(run)
+    return expanded, runs
+
+
+class ImageTextProcessor(Processor):
+    """A tokenizer, its chat template, and an image processor.
+
+    A family says what its files are (`from_path`), how many tokens an image has (`count_tokens`)
+    and what the model is given (`media`).
+
+    Args:
+      images: the image processor, see `vision.processor`.
+      marker: what stands for an image in texts, a special token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, images: Any, marker: str, padding_side: str = "left"):
+        super().__init__(tokenizer, padding_side)
+        self.images, self.marker = images, marker
+        self.image_id = tokenizer.id_of(marker)
+        if tokenizer.chat_template is not None:
+            tokenizer.chat.kinds = KINDS
+
+    def count_tokens(self, pixels: Any) -> list[int]:
+        """Tokens of each image of a prompt."""
+        return [int(pieces) * self.images.tokens for pieces in pixels.pieces]
+
+    def media(self, pixels: Sequence[Any]) -> dict[str, np.ndarray]:
+        """What the model is given beside tokens: of each row, None where it has no image."""
+        return {"images": self.normalized([row and row.values for row in pixels])}
+
+    def normalized(self, rows: Sequence[np.ndarray | None]) -> np.ndarray:
+        """Pictures of whole rows, [B, M, H, W, 3], zeros where a row has fewer."""
+        return stack_rows([None if row is None else self.images.normalize(row) for row in rows])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files and the image processor's."""
+        super().save(folder)
+        self.images.save(folder)
+
+    def _take_images(
+        self, items: Sequence, images: Any, is_one: bool, special_tokens: SpecialTokens
+    ) -> tuple[Sequence, list[list[Any]]]:
+        given = [_listed(images)] if is_one else _by_item(images, len(items))
+        taken = []
+        for number, (item, own) in enumerate(zip(items, given, strict=True)):
+            is_text = isinstance(item, str)
+            spelled = special_tokens == "everywhere" or (special_tokens == "chat" and not is_text)
+            marker = self.marker if spelled else None
+            places = list(_places([{"content": item}] if is_text else item, marker))
+            bare = sum(place is None for place in places)
+            if bare != len(own):
+                what = "text" if is_text else "conversation"
+                raise ValueError(
+                    f"{what} {number} has {bare} {self.marker} markers and {len(own)} images; give"
+                    " an image for each"
+                )
+            left = iter(own)
+            taken.append([next(left) if place is None else place[0] for place in places])
+        return [item if isinstance(item, str) else _without_sources(item) for item in items], taken
+
+    def _place_images(
+        self, rows: list[list[int]], images: list[list[Any]]
+    ) -> tuple[list[list[int]], dict[str, Any]]:
+        pixels = [self.images(own) if own else None for own in images]
+        expanded = []
+        for row, seen in zip(rows, pixels, strict=True):
+            lengths = [] if seen is None else self.count_tokens(seen)
+            expanded.append(expand_markers(row, self.image_id, lengths)[0])
+        return expanded, self.media(pixels) if any(images) else {}
+
+
+def stack_rows(rows: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Arrays [n, ...] of some rows as one, [B, M, ...], with zeros after each row's own."""
+    some = next(row for row in rows if row is not None)
+    most = max(len(row) for row in rows if row is not None)
+    stacked = np.zeros((len(rows), most, *some.shape[1:]), some.dtype)
+    for own, row in zip(stacked, rows, strict=True):
+        if row is not None:
+            own[: len(row)] = row
+    return stacked
+
+
+def _listed(images: Any) -> list[Any]:
+    """The images of one prompt: none, one, or several."""
+    if images is None:
+        return []
+    is_several = isinstance(images, list | tuple) or (
+        isinstance(images, np.ndarray) and images.ndim == 4
+    )
+    return list(images) if is_several else [images]
+
+
+def _by_item(images: Any, count: int) -> list[list[Any]]:
+    """Images as given for several prompts, those of each in a list of its own."""
+    if images is None:
+        return [[] for _ in range(count)]
+    if not isinstance(images, list | tuple) or len(images) != count:
+        given = len(images) if isinstance(images, list | tuple) else type(images).__name__
+        raise ValueError(
+            f"images of {count} prompts are a list of {count}, the images of each (None: it has"
+            f" none); got {given}"
+        )
+    return [_listed(own) for own in images]
+
+
+def _places(messages: Any, marker: str | None) -> Iterator[tuple[Any] | None]:
+    """What each marker of a conversation brings along, (image,); None of those that are bare.
+
+    Messages of wrong shapes are passed over here: the template's check says what is wrong.
+    """
+    for message in messages if isinstance(messages, Sequence) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in [content] if isinstance(content, str) else content or ():
+            if isinstance(part, Mapping) and part.get("type") == "image":
+                yield next(((part[key],) for key in _SOURCES if key in part), None)
+                continue
+            text = part.get("text") if isinstance(part, Mapping) else part
+            if marker is not None and isinstance(text, str):
+                yield from [None] * text.count(marker)
+
+
+def _without_sources(messages: Any) -> Any:
+    """Messages whose image parts are bare, as templates take them."""
+
+    def bare(part: Any) -> Any:
+        is_image = isinstance(part, Mapping) and part.get("type") == "image"
+        return {k: v for k, v in part.items() if k not in _SOURCES} if is_image else part
+
+    def plain(message: Any) -> Any:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), list | tuple):
+            return message
+        return {**message, "content": [bare(part) for part in message["content"]]}
+
+    if isinstance(messages, Mapping | str | bytes) or not isinstance(messages, Sequence):
+        return messages
+    return [plain(message) for message in messages]
