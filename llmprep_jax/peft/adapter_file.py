@@ -8,6 +8,7 @@ them.
 
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,13 @@ class AdapterFile(SafetensorsFile):
 
     Args:
       table: of the model, for other spellings of its names and for what it ignores.
+      idle: modules that PEFT adapts and that compute nothing, so that their adapters are left out.
 
     Raises:
       ValueError: two tensors have one name.
     """
 
-    def __init__(self, path: str | Path, table: Table):
+    def __init__(self, path: str | Path, table: Table, idle: Iterable[str] = ()):
         super().__init__(path)
         self._stored: dict[str, str] = {}
         self._beginnings: dict[str, str] = {}  # of modules' names here, as they are in the file
@@ -47,6 +49,8 @@ class AdapterFile(SafetensorsFile):
                 foreign.append(stored)
                 continue
             ours = table.module_name(table.rename(inner))
+            if ours.startswith(tuple(f"{module}." for module in idle)):
+                continue
             if ours != inner:
                 self._beginnings |= [_beginnings(ours, inner)]
             name = PREFIX + ours if name.startswith(PREFIX) else name

@@ -33,6 +33,7 @@ from llmprep_jax.peft.peft_config import AdapterConfig, make_config, read_config
 from llmprep_jax.peft.targets import (
     Place,
     bases,
+    idle_modules,
     is_extra,
     is_table,
     matches,
@@ -253,7 +254,7 @@ def _read_json(folder: Path) -> dict:
 
 def _open(model: nnx.Module, folder: Path) -> PartsFile:
     if (folder / WEIGHTS_FILE).is_file():
-        return PartsFile(folder / WEIGHTS_FILE, model.weights)
+        return PartsFile(folder / WEIGHTS_FILE, model.weights, idle_modules(model))
     if (folder / "adapter_model.bin").is_file():
         raise ValueError(
             f"{folder} holds a pickled adapter_model.bin, which can run code when opened; where you"

@@ -18,6 +18,7 @@ from flax import nnx
 from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.nn.param import Idle
+from llmprep_jax.peft.experts import experts
 from llmprep_jax.quant.linear import find_layers
 from llmprep_jax.weights.rows import Row, Table
 from llmprep_jax.weights.table import Entry
@@ -31,14 +32,37 @@ Names = tuple[str, ...]  # what one layer goes by
 
 def bases(model: nnx.Module) -> dict[str, Einsum]:
     """A model's linear layers by path; an adapted one by the path that its adapter took."""
-    layers = find_layers(model, lambda node: isinstance(node, Einsum) and not is_idle(node))
-    # the copy of a layer that is trained whole is no layer beside it
-    return {path: base for path, base in layers.items() if not path.endswith(".trained")}
+    layers, others = find_layers(model, lambda node: isinstance(node, Einsum)), _others(model)
+    return {
+        path: base
+        for path, base in layers.items()
+        # the copy of a layer that is trained whole is no layer beside it
+        if not path.endswith(".trained")
+        and not _is_idle(base)
+        and (experts(base) or plain(path) not in others)
+    }
 
 
-def is_idle(base: Einsum) -> bool:
-    """Whether a layer is stored and not used."""
+def _is_idle(base: Einsum) -> bool:
     return isinstance(getattr(base, "w", None), Idle)
+
+
+def _others(model: nnx.Module) -> set[str]:
+    """Paths of what is linear with us and no layer in transformers, so that PEFT passes it by.
+
+    These are parameters of larger modules, convolutions, and all of an nn.MultiheadAttention, whose
+    out_proj is a layer by its class but is used by its weight alone.
+    """
+    table = {path.removesuffix(".w"): row for path, row in rows(model).items()}
+    end = ".in_proj_weight"
+    attentions = {row.name.removesuffix(end) for row in table.values() if row.name.endswith(end)}
+    return {
+        path
+        for path, row in table.items()
+        if not row.name.endswith(".weight")
+        or len(re.findall(r"\([^)]*\)|\S+", row.pattern.split("->")[0])) != 2
+        or row.name.rsplit(".", 2)[0] in attentions
+    }
 
 
 def stacked(base: Einsum) -> int | None:
@@ -63,8 +87,18 @@ def rows(model: nnx.Module) -> dict[str, Row]:
 
 def modules(model: nnx.Module) -> dict[str, dict[Place, str]]:
     """Hugging Face's module names of the linear layers that the model's weight table has."""
+    return _modules(model, bases(model))
+
+
+def idle_modules(model: nnx.Module) -> set[str]:
+    """Names of the linear layers that are in files and compute nothing."""
+    named = _modules(model, find_layers(model, lambda x: isinstance(x, Einsum) and _is_idle(x)))
+    return {name for of_path in named.values() for name in of_path.values()}
+
+
+def _modules(model: nnx.Module, layers: Mapping[str, Einsum]) -> dict[str, dict[Place, str]]:
     table, by_path = rows(model), {}
-    for path, base in bases(model).items():
+    for path, base in layers.items():
         if f"{plain(path)}.w" in table:
             place = tuple(int(part) for part in path.split(".") if part.isdigit())
             row = Entry(path, base.shape, table[f"{plain(path)}.w"], place)

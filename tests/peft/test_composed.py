@@ -3,6 +3,7 @@
 `peft.save` opens what it wrote and compares logits of words and an image, so no test does here.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -16,7 +17,9 @@ import llmprep_jax as lp
 from llmprep_jax.nn.param import Idle
 from llmprep_jax.peft import IA3, LoRA
 from llmprep_jax.peft.adapter import adapters
+from llmprep_jax.peft.targets import bases
 from llmprep_jax.weights import table
+from llmprep_jax.weights.rows import Table
 from tests.models import composed
 from tests.peft.test_methods import scattered
 
@@ -195,3 +198,30 @@ def test_idle_weights_are_counted_and_nothing_else(base):
     assert lp.peft.count(base).frozen == everything
     with pytest.raises(ValueError, match="matches no module"):
         lp.peft.inject(base, LoRA(rank=2, targets=("q_proj",), modules_to_save=("pool.q",)))
+
+
+class Attentions(composed.Model):
+    """The toy with torch's MultiheadAttention in its blocks, and a parameter for a projector."""
+
+    @property
+    def weights(self) -> Table:
+        """The table of tensor names."""
+        spelled = {"qkv.weight": "in_proj_weight", "attn.proj": "attn.out_proj"}
+        spelled |= {"linear.weight": "linear_weight"}
+
+        def rename(name: str) -> str:
+            for ours, theirs in spelled.items():
+                name = name.replace(ours, theirs)
+            return name
+
+        rows = {path: row._replace(name=rename(row.name)) for path, row in composed.WEIGHTS.items()}
+        return dataclasses.replace(composed.WEIGHTS, rows=rows)
+
+
+def test_what_is_no_layer_in_transformers_is_none_here():
+    model = jax.eval_shape(lambda: Attentions(composed.Config(), rngs=nnx.Rngs(0)))
+    assert sorted(path for path in bases(model) if not path.startswith("language")) == [
+        "vision.patch"
+    ]
+    with pytest.raises(ValueError, match="target 'blocks.o' matches no linear layer"):
+        lp.peft.inject(model, LoRA(rank=2, targets=("blocks.o",)))

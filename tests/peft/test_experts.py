@@ -80,6 +80,9 @@ class Model(nnx.Module):
         step = lambda layer, x_TD: layer(x_TD)  # noqa: E731
         return Output(scan(step, self.layers, x_TD, compute=COMPUTE))
 
+    def probe(self) -> dict[str, jax.Array]:
+        return {"logits": self(jnp.arange(12)[None]).logits}
+
 
 @functools.cache
 def base() -> nnx.Module:
