@@ -34,7 +34,7 @@ from llmprep_jax.pretrained import Dtype
 from llmprep_jax.processes import Processes
 from llmprep_jax.remote import AnyPath, as_path, write_text
 from llmprep_jax.sharding import MeshSizes, use_mesh
-from llmprep_jax.train.step import own_rows
+from llmprep_jax.train.batches import own_rows
 
 console = rich.console.Console()
 

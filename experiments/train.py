@@ -40,11 +40,11 @@ from llmprep_jax.runs import (
 )
 from llmprep_jax.sharding import use_mesh
 from llmprep_jax.text.processor import Processor
+from llmprep_jax.train.batches import own_rows
 from llmprep_jax.train.loop import FitResult, fit, lock_folder
 from llmprep_jax.train.metrics import count_flops
 from llmprep_jax.train.monitor import METRICS_FILE
 from llmprep_jax.train.run import RunConfig, claim_folder, count_trained, describe_data, saved_steps
-from llmprep_jax.train.step import own_rows
 from llmprep_jax.train.trainer import Trainer
 
 console = rich.console.Console()

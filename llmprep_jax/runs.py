@@ -22,9 +22,9 @@ from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor, training_settings
 from llmprep_jax.remote import fetch
 from llmprep_jax.text.processor import Processor
+from llmprep_jax.train.batches import own_rows
 from llmprep_jax.train.loop import Evaluate
 from llmprep_jax.train.run import RunConfig, make_meta
-from llmprep_jax.train.step import own_rows
 from llmprep_jax.train.trainer import Trainer, make_loss
 
 ADAPTER_CONFIG = "adapter_config.json"

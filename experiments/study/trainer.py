@@ -10,10 +10,10 @@ from flax import nnx
 
 from experiments.study.text import draw_batch
 from llmprep_jax import peft
+from llmprep_jax.train.batches import place_batch
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.optim import OptimConfig
 from llmprep_jax.train.state import count, merge, split_model
-from llmprep_jax.train.step import place_batch
 from llmprep_jax.train.trainer import FitConfig, Trainer, TrainSteps
 
 

@@ -190,7 +190,7 @@ def build(
       pad_id: of padding; any id does, since nothing counts there.
       template: where the chat template comes from, for messages.
       rows: numbers of the rows of each batch that become arrays, on this process
-        (`train.step.own_rows`); None: all.
+        (`train.batches.own_rows`); None: all.
 
     Raises:
       FileNotFoundError: a path is not there.

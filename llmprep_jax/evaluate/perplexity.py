@@ -6,6 +6,7 @@ mean over the tokens of the whole set, not of batch means, and only models with 
 compare by it.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -17,8 +18,8 @@ import rich.console
 import rich.progress
 
 from llmprep_jax.sharding import on_own_mesh
+from llmprep_jax.train.batches import Pixels, place_batch
 from llmprep_jax.train.losses import LossSum, next_token_loss
-from llmprep_jax.train.step import place_batch
 
 
 class Perplexity(NamedTuple):
@@ -36,6 +37,7 @@ def perplexity(
     *,
     max_batches: int | None = None,
     console: rich.console.Console | None = None,
+    pixels: Pixels | None = None,
 ) -> Perplexity:
     """Evaluates a model.
 
@@ -43,14 +45,16 @@ def perplexity(
       batches: numpy dicts as of `data.evaluation_batches`.
       max_batches: how many of them; None: all.
       console: shows progress on it; None: none is shown.
+      pixels: how bytes of images are normalised, as in training; None: there are none.
 
     Raises:
       ValueError: no token counts.
     """
+    how = tuple(sorted((pixels or {}).items()))  # hashable, so that a program is compiled once
     total = tokens = 0.0  # Python floats: float32 sums lose tokens beyond 2^24
     for batch in _shown(itertools.islice(batches, max_batches), console, max_batches):
         arrays = {name: x[0] for name, x in place_batch(batch).items()}
-        loss = jax.device_get(_loss(model, arrays))
+        loss = jax.device_get(_loss(model, arrays, how))
         total, tokens = total + float(loss.total), tokens + float(loss.count)
     if not tokens:
         raise ValueError("nothing to evaluate: no token of the data counts for the loss")
@@ -58,9 +62,9 @@ def perplexity(
     return Perplexity(nll, math.exp(nll) if nll < 700 else math.inf, round(tokens))
 
 
-@jax.jit
-def _loss(model: Any, batch: Mapping[str, jax.Array]) -> LossSum:
-    return next_token_loss(model, batch)
+@functools.partial(jax.jit, static_argnames="pixels")
+def _loss(model: Any, batch: Mapping[str, jax.Array], pixels: tuple[Any, ...]) -> LossSum:
+    return next_token_loss(model, batch, pixels=dict(pixels))
 
 
 def _shown(

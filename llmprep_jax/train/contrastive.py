@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from llmprep_jax.peft.training import train_mode
 from llmprep_jax.sharding import has_mesh, spec
+from llmprep_jax.train.batches import normalize_images
 from llmprep_jax.train.losses import LossSum
 from llmprep_jax.types import Array, Float
 
@@ -80,16 +81,6 @@ class ContrastiveLoss:
 def make_loss(**options: Any) -> ContrastiveLoss:
     """The loss of two towers; options are the attributes of `ContrastiveLoss`."""
     return ContrastiveLoss(**options)
-
-
-def normalize_images(
-    images: Array, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> Float[Array, "..."]:
-    """(x / 255 - mean) / std of bytes, float32; others are taken as normalised."""
-    if images.dtype != jnp.uint8:
-        return images
-    mean, std = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
-    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def _one_each(images: Array) -> Array:

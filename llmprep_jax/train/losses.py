@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from llmprep_jax.kernels.cross_entropy import linear_cross_entropy
 from llmprep_jax.sharding import has_mesh, sharding_of, spec
+from llmprep_jax.train.batches import Pixels, media_of
 from llmprep_jax.types import Array, Float, Int
 
 Batch = Mapping[str, Array]
@@ -52,20 +53,28 @@ def cross_entropy(
     return loss_BT + z_loss * jnp.square(lse_BT) if z_loss else loss_BT
 
 
-def next_token_loss(model: Any, batch: Batch, *, z_loss: float = 0.0) -> LossSum:
+def next_token_loss(
+    model: Any, batch: Batch, *, z_loss: float = 0.0, pixels: Pixels | None = None
+) -> LossSum:
     """The loss of a language model on a batch.
 
     Args:
       model: a `models.protocol.CausalModel`.
       batch: tokens, targets, loss_mask; positions and segment_ids where rows are packed; [B, T].
-        The tokens of a document stand in order.
+        The tokens of a document stand in order. Of images those of `batches.MEDIA`.
       z_loss: weight of the squared logsumexp; 0: none.
+      pixels: how bytes of images are normalised; None: there are none.
+
+    Raises:
+      ValueError: images that the model does not read, or bytes without `pixels`.
     """
     summed = functools.partial(sum_losses, model.decoder, z_loss)
-    return LossSum(*model.next_token_terms(*_inputs(model, batch), summed))
+    return LossSum(*model.next_token_terms(*_inputs(model, batch, pixels), summed))
 
 
-def training_loss(model: Any, batch: Batch, *, z_loss: float = 0.0) -> LossSum:
+def training_loss(
+    model: Any, batch: Batch, *, z_loss: float = 0.0, pixels: Pixels | None = None
+) -> LossSum:
     """What a model is trained by: `next_token_loss`, or `training_terms` of its own.
 
     Of statistics, "parts" are sums that the metrics divide by count; "loads" the tokens of each
@@ -73,14 +82,16 @@ def training_loss(model: Any, batch: Batch, *, z_loss: float = 0.0) -> LossSum:
     of experts that were not computed.
     """
     summed = functools.partial(sum_losses, model.decoder, z_loss)
-    return LossSum(*model.training_terms(*_inputs(model, batch), summed))
+    return LossSum(*model.training_terms(*_inputs(model, batch, pixels), summed))
 
 
-def _inputs(model: Any, batch: Batch) -> tuple[Array, Batch]:
+def _inputs(model: Any, batch: Batch, pixels: Pixels | None) -> tuple[Array, Batch]:
     """What the decoder reads, and the batch with the runs of tokens that see each other."""
-    spans_BT = model.spans(batch["tokens"])
+    media, spans_BT = media_of(batch, pixels), model.spans(batch["tokens"])
+    if media:
+        media = model.by_row(batch["tokens"], media)
     spans = {} if spans_BT is None else {"spans": spans_BT}
-    return model.embed_inputs(batch["tokens"]), {**batch, **spans}
+    return model.embed_inputs(batch["tokens"], **media), {**batch, **spans}
 
 
 @jax.named_scope("loss")

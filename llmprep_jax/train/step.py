@@ -13,19 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from llmprep_jax.nn.balance import load_metrics, rebalanced
 from llmprep_jax.peft.training import extra_loss
-from llmprep_jax.sharding import batch_shards, has_mesh, spec
 from llmprep_jax.train.losses import LossSum
 from llmprep_jax.train.offload import fetch, put_back
 from llmprep_jax.train.state import TrainState, merge, path_name
 
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Mapping[str, jax.Array], jax.Array], LossSum]
-HOST_ONLY = ("doc_ids",)  # for error messages; the devices never see them
 
 
 def make_train_step(
@@ -40,10 +37,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Makes `train_step(state, frozen, batch) -> (state, metrics)`.
 
-    The batch's arrays are [A, B / A, T] (`place_batch`): A microbatches, one after another. Metrics
-    are scalars on the device: loss (mean over tokens), objective where more than that is minimised,
-    tokens (with a target), input_tokens, grad_norm (before clipping), param_norm, lr, finite; of
-    experts `load_metrics` and dropped.
+    The batch's arrays are [A, B / A, T] (`batches.place_batch`): A microbatches, one after another.
+    Metrics are scalars on the device: loss (mean over tokens), objective where more than that is
+    minimised, tokens (with a target), input_tokens, images where a batch has any, grad_norm (before
+    clipping), param_norm, lr, finite; of experts `load_metrics` and dropped.
 
     Args:
       graphdef: of the model, from `split_model`.
@@ -77,7 +74,7 @@ def make_train_step(
         opt_state = put_back(opt_state, state.opt_state)
         metrics = {
             "tokens": tokens,
-            "input_tokens": _count_inputs(batch),
+            **_count_inputs(batch),
             "grad_norm": grad_norm,
             "param_norm": _norm(params),
             "lr": schedule(state.step),
@@ -170,89 +167,10 @@ def _choose(use_new, new, old):
 
 
 def _count_inputs(batch):
-    """Tokens that are no padding, as float32."""
+    """Tokens and images that are no padding, as float32."""
+    counts = {"input_tokens": jnp.float32(batch["tokens"].size)}
     if "segment_ids" in batch:
-        return jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
-    return jnp.float32(batch["tokens"].size)
-
-
-def own_rows(rows: int, accumulate: int = 1) -> list[int]:
-    """The numbers of the rows of a batch that this process's devices hold, in order.
-
-    Args:
-      rows: of the whole batch. accumulate: microbatches that it is cut into.
-
-    Raises:
-      ValueError: the rows do not part into microbatches, or a microbatch not over the mesh.
-    """
-    if rows % accumulate:
-        raise ValueError(f"a batch of {rows} rows is no multiple of accumulate={accumulate}")
-    check_rows(rows // accumulate)
-    shards = batch_shards()
-    numbers = np.arange(rows).reshape(accumulate, shards.count, -1)
-    return numbers[:, list(shards.own)].reshape(-1).tolist()
-
-
-def place_batch(batch: Mapping[str, np.ndarray], accumulate: int = 1) -> dict[str, jax.Array]:
-    """Puts a host batch on the devices as `accumulate` microbatches, sharded for the mesh.
-
-    Args:
-      batch: numpy arrays [B, T] of `own_rows`: all rows, where there is one process; doc_ids are
-        left out.
-      accumulate: A.
-
-    Returns:
-      Arrays [A, B / A, T] of the rows of all processes.
-
-    Raises:
-      ValueError: the rows do not part into A microbatches, or a microbatch not over the mesh.
-    """
-    placed = {}
-    for name, rows in batch.items():
-        if name in HOST_ONLY:
-            continue
-        if len(rows) % accumulate:
-            raise ValueError(
-                f"a batch of {len(rows)} rows is no multiple of accumulate={accumulate}"
-            )
-        micro = rows.reshape(accumulate, -1, *rows.shape[1:])
-        placed[name] = _place(micro)
-    return placed
-
-
-def _place(micro: np.ndarray) -> jax.Array:
-    if not has_mesh():
-        return jax.device_put(micro)
-    shards = batch_shards()
-    rows = -(-micro.shape[1] * shards.count // len(shards.own))  # of all processes
-    check_rows(rows)
-    size = rows // shards.count
-    mesh, axes = jax.sharding.get_mesh(), jax.P(None, *spec("batch"))
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[1].indices(rows)
-        first = shards.own.index(start // size) * size
-        return micro[(index[0], slice(first, first + stop - start), *index[2:])]
-
-    shape = (len(micro), rows, *micro.shape[2:])
-    return jax.make_array_from_callback(shape, jax.sharding.NamedSharding(mesh, axes), part)
-
-
-def check_rows(rows: int) -> None:
-    """Refuses a microbatch of so many rows, over all processes, that does not part over the mesh.
-
-    Raises:
-      ValueError: it does not.
-    """
-    if not has_mesh():
-        return
-    mesh = jax.sharding.get_mesh()
-    sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec("batch")))
-    try:
-        sharding.shard_shape((rows,))
-    except ValueError:
-        sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-        raise ValueError(
-            f"a microbatch of {rows} rows does not part over the mesh {sizes}; "
-            "change data.batch_size, accumulate or mesh"
-        ) from None
+        counts["input_tokens"] = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
+    if "image_mask" in batch:
+        counts["images"] = jnp.sum(batch["image_mask"], dtype=jnp.float32)
+    return counts

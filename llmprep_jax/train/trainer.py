@@ -16,6 +16,7 @@ from flax import nnx
 from llmprep_jax.config import settle
 from llmprep_jax.nn.param import TRAINED, AdapterParam
 from llmprep_jax.peft import is_adapted, train_mode
+from llmprep_jax.train.batches import Pixels, place_batch
 from llmprep_jax.train.checkpoint import CheckpointConfig
 from llmprep_jax.train.contrastive import ContrastiveLoss
 from llmprep_jax.train.losses import next_token_loss, training_loss
@@ -26,7 +27,7 @@ from llmprep_jax.train.optim import (
     make_schedule,
 )
 from llmprep_jax.train.state import TrainState, count_bytes, create_state, merge, split_model
-from llmprep_jax.train.step import LossFn, Metrics, make_train_step, place_batch
+from llmprep_jax.train.step import LossFn, Metrics, make_train_step
 
 Batch = Mapping[str, np.ndarray]
 Step = Callable[[TrainState, Any, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
@@ -160,17 +161,17 @@ class Trainer:
         return merge(self.split.graphdef, params, self.split.frozen)
 
 
-def make_loss(z_loss: float = 0.0) -> LossFn:
+def make_loss(z_loss: float = 0.0, pixels: Pixels | None = None) -> LossFn:
     """The loss of a model, with dropout and shifts where its adapters have them.
 
     Args:
-      z_loss: as of `next_token_loss`.
+      z_loss, pixels: as of `next_token_loss`; of an image processor, `images.pixels`.
     """
 
     def loss_fn(model, batch, key):
         # an adapter learns from the next token alone: no further ones, and no balance of experts
         loss_of = next_token_loss if is_adapted(model) else training_loss
-        return loss_of(train_mode(model, key), batch, z_loss=z_loss)
+        return loss_of(train_mode(model, key), batch, z_loss=z_loss, pixels=pixels)
 
     return loss_fn
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from llmprep_jax.vision import crops, resize, tiles
 from llmprep_jax.vision.fields import MAX_EDGE, Fields, short, write_files
+from llmprep_jax.vision.normalize import Normalization
 from llmprep_jax.vision.processor import (
     CLIP_MEAN,
     CLIP_STD,
@@ -226,6 +227,10 @@ class PaddedTwice(Padded):
             return Views([image], high=image)
         high = self._fit(image, self.high_edge, self.high_resample, self.high_color)
         return Views([self._fit(high, self.edge, self.resample, self.color)], high=high)
+
+    @property
+    def pixels(self) -> dict[str, Normalization]:
+        return {**super().pixels, "images_high": self.high_normalization}
 
     def normalize_high(
         self, values: UInt8[np.ndarray, "*N P Q 3"]

@@ -159,6 +159,11 @@ class ImageProcessor:
         raise ValueError(f"{self._fields.where}: {self.kind} makes no pictures of high resolution")
 
     @property
+    def pixels(self) -> dict[str, Normalization]:
+        """How each kind of pictures is normalised, by its name in a batch."""
+        return {"images": self.normalization}
+
+    @property
     def mean(self) -> Triple:
         return self.normalization.mean
 

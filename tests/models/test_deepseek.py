@@ -19,11 +19,12 @@ from llmprep_jax.nn.balance import Balance
 from llmprep_jax.nn.moe import with_bounded_buffers
 from llmprep_jax.nn.param import TRAINED
 from llmprep_jax.runs import describe_model
+from llmprep_jax.train.batches import place_batch
 from llmprep_jax.train.losses import LossSum, next_token_loss, training_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer
 from llmprep_jax.train.run import RunConfig
 from llmprep_jax.train.state import create_state, split_model
-from llmprep_jax.train.step import make_train_step, place_batch
+from llmprep_jax.train.step import make_train_step
 from tests.grids import cases
 from tests.models.tiny import CONFIGS, make_tokens, random_model
 

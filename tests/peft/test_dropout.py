@@ -14,10 +14,11 @@ from llmprep_jax.nn.stack import unstack
 from llmprep_jax.peft import DoRA, LoRA
 from llmprep_jax.peft.adapter import drop
 from llmprep_jax.sharding import make_mesh, use_mesh
+from llmprep_jax.train.batches import place_batch
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 from llmprep_jax.train.state import create_state, split_model
-from llmprep_jax.train.step import make_train_step, place_batch
+from llmprep_jax.train.step import make_train_step
 from tests.models.tiny import make_tokens
 from tests.peft.test_methods import assert_near, base, scattered, small
 from tests.random_modules import random_module

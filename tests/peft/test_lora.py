@@ -150,10 +150,11 @@ def test_only_b_has_a_gradient_at_first_and_then_every_adapter_has():
 
 
 def test_one_step_moves_the_adapters_alone():
+    from llmprep_jax.train.batches import place_batch
     from llmprep_jax.train.losses import next_token_loss
     from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
     from llmprep_jax.train.state import create_state, split_model
-    from llmprep_jax.train.step import make_train_step, place_batch
+    from llmprep_jax.train.step import make_train_step
 
     method = LoRA(rank=4, targets=("q_proj",))
     model, tokens = random_adapted(SMALL, method), make_tokens()

@@ -26,7 +26,7 @@ from llmprep_jax import cli, processes
 from llmprep_jax.config import override, split_arguments
 from llmprep_jax.processes import Processes
 from llmprep_jax.sharding import make_mesh, use_mesh
-from llmprep_jax.train.step import own_rows, place_batch
+from llmprep_jax.train.batches import own_rows, place_batch
 from llmprep_jax.weights import receipt
 from llmprep_jax.weights.gather import to_host
 

@@ -13,7 +13,7 @@ import pytest
 from llmprep_jax import processes
 from llmprep_jax.processes import Processes, cluster
 from llmprep_jax.sharding import batch_shards, make_mesh, use_mesh
-from llmprep_jax.train.step import own_rows
+from llmprep_jax.train.batches import own_rows
 from llmprep_jax.weights import receipt
 from llmprep_jax.weights.gather import to_host
 

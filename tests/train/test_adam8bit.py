@@ -17,12 +17,13 @@ from llmprep_jax.config import UsageError, override
 from llmprep_jax.nn.param import Param
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train.adam8bit import Blocks, decode, encode, make_map, scale_by_adam8bit
+from llmprep_jax.train.batches import place_batch
 from llmprep_jax.train.checkpoint import CheckpointConfig, Checkpoints, abstract_of
 from llmprep_jax.train.loop import fit
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 from llmprep_jax.train.state import count_bytes, create_state, split_model
-from llmprep_jax.train.step import make_train_step, place_batch
+from llmprep_jax.train.step import make_train_step
 from llmprep_jax.train.trainer import FitConfig, Trainer
 from tests.train.toy import Rows, make_batch, params_of, toy
 

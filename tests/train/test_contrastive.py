@@ -12,6 +12,7 @@ import pytest
 
 from llmprep_jax.nn.param import Param
 from llmprep_jax.sharding import make_mesh, spec, use_mesh
+from llmprep_jax.train.batches import place_batch
 from llmprep_jax.train.contrastive import (
     ContrastiveLoss,
     all_but,
@@ -21,7 +22,6 @@ from llmprep_jax.train.contrastive import (
     sum_pairs,
 )
 from llmprep_jax.train.optim import OptimConfig
-from llmprep_jax.train.step import place_batch
 from llmprep_jax.train.trainer import FitConfig, Trainer
 from tests.grids import cases
 from tests.models.towers import make_images, make_texts, make_towers

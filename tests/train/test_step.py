@@ -10,10 +10,11 @@ import pytest
 
 from llmprep_jax.nn.param import AdapterParam, Compute, Param
 from llmprep_jax.sharding import make_mesh, use_mesh
+from llmprep_jax.train.batches import place_batch
 from llmprep_jax.train.losses import next_token_loss
 from llmprep_jax.train.optim import OptimConfig, make_optimizer, make_schedule
 from llmprep_jax.train.state import count, create_state, split_model
-from llmprep_jax.train.step import make_train_step, place_batch
+from llmprep_jax.train.step import make_train_step
 from tests.train.toy import make_batch, toy
 
 CFG = OptimConfig(lr=1e-2, warmup_steps=2)
