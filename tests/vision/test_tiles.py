@@ -34,9 +34,13 @@ def test_the_first_of_equal_resolutions_is_taken():
     assert tiles.best_resolution(10, 10, [(20, 10), (10, 20)]) == (20, 10)
 
 
+def test_of_resolutions_that_keep_all_the_smaller_is_taken():
+    assert tiles.best_resolution(10, 10, [(20, 20), (10, 11), (30, 30)]) == (10, 11)
+
+
 def test_sides_are_rounded_down_before_they_are_compared():
-    # scales 0.5 and 0.66: 1.5 x 10 keeps 10 of its pixels, 1.98 x 13.2 keeps 13
-    assert tiles.best_resolution(3, 20, [(10, 10), (13, 13)]) == (13, 13)
+    # 1.95 x 13 keeps 13 pixels of 3 x 20, 2 x 13.33 keeps 26
+    assert tiles.best_resolution(3, 20, [(2, 13), (2, 14)]) == (2, 14)
     assert tiles.best_resolution(1, 5000, [(384, 384), (384, 768)]) == (384, 384)
 
 
