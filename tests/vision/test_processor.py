@@ -36,6 +36,11 @@ def test_bytes_become_what_arithmetic_makes_of_them():
     assert np.allclose(clip[0, 0, 255], [1.93034, 2.07488, 2.14590], atol=1e-5)
 
 
+def test_every_channel_has_its_own_std():
+    out = Normalization((0.0,) * 3, (1.0, 0.5, 0.25))(np.full((1, 1, 1, 3), 51, np.uint8))
+    assert np.allclose(out.ravel(), [0.2, 0.4, 0.8])
+
+
 @pytest.mark.parametrize(("fields", "expected"), [
     ({"image_mean": 0.2, "image_std": 0.2}, [0, 3]),
     ({"image_mean": 0.2, "image_std": 0.2, "do_normalize": False}, [0.2, 0.8]),
@@ -187,6 +192,16 @@ NAMES = {
 def test_the_kind_is_named_by_the_file_or_the_model(case):
     fields, model_type, kind = NAMES[case]
     assert type(ImageProcessor.from_fields(fields, model_type)).__name__ == kind
+
+
+def test_a_kind_that_is_named_in_code_is_that_kind():
+    assert type(Square.from_fields({"processor_class": "CLIPProcessor"})) is Square
+
+
+def test_the_other_file_may_name_the_class(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 10}')
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "SiglipProcessor"}')
+    assert type(ImageProcessor.from_folder(tmp_path, "clip")) is Square
 
 
 def test_an_unknown_kind_is_refused_by_name():
