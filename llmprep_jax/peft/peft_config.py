@@ -12,6 +12,7 @@ from typing import Any
 
 from flax import nnx
 
+from llmprep_jax.nn.two_towers import TwoTowers
 from llmprep_jax.peft import principal
 from llmprep_jax.peft.adapter import adapted_modules, methods
 from llmprep_jax.peft.expert_format import expert_layers
@@ -217,7 +218,8 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
             for name, value in settings[field].items()
         }
     return {
-        "task_type": "CAUSAL_LM",
+        # with a task PEFT wraps what generates, which two towers do not
+        "task_type": None if isinstance(model, TwoTowers) else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "revision": None,
         "inference_mode": True,

@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -241,3 +242,36 @@ def test_dtypes_of_all_parts_are_set_together():
     changed = cfg.with_compute(compute)
     assert changed.text.compute == changed.vision.compute == changed.compute == compute
     assert nnx.state(registry.abstract(changed))
+
+
+NAMES = ["q_proj", "k_proj", "v_proj", "fc1", "fc2"]
+REGEX = r"vision_model\.encoder.*(out_proj|fc1)"
+# of SigLIP PEFT's "all-linear" has a matrix of torch's attention in one piece, which is none here
+TARGETS = [("clip-openclip", NAMES), ("clip-openclip", REGEX), ("clip-openclip", "all-linear")]
+TARGETS += [("siglip", NAMES), ("siglip", REGEX)]
+
+
+@pytest.mark.parametrize(("name", "targets"), TARGETS)
+def test_peft_folders_go_both_ways(name, targets, tmp_path):
+    given = inputs(name)
+    del given["mask"]
+    make(name).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    theirs = peft.get_peft_model(make(name), config).eval()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+        expected = theirs_of(theirs, **given).logits_per_image.numpy()
+        plain = theirs_of(make(name), **given).logits_per_image.numpy()
+    assert np.abs(expected - plain).max() > 0.01
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lp.peft.load(lp.load_model(tmp_path / "base"), tmp_path / "theirs")
+    np.testing.assert_allclose(ours(**given).logits_per_image, expected, atol=1e-4)
+    lp.peft.save(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(make(name), str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        found = theirs_of(again, **given).logits_per_image.numpy()
+    np.testing.assert_array_equal(found, expected)
+    merged = lp.peft.merge(ours)
+    np.testing.assert_allclose(merged(**given).logits_per_image, expected, atol=1e-4)
