@@ -99,6 +99,17 @@ def test_siglip_reads_a_text_at_its_last_place_and_sees_padding_unless_masked():
     np.testing.assert_allclose(hidden, model.encode_text(other, mask), atol=1e-6)
 
 
+def test_layers_in_lists_give_the_same():
+    model, images = model_of("siglip"), make_images(2)
+    listed = model.listed()
+    assert [len(tower.layers) for tower in (listed.text, listed.vision)] == [2, 2]
+    assert not isinstance(model.vision.layers, nnx.List)
+    expected = model.encode_image(images)
+    np.testing.assert_allclose(listed.encode_image(images), expected, atol=1e-6)
+    some = model.vision.features(images, -1)
+    np.testing.assert_allclose(listed.vision.features(images, -1), some, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_features_stop_where_they_are_told(name):
     tower, images = model_of(name).vision, make_images(2)
