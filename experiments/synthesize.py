@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
     start(__doc__, "experiments.synthesize:Synthesis", compile_cache=False)
 
 import dataclasses
-import pathlib
 
 import rich.console
 
@@ -53,25 +52,21 @@ def main(arguments: list[str]) -> cli.Outputs:
     settings = override(Synthesis(), overrides)
     console = rich.console.Console()
     print_config(settings, console)
-    documents = settings.documents()
-    folder = pathlib.Path(positional[0]).expanduser()
-    synthetic_documents.write(
-        folder,
+    folder = synthetic_documents.write(
+        positional[0],
         settings.count,
-        documents,
+        settings.documents(),
         pdf=settings.pdf,
         workers=settings.workers,
         console=console,
     )
-    sheet = folder / "sheet.png"
-    synthetic_documents.contact_sheet(documents).save(sheet)
     sides = {name: folder / f"{name}.jsonl" for name in ("train", "heldout", "documents")}
     counts = {name: path.read_text(encoding="utf-8").count("\n") for name, path in sides.items()}
     console.print(
         f"{counts['documents']:,} documents, {counts['train']:,} questions to train on,"
         f" {counts['heldout']:,} held out"
     )
-    return {**sides, "contact sheet": sheet}
+    return {**sides, "contact sheet": folder / "sheet.png"}
 
 
 if __name__ == "__main__":

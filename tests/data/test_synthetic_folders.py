@@ -46,7 +46,7 @@ def test_a_folder_holds_pictures_pdfs_and_a_line_a_question(folder):
     names = [f"{i:06d}" for i in range(8)]
     assert sorted(content(folder)) == sorted([
         *(f"images/{name}.png" for name in names), *(f"pdf/{name}.pdf" for name in names),
-        "documents.jsonl", "train.jsonl", "heldout.jsonl", "settings.json",
+        "documents.jsonl", "train.jsonl", "heldout.jsonl", "settings.json", "sheet.png",
     ])  # fmt: skip
     documents = lines(folder / "documents.jsonl")
     assert [record["split"] for record in documents] == ["train"] * 3 + ["heldout"] + [

@@ -5,12 +5,14 @@
     train.jsonl        a question a line as a conversation whose image part is a path from here
     heldout.jsonl      the other side
     settings.json      what it was made with, fonts included
+    sheet.png          a contact sheet
 
 The sides are files, so train with `data.holdout=0`: a hash of the conversations would part them in
 another way.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -28,6 +30,8 @@ from llmprep_jax.data.synthetic_documents.fonts import families_by_language, fin
 from llmprep_jax.data.synthetic_documents.generator import Document, Question, generate
 from llmprep_jax.data.synthetic_documents.pdf import to_pdf
 from llmprep_jax.data.synthetic_documents.settings import Settings
+from llmprep_jax.data.synthetic_documents.sheet import contact_sheet
+from llmprep_jax.remote import AnyPath, as_path, write_folder
 
 SPLITS = ("train", "heldout")
 MIN_SHARE = 100  # documents of a process: one takes three seconds to start
@@ -41,11 +45,11 @@ def write(
     pdf: bool = True,
     workers: int | None = None,
     console: rich.console.Console | None = None,
-) -> pathlib.Path:
+) -> AnyPath:
     """Writes documents 0 to count - 1.
 
     Args:
-      folder: new or empty.
+      folder: new or empty, also of a store (gs://, s3://).
       settings: None: all kinds and languages, plain.
       pdf: PDFs too.
       workers: processes; None: one a core, none of them with fewer than 100 documents.
@@ -57,40 +61,53 @@ def write(
     Raises:
       ValueError: files in the folder, a count below 1, a missing font.
     """
-    settings, folder = settings or Settings(), pathlib.Path(folder).expanduser()
+    settings, folder = settings or Settings(), as_path(folder)
     if count < 1:
         raise ValueError(f"count={count}; give 1 or more")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files; give a new or an empty folder")
     for language in settings.language:  # a missing font is told of before anything is written
         find_families(language, settings.fonts)
+    console = console or rich.console.Console(quiet=True)
+    write_folder(folder, lambda local: _write_all(local, count, settings, pdf, workers, console))
+    return folder
+
+
+def _write_all(
+    folder: pathlib.Path,
+    count: int,
+    settings: Settings,
+    pdf: bool,
+    workers: int | None,
+    console: rich.console.Console,
+) -> None:
     for name in ("images", *(["pdf"] if pdf else [])):
         (folder / name).mkdir(parents=True, exist_ok=True)
     make = functools.partial(_write_one, folder, settings, pdf)
     records = rich.progress.track(
-        _in_order(make, count, workers), "writing", count, transient=True,
-        console=console or rich.console.Console(quiet=True),
-    )  # fmt: skip
-    files = {name: folder / f"{name}.jsonl" for name in ("documents", *SPLITS)}
-    opened = {name: path.open("w", encoding="utf-8") for name, path in files.items()}
-    try:
+        _in_order(make, count, workers), "writing", count, console=console, transient=True
+    )
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: stack.enter_context((folder / f"{name}.jsonl").open("w", encoding="utf-8"))
+            for name in ("documents", *SPLITS)
+        }
         for record in records:
-            _write_line(opened["documents"], record)
+            _write_line(files["documents"], record)
             for conversation in _conversations(record):
-                _write_line(opened[record["split"]], conversation)
-    finally:
-        for file in opened.values():
-            file.close()
+                _write_line(files[record["split"]], conversation)
+    contact_sheet(settings).save(folder / "sheet.png")
     made = {"count": count, "settings": dataclasses.asdict(settings), "fonts": _font_set(settings)}
     text = json.dumps(made, indent=2, ensure_ascii=False)
     (folder / "settings.json").write_text(text + "\n", encoding="utf-8")
-    return folder
 
 
 def _in_order(make: Any, count: int, workers: int | None) -> Iterator[dict[str, Any]]:
     """The records in order, made in several processes where there are enough of them."""
     if workers is None:
-        workers = min(len(os.sched_getaffinity(0)), count // MIN_SHARE)
+        is_linux = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
+        workers = min(cores, count // MIN_SHARE)
     if workers <= 1:
         yield from map(make, range(count))
         return
@@ -103,7 +120,8 @@ def _write_one(folder: pathlib.Path, settings: Settings, pdf: bool, index: int) 
     """Writes the files of one document and returns its record."""
     document = generate(settings, index)
     image = pathlib.Path("images") / f"{index:06d}.png"
-    document.image.save(folder / image)
+    # the grain of worn pages does not deflate: trying hard took four times as long
+    document.image.save(folder / image, compress_level=1 if document.level == "varied" else 6)
     record = to_record(document, image.as_posix())
     if pdf:
         path = pathlib.Path("pdf") / f"{index:06d}.pdf"
