@@ -31,7 +31,7 @@ class Synthesis(synthetic_documents.Settings):
     Attributes:
       count: how many documents.
       pdf: whether PDFs are written too, with text that can be searched.
-      workers: processes; None: one a core, none with fewer than 100 documents.
+      workers: processes; None: one a core where each has 100 documents, or 1,000 tiny ones.
     """
 
     count: int = 100

@@ -107,6 +107,8 @@ def test_a_folder_with_files_is_left_alone(folder):
         write(folder, 2, TINY)
     with pytest.raises(ValueError, match="count=0; give 1 or more"):
         write(folder / "new", 0, TINY)
+    with pytest.raises(ValueError, match="workers=0; give 1 or more"):
+        write(folder / "new", 1, TINY, workers=0)
 
 
 def test_a_missing_font_leaves_no_folder(tmp_path, monkeypatch):

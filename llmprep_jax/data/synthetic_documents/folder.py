@@ -18,8 +18,11 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,7 +37,8 @@ from llmprep_jax.data.synthetic_documents.sheet import contact_sheet
 from llmprep_jax.remote import AnyPath, as_path, write_folder
 
 SPLITS = ("train", "heldout")
-MIN_SHARE = 100  # documents of a process: one takes three seconds to start
+# documents of a process at least: one takes three seconds to start
+MIN_SHARES = {"tiny": 1000, "plain": 100, "varied": 100}
 
 
 def write(
@@ -52,18 +56,20 @@ def write(
       folder: new or empty, also of a store (gs://, s3://).
       settings: None: all kinds and languages, plain.
       pdf: PDFs too.
-      workers: processes; None: one a core, none of them with fewer than 100 documents.
+      workers: processes; None: one a core where each has 100 documents, or 1,000 tiny ones.
       console: where progress is shown; None: nowhere.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: files in the folder, a count below 1, a missing font.
+      ValueError: files in the folder, a count or workers below 1, a missing font.
     """
     settings, folder = settings or Settings(), as_path(folder)
     if count < 1:
         raise ValueError(f"count={count}; give 1 or more")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers}; give 1 or more")
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files; give a new or an empty folder")
     for language in settings.language:  # a missing font is told of before anything is written
@@ -84,6 +90,7 @@ def _write_all(
     for name in ("images", *(["pdf"] if pdf else [])):
         (folder / name).mkdir(parents=True, exist_ok=True)
     make = functools.partial(_write_one, folder, settings, pdf)
+    workers = workers or _choose_workers(count, settings)
     records = rich.progress.track(
         _in_order(make, count, workers), "writing", count, console=console, transient=True
     )
@@ -102,18 +109,42 @@ def _write_all(
     (folder / "settings.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _in_order(make: Any, count: int, workers: int | None) -> Iterator[dict[str, Any]]:
-    """The records in order, made in several processes where there are enough of them."""
-    if workers is None:
-        is_linux = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
-        workers = min(cores, count // MIN_SHARE)
-    if workers <= 1:
+def _in_order(make: Any, count: int, workers: int) -> Iterator[dict[str, Any]]:
+    """The records in order, made in several processes where there are several workers."""
+    if workers == 1:
         yield from map(make, range(count))
         return
     context = multiprocessing.get_context("spawn")  # threads of this process may hold locks
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(make, range(count), chunksize=8)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_end_with_parent
+    )
+    try:
+        # processes inherit the mask: Ctrl-C is this process's to answer
+        unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            records = pool.map(make, range(count), chunksize=8)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+        yield from records
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent has gone, which Ctrl-C ends at once."""
+    sentinel = multiprocessing.parent_process().sentinel
+
+    def wait() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _choose_workers(count: int, settings: Settings) -> int:
+    is_linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
+    return max(1, min(cores, count // MIN_SHARES[settings.level]))
 
 
 def _write_one(folder: pathlib.Path, settings: Settings, pdf: bool, index: int) -> dict[str, Any]:
