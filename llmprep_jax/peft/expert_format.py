@@ -13,17 +13,22 @@ from collections.abc import Iterable, Sequence
 from flax import nnx
 
 from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.peft.experts import experts, letters
+from llmprep_jax.peft.experts import are_apart, experts, letters
 from llmprep_jax.peft.layout import Layout, dims
 from llmprep_jax.peft.method import Method
 from llmprep_jax.peft.targets import bases, plain, rows
 
 
 def expert_layers(model: nnx.Module, paths: Iterable[str]) -> list[str]:
-    """Those of the paths whose layers hold many experts, in the order of the weight table."""
-    of_model, order = bases(model), list(rows(model))
-    of_experts = [path for path in paths if experts(of_model[path])]
-    return sorted(of_experts, key=lambda path: order.index(f"{plain(path)}.w"))
+    """Those of the paths whose layers hold experts as one, in the order of the weight table."""
+    of_model, table = bases(model), rows(model)
+    order = list(table)
+
+    def is_one(path: str) -> bool:
+        base = of_model[path]
+        return bool(experts(base)) and not are_apart(base, table[f"{plain(path)}.w"].pattern)
+
+    return sorted(filter(is_one, paths), key=lambda path: order.index(f"{plain(path)}.w"))
 
 
 def expert_module(name: str, adapted: Sequence[str]) -> str:
@@ -68,7 +73,7 @@ def tensors_of(
     Raises:
       ValueError: PEFT has no format for the method there.
     """
-    if experts(base):
+    if experts(base) and not are_apart(base, pattern):
         tensors = expert_tensors(method, path, base, pattern)
     elif mark and not method.adds_product:
         raise ValueError(

@@ -23,6 +23,11 @@ def letters(base: Einsum) -> tuple[str, str, str]:
     return (*inputs.split(","), y_dims)
 
 
+def are_apart(base: Einsum, pattern: str) -> bool:
+    """Whether each expert has a tensor of its own, of a weight with this pattern in the table."""
+    return bool(experts(base)) and len(pattern.split("->")[1].split()) < len(base.layer_shape)
+
+
 def experts(base: Einsum) -> str:
     """The letters that experts are numbered by, in the order of the weight."""
     x_dims, w_dims, y_dims = letters(base)

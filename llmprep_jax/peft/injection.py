@@ -70,7 +70,7 @@ def inject(
         check_keys(label, getattr(method, label), chosen)
     refuse_embedding(method, targeted)
     methods = {path: _resolve(method, path, names) for path, names in chosen.items()}
-    idle = _idle(method, chosen)
+    idle = _idle(method, chosen, targeted)
     for path, own in methods.items():
         _check(path, own, targeted[path])
     rngs = nnx.Rngs(seed)
@@ -130,7 +130,9 @@ def _kept(method: Method, layers: Sequence[Names]) -> list[bool]:
     ]
 
 
-def _idle(method: Method, chosen: Mapping[str, Sequence[Names]]) -> dict[str, np.ndarray]:
+def _idle(
+    method: Method, chosen: Mapping[str, Sequence[Names]], bases: Mapping[str, Einsum]
+) -> dict[str, np.ndarray]:
     """Which layers of stacks are left out, by path."""
     idle = {}
     for path, names in chosen.items():
@@ -147,7 +149,8 @@ def _idle(method: Method, chosen: Mapping[str, Sequence[Names]]) -> dict[str, np
                 f"layers_to_transform leaves layers of the stack {path}, whose biases"
                 ' bias="lora_only" would train; unstack(model.layers) first'
             )
-        idle[path] = ~np.array(kept)
+        # experts with names of their own are those of one layer
+        idle[path] = ~np.array(kept).reshape(stacked(bases[path]) or 1, -1).any(axis=1)
     return idle
 
 

@@ -62,13 +62,14 @@ def adapter_table(model: nnx.Module, methods: Mapping[str, Method]) -> dict[str,
     "(n h) d -> d n h" of the weight gives "r d -> d r" of LoRA's A and "(n h) r -> r n h" of its B.
     """
     table, of_model, names_of, shared = {}, bases(model), rows(model), marks(model)
+    of_experts = expert_layers(model, methods)
     for path, method in methods.items():
         row = names_of[f"{plain(path)}.w"]
         module = row.name.removesuffix(".weight")
         tensors = tensors_of(method, path, of_model[path], row.pattern, shared.get(path, ""))
-        if experts(of_model[path]):
-            beside = [other for other in methods if _number(other) == _number(path)]
-            names = [names_of[f"{plain(x)}.w"].name for x in expert_layers(model, beside)]
+        if path in of_experts:
+            beside = [other for other in of_experts if _number(other) == _number(path)]
+            names = [names_of[f"{plain(x)}.w"].name for x in beside]
             module = expert_module(row.name, names)
         for param, (suffix, theirs) in tensors.items():
             row = Row(f"{_PREFIX}{module}.{suffix}", theirs)
@@ -216,8 +217,8 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
         methods[path] = _one_method(path, layers, base)
         params[path] = _read(base, methods[path], layers, file)
         params[path] |= injection.derive(methods[path], base)
-        if len(layers) < (stacked(base) or 1):
-            kept[path] = tuple(sorted(place[0] for place in layers))
+        if len({place[:1] for place in layers}) < (stacked(base) or 1):
+            kept[path] = tuple(sorted({place[0] for place in layers}))
     shared = _read_shared(config, [bases(model)[path] for path in methods], file)
     tied.check(model, file, _PREFIX)
     adapted = tuned.read(adapter.wrap(model, methods, params, shared, kept), whole, file)
@@ -352,9 +353,11 @@ def _rows(
 ) -> dict[str, Entry]:
     """What each parameter of one layer is made of in the file."""
     return {
-        name: Entry(name, shape, Row(f"{_PREFIX}{module}.{suffix}", pattern))
+        # without the experts, where each has tensors of its own
+        name: Entry(name, shape[len(shape) - len(pattern.split("->")[1].split()) :], row)
         for name, shape in _shapes(method, base).items()
         for suffix, pattern in [tensors[name]]
+        for row in [Row(f"{_PREFIX}{module}.{suffix}", pattern)]
     }
 
 
@@ -413,7 +416,7 @@ def _dims(shape: Sequence[int]) -> str:
 def _one_method(path: str, layers: Mapping[Place, Layer], base: Einsum) -> Method:
     """What a stack's layers have in common: the largest rank, with that layer's alpha."""
     methods = {layer.method for layer in layers.values()}
-    whole = len(layers) == (stacked(base) or 1)
+    whole = len({place[:1] for place in layers}) >= (stacked(base) or 1)
     largest = max(methods, key=lambda method: getattr(method, "rank", 0))
     if (largest.takes_part or not largest.pads) and (len(methods) > 1 or not whole):
         raise ValueError(

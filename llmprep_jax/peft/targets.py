@@ -18,7 +18,7 @@ from flax import nnx
 from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.nn.param import Idle
-from llmprep_jax.peft.experts import experts
+from llmprep_jax.peft.experts import are_apart, experts
 from llmprep_jax.quant.linear import find_layers
 from llmprep_jax.weights.rows import Row, Table
 from llmprep_jax.weights.table import Entry
@@ -140,13 +140,15 @@ def is_extra(model: nnx.Module, path: str) -> bool:
 def words(model: nnx.Module) -> dict[str, tuple[str, ...]]:
     """By path, words without which a target does not mean a layer.
 
-    PEFT adapts what is an nn.Linear in transformers: routed experts are none, and modules beside
-    the layers (multi-token prediction) are not there.
+    PEFT adapts what is an nn.Linear in transformers: routed experts that are one parameter are
+    none, and modules beside the layers (multi-token prediction) are not there.
     """
-    extras, by_path = getattr(model, "extras", ()), {}
+    extras, table, by_path = getattr(model, "extras", ()), rows(model), {}
     for path, base in bases(model).items():
         own = [name for name in extras if path.startswith(f"{name}.")]
-        by_path[path] = (*own, *(["experts"] if isinstance(base, ExpertWeights) else []))
+        row = table.get(f"{plain(path)}.w")
+        is_one = isinstance(base, ExpertWeights) and not (row and are_apart(base, row.pattern))
+        by_path[path] = (*own, *(["experts"] if is_one else []))
     return by_path
 
 

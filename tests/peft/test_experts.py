@@ -252,7 +252,7 @@ def test_a_folder_holds_the_loras_of_experts_as_peft_does_and_opens_again(
 
 
 class Apart(Model):
-    """A model whose table names each expert's matrix."""
+    """A model whose experts are modules of their own in transformers."""
 
     weights = Table(
         {
@@ -262,12 +262,38 @@ class Apart(Model):
     )
 
 
+def test_experts_that_are_modules_have_an_adapter_each_in_files(tmp_path):
+    apart = random_module(lambda: Apart(rngs=nnx.Rngs(0)))
+    model = scattered(lp.peft.inject(apart, LoRA(rank=2, alpha=4, targets=("up",))))
+    folder = lp.peft.save(model, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.{}.experts.{}.up.lora_{}.weight"
+    assert tensors.keys() == {
+        name.format(layer, e, x) for layer in range(LAYERS) for e in range(E) for x in "AB"
+    }
+    merged = np.asarray(lp.peft.merge(lp.peft.load(apart, folder)).layers.up.w[...])
+    delta = (merged - np.asarray(apart.layers.up.w[...]))[1, 3].reshape(D, -1)
+    a, b = (tensors[name.format(1, 3, x)] for x in "AB")
+    np.testing.assert_allclose(delta.T, 2 * b @ a, atol=1e-6)
+
+
+class Merged(Model):
+    """A model whose experts are in one dimension with their outputs."""
+
+    weights = Table(
+        {
+            "layers.up.w": ("model.layers.{l}.mlp.experts.up", "(e g f) d -> e d g f"),
+            "layers.down.w": ("model.layers.{l}.mlp.experts.down_proj", "e d f -> f d e"),
+        }
+    )
+
+
 def test_what_peft_has_no_format_for_is_refused_in_one_line(tmp_path):
     model = trained(METHODS["ia3"])
     with pytest.raises(ValueError, match="holds experts, and PEFT has a format for LoRA alone"):
         lp.peft.save(model, tmp_path / "adapter")
-    apart = random_module(lambda: Apart(rngs=nnx.Rngs(0)))
-    model = lp.peft.inject(apart, LoRA(rank=2, targets=(r"layers.up",)))
+    merged = random_module(lambda: Merged(rngs=nnx.Rngs(0)))
+    model = lp.peft.inject(merged, LoRA(rank=2, targets=(r"layers.up",)))
     with pytest.raises(
         ValueError, match="layers.up is not one fused parameter of experts, .* save"
     ):
