@@ -27,6 +27,7 @@ from llmprep_jax.peft.targets import (
     is_extra,
     matches,
     modules,
+    other_modules,
 )
 from llmprep_jax.peft.tied import is_tied
 from llmprep_jax.peft.tokens import trained_ids
@@ -202,9 +203,14 @@ def make_config(model: nnx.Module, base_model: str | None) -> dict[str, Any]:
     is_plain = all(method.adds_product for method in adapted.values())
     fused = leaves(model) if is_plain else frozenset()
     by_weight = {x for x in every - parameters if x.rsplit(".", 1)[-1] in fused}
+    others = other_modules(model)
     targets, of_parameters, weights = [
-        sorted(shortest(dict.fromkeys([x for x in by_name if x in kind], True), kind))
-        for kind in (every - parameters - by_weight, parameters, by_weight)
+        sorted(shortest(dict.fromkeys([x for x in by_name if x in kind], True), kind | beside))
+        for kind, beside in (
+            (every - parameters - by_weight, others),
+            (parameters, set()),
+            (by_weight, set()),
+        )
     ]
     of_parameters += [f"{name}.weight" for name in weights]
     first = next(iter(by_name.values()))

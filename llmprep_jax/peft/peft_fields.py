@@ -42,14 +42,17 @@ def number(config: Mapping[str, Any], name: str, default: Number) -> Number:
 
 
 def shortest(values: Mapping[str, Any], every: Iterable[str]) -> dict[str, Any]:
-    """The values by a module's last name where all of that name have one value, else by module."""
+    """The values by a module's last name where all of that name have one value, else by module.
+
+    Numbers are no names: a list of layers has them too.
+    """
     of_leaf: dict[str, set] = {}
     for module in every:
         of_leaf.setdefault(module.rsplit(".", 1)[-1], set()).add(values.get(module))
     short = {}
     for module, value in values.items():
         leaf = module.rsplit(".", 1)[-1]
-        short[leaf if len(of_leaf[leaf]) == 1 else module] = value
+        short[leaf if len(of_leaf[leaf]) == 1 and not leaf.isdigit() else module] = value
     return short
 
 

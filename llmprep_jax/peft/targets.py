@@ -96,6 +96,13 @@ def idle_modules(model: nnx.Module) -> set[str]:
     return {name for of_path in named.values() for name in of_path.values()}
 
 
+def other_modules(model: nnx.Module) -> set[str]:
+    """Names of modules that have weights and get no adapter, but would in PEFT by a name's end."""
+    table = {path.removesuffix(".w"): row.name for path, row in rows(model).items()}
+    names = {table[path] for path in _others(model) if table[path].endswith(".weight")}
+    return idle_modules(model) | {name.removesuffix(".weight") for name in names}
+
+
 def _modules(model: nnx.Module, layers: Mapping[str, Einsum]) -> dict[str, dict[Place, str]]:
     table, by_path = rows(model), {}
     for path, base in layers.items():

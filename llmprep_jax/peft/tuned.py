@@ -146,7 +146,8 @@ def saved_names(model: nnx.Module) -> list[str]:
 
     def shortest(name: str) -> str:
         leaf = name.rsplit(".", 1)[-1]
-        return leaf if all(other in chosen for other in every if other.endswith(leaf)) else name
+        is_taken = all(other in chosen for other in every if other.endswith(leaf))
+        return leaf if is_taken and not leaf.isdigit() else name
 
     return sorted({shortest(name) for name in chosen})
 

@@ -17,6 +17,7 @@ import llmprep_jax as lp
 from llmprep_jax.nn.param import Idle
 from llmprep_jax.peft import IA3, LoRA
 from llmprep_jax.peft.adapter import adapters
+from llmprep_jax.peft.peft_fields import shortest
 from llmprep_jax.peft.targets import bases
 from llmprep_jax.weights import table
 from llmprep_jax.weights.rows import Table
@@ -67,9 +68,11 @@ def test_all_linear_takes_towers_and_projector_and_no_idle_layer(base, tmp_path)
             "vision_tower.patch_embed",
         )
     ]
+    # by the ends of names PEFT would adapt the idle layers too
     assert sorted(config["target_modules"]) == sorted(
-        ["linear", "proj", "qkv", "patch_embed", "down_proj", "gate_proj", "up_proj"]
+        ["linear", "patch_embed", "down_proj", "gate_proj", "up_proj"]
         + [f"{x}_proj" for x in "koqv"]
+        + [f"model.vision_tower.blocks.{i}.attn.{x}" for i in (0, 1) for x in ("proj", "qkv")]
     )
 
 
@@ -225,3 +228,8 @@ def test_what_is_no_layer_in_transformers_is_none_here():
     ]
     with pytest.raises(ValueError, match="target 'blocks.o' matches no linear layer"):
         lp.peft.inject(model, LoRA(rank=2, targets=("blocks.o",)))
+
+
+def test_a_number_is_no_name_of_a_layer():
+    every = ["projector.layers.0", "projector.layers.2", "up"]
+    assert shortest(dict.fromkeys(every, 1), every) == dict.fromkeys(every, 1)
