@@ -15,6 +15,7 @@ from flax import nnx
 from llmprep_jax.models import (
     clip,
     deepseek,
+    deepseek_vl,
     deepseek_vl2,
     gemma3,
     gemma3_text,
@@ -29,7 +30,7 @@ from llmprep_jax.text.processor import Processor
 FAMILIES: tuple[Family, ...] = (
     *(llama, gemma3_text, deepseek),
     *(clip, siglip),
-    *(gemma3, llava, deepseek_vl2),
+    *(gemma3, llava, deepseek_vl, deepseek_vl2),
 )
 
 

@@ -6,6 +6,7 @@ whole rows, [B, M, H, W, 3], real ones first; the call from outside takes them o
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,13 +27,13 @@ class ComposedModel(BaseModel):
       language: the language model.
       image_id: the token that stands for a feature of an image.
       tokens_per_image: how many there are of each; None: that depends on the image.
-      image_size: sides of an image, in pixels.
+      image_sizes: sides of images in pixels, by the names that the call has for them.
     """
 
     language: LanguageModel
     image_id: int
     tokens_per_image: int | None = None
-    image_size: int
+    image_sizes: Mapping[str, int]
 
     @on_own_mesh
     def __call__(
@@ -91,6 +92,10 @@ class ComposedModel(BaseModel):
         each = self.tokens_per_image
         if each is None:
             return given
+        if given and set(given) != set(self.image_sizes):
+            raise ValueError(
+                f"this model takes {' and '.join(self.image_sizes)}; it got {', '.join(given)}"
+            )
         group = functools.partial(group_images, tokens, self.image_id, each)
         return {name: group(x) if x.ndim == 4 else x for name, x in given.items()}
 
@@ -110,13 +115,16 @@ class ComposedModel(BaseModel):
 
     def probe(self) -> dict[str, Array]:
         """Logits of a row with an image, and the image's features."""
-        rng, size = np.random.default_rng(0), self.image_size
-        image = rng.normal(size=(1, 1, size, size, 3)).astype(np.float32)
+        rng = np.random.default_rng(0)
+        media = {
+            name: jnp.asarray(rng.normal(size=(1, 1, size, size, 3)).astype(np.float32))
+            for name, size in self.image_sizes.items()
+        }
         words = rng.integers(0, min(self.language.cfg.vocab_size, self.image_id), (1, 24))
         run = np.full((1, self.tokens_per_image), self.image_id)
         tokens = np.concatenate([words[:, :8], run, words[:, 8:]], axis=1).astype(np.int32)
-        features_BJD = self.image_features(images=jnp.asarray(image))
-        logits = self(jnp.asarray(tokens), images=jnp.asarray(image)).logits
+        features_BJD = self.image_features(**media)
+        logits = self(jnp.asarray(tokens), **media).logits
         return {"logits": logits, "features": features_BJD}
 
     def init_cache(self, batch_size: int, max_len: int, dtype: Any = None, **pages: Any) -> Any:

@@ -74,3 +74,13 @@ def split_rows(features_NID: Float[Array, "N I D"], rows: int) -> Float[Array, "
     by_row = spec("batch", None, None, shape=(rows, N // rows * I, D))
     features_NID = jax.reshard(features_NID, jax.P(by_row[0], None, None))
     return jax.lax.reshape(features_NID, shape, out_sharding=by_row)
+
+
+def of_rows(x: Float[Array, "N ..."], shape: tuple[int, ...]) -> Float[Array, "N ..."]:
+    """Another shape of each row, on the devices of the row."""
+    shape = (len(x), *shape)
+    if not has_mesh():
+        return x.reshape(shape)
+    by_row = jax.typeof(x).sharding.spec[0]
+    x = jax.reshard(x, jax.P(by_row, *[None] * (x.ndim - 1)))
+    return jax.lax.reshape(x, shape, out_sharding=jax.P(by_row, *[None] * (len(shape) - 1)))

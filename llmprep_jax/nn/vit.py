@@ -20,6 +20,7 @@ from flax import nnx
 from llmprep_jax.kernels.flash_attention import attention
 from llmprep_jax.nn.attention import Attention, Tokens
 from llmprep_jax.nn.linear import Init, Projection, fan_in_normal
+from llmprep_jax.nn.media import of_rows
 from llmprep_jax.nn.mlp import Mlp
 from llmprep_jax.nn.norm import LayerNorm
 from llmprep_jax.nn.param import Compute, add_bias, param
@@ -150,8 +151,8 @@ class PatchEmbed(Projection):
             )
         side, width = size // self.patch_size, self.patch_size
         x = _by_row(images_BHWC)[:, : side * width, : side * width].astype(self.compute.dtype)
-        x = _reshape(x, (side, width, side, width, 3)).swapaxes(2, 3)
-        return super().__call__(_reshape(x, (side * side, width, width, 3)))
+        x = of_rows(x, (side, width, side, width, 3)).swapaxes(2, 3)
+        return super().__call__(of_rows(x, (side * side, width, width, 3)))
 
 
 class Positions(nnx.Module):
@@ -251,11 +252,3 @@ def _by_row(x: Array) -> Array:
     if not has_mesh():
         return x
     return jax.reshard(x, spec("batch", *[None] * (x.ndim - 1), shape=x.shape))
-
-
-def _reshape(x: Array, of_row: tuple[int, ...]) -> Array:
-    """Another shape of each row, on the devices of the row."""
-    shape = (len(x), *of_row)
-    if not has_mesh():
-        return x.reshape(shape)
-    return jax.lax.reshape(x, shape, out_sharding=spec("batch", *[None] * len(of_row), shape=shape))

@@ -91,6 +91,30 @@ COMPOSED = {
         },
         {"image_token_index": st.integers(1, 60)},
     ),
+    "deepseek_vl": (
+        "llama",
+        {"vision_config": st.just(_TOWER)},
+        {"image_token_id": st.integers(1, 60)},
+    ),
+    "deepseek_vl_hybrid": (
+        "llama",
+        {
+            "vision_config": st.just(_TOWER),
+            "high_res_vision_config": st.fixed_dictionaries(
+                {"hidden_size": st.just(24), "num_attention_heads": st.just(2)},
+                optional={
+                    "num_hidden_layers": st.sampled_from([12, 13]),
+                    "global_attn_indexes": st.sampled_from([[0], [3, 11]]),
+                    "window_size": st.integers(2, 9),
+                    "output_channels": st.integers(1, 9),
+                    "mlp_ratio": st.sampled_from([2.0, 4.0]),
+                    "mlp_dim": st.integers(8, 30),
+                    "qkv_bias": flags,
+                },
+            ),
+        },
+        {"image_token_id": st.integers(1, 60)},
+    ),
     "llava": (
         "llama",
         {"vision_config": st.just(_TOWER | {"model_type": "clip_vision_model"})},

@@ -28,7 +28,7 @@ class Config(ComposedConfig):
 
 class Model(ComposedModel):
     stacks = ("language.layers",)
-    image_id, tokens_per_image = IMAGE, EACH
+    image_id, tokens_per_image, image_sizes = IMAGE, EACH, {"images": SIDE}
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg, self.source = cfg, Source()

@@ -64,6 +64,8 @@ COUNTS = {
     "gemma3-12b-multimodal": 12_187_325_040,
     "gemma3-27b-multimodal": 27_432_406_640,
     "llava-1.5-7b": 7_063_427_072,
+    "deepseek-vl-1.3b": 1_962_640_384,
+    "deepseek-vl-7b": 7_331_390_721,
     "llava-1.5-13b": 13_351_494_656,
     "deepseek-v2-tiny": 14_888_320,
     "deepseek-v3-tiny": 15_649_376,

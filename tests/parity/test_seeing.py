@@ -61,6 +61,37 @@ def llava(text: dict, tower: dict, **fields):
     return transformers.LlavaForConditionalGeneration(cfg), patches + is_full
 
 
+def deepseek_vl(text: dict, tower: dict, high: dict | None = None, **fields):
+    """transformers' DeepSeek-VL, of one tower or of two."""
+    kind = "DeepseekVL" if high is None else "DeepseekVLHybrid"
+    more = {} if high is None else {"high_res_vision_config": {**_SAM, **high}}
+    cfg = getattr(transformers, f"{kind}Config")(
+        text_config={**text, "model_type": "llama"},
+        vision_config={"model_type": "siglip_vision_model", **tower},
+        image_token_id=IMAGE,
+        **more,
+        **fields,
+    )
+    patches = (tower["image_size"] // tower["patch_size"]) ** 2
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(cfg)
+    if high is not None:  # fixed at 24, which is what the release's sizes give
+        model.model.high_res_vision_proj.output_size = int(patches**0.5)
+    return model, patches
+
+
+_SAM = dict(
+    model_type="sam_vision_model",
+    hidden_size=16,
+    output_channels=8,
+    num_hidden_layers=5,
+    num_attention_heads=2,
+    image_size=40,
+    patch_size=4,
+    window_size=4,
+    global_attn_indexes=[1, 3],
+    mlp_dim=40,
+)
+
 CASES = {
     "gemma3-4-tokens": lambda: gemma(_GEMMA, {**_PLAIN, "patch_size": 7}, 4),
     "gemma3-unused-pooling": lambda: gemma(
@@ -80,6 +111,19 @@ CASES = {
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         projector_hidden_act="gelu",
+    ),
+    "deepseek-vl": lambda: deepseek_vl(
+        _TEXT, {**_PLAIN, "patch_size": 7, "hidden_act": "gelu"}, tie_word_embeddings=False
+    ),
+    "deepseek-vl-tied-unused-pooling": lambda: deepseek_vl(_TEXT, {**_TOWER, "patch_size": 14}),
+    "deepseek-vl-hybrid": lambda: deepseek_vl(
+        _TEXT, {**_PLAIN, "patch_size": 7, "hidden_act": "gelu"}, {}, tie_word_embeddings=False
+    ),
+    "deepseek-vl-hybrid-whole-windows": lambda: deepseek_vl(
+        _TEXT,
+        {**_PLAIN, "patch_size": 9},
+        {"window_size": 5, "global_attn_indexes": [0, 4], "qkv_bias": False},
+        tie_word_embeddings=False,
     ),
     "llava-first-block": lambda: llava(
         {**_TEXT, "model_type": "llama", "tie_word_embeddings": True},
@@ -107,8 +151,12 @@ def make(name: str, folder: str):
     width = max(map(len, rows))
     tokens = np.array([row + [0] * (width - len(row)) for row in rows], np.int32)
     mask = np.array([[True] * len(row) + [False] * (width - len(row)) for row in rows])
-    images = rng.normal(size=(3, 28, 28, 3)).astype(np.float32)
-    return theirs, lp.load_model(folder), tokens, mask, images
+    ours = lp.load_model(folder)
+    images = {
+        name: rng.normal(size=(3, size, size, 3)).astype(np.float32)
+        for name, size in ours.image_sizes.items()
+    }
+    return theirs, ours, tokens, mask, images
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -116,12 +164,15 @@ def case(request, tmp_path_factory):
     return make(request.param, str(tmp_path_factory.getbasetemp() / request.param))
 
 
+THEIRS = {"images": "pixel_values", "images_high": "high_res_pixel_values"}
+
+
 def their_inputs(theirs, tokens, mask, images):
     types = {"token_type_ids": torch.tensor(tokens == IMAGE).long()}
     return (types if theirs.config.model_type == "gemma3" else {}) | dict(
         input_ids=torch.tensor(tokens).long(),
         attention_mask=torch.tensor(mask).long(),
-        pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)),
+        **{THEIRS[name]: torch.tensor(x.transpose(0, 3, 1, 2)) for name, x in images.items()},
     )
 
 
@@ -129,7 +180,7 @@ def test_logits_agree(case):
     theirs, ours, tokens, mask, images = case
     with torch.no_grad():
         expected = theirs(**their_inputs(theirs, tokens, mask, images)).logits.numpy()
-    found = np.asarray(ours(tokens, images=images, mask=mask).logits)
+    found = np.asarray(ours(tokens, **images, mask=mask).logits)
     np.testing.assert_allclose(found[mask], expected[mask], atol=1e-4)
 
 
@@ -141,7 +192,7 @@ def test_gradients_of_all_parts_agree(case):
     loss = theirs(**inputs, labels=labels).loss
     loss.backward()
     names = {name: x.grad for name, x in theirs.named_parameters() if x.grad is not None}
-    media = ours.by_row(tokens, {"images": images})
+    media = ours.by_row(tokens, images)
     targets = np.where(mask[:, 1:], tokens[:, 1:], 0)
     batch = {
         "tokens": tokens[:, :-1],
@@ -176,11 +227,11 @@ def _loss(model, batch, media):
 
 def test_greedy_tokens_agree(case):
     theirs, ours, tokens, mask, images = case
-    row, two = tokens[:1, : int(mask[0].sum())], images[:2]
+    row, two = tokens[:1, : int(mask[0].sum())], {name: x[:2] for name, x in images.items()}
     inputs = their_inputs(theirs, row, np.ones_like(row, bool), two)
     with torch.no_grad():
         expected = theirs.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    found = lp.generate_tokens(ours, row, max_new_tokens=8, media={"images": two})
+    found = lp.generate_tokens(ours, row, max_new_tokens=8, media=two)
     np.testing.assert_array_equal(found[0], expected[0, row.shape[1] :])
 
 

@@ -18,7 +18,7 @@ from llmprep_jax.nn.base_model import Source
 from llmprep_jax.nn.composed import ComposedModel
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.media import count_tokens as number_tokens
-from llmprep_jax.nn.media import merge_images, place_features, split_rows
+from llmprep_jax.nn.media import merge_images, of_rows, place_features, split_rows
 from llmprep_jax.nn.param import Compute, add_bias, idle, param
 from llmprep_jax.sharding import has_mesh, on_own_mesh, spec
 from llmprep_jax.types import Array, Float, Int
@@ -49,20 +49,10 @@ def join_patches(x_BPD: Float[Array, "B P D"]) -> Float[Array, "B I F"]:
     P, D = x_BPD.shape[1:]
     side = round(P**0.5)
     half, odd = -(-side // 2), side % 2
-    x = _of_rows(x_BPD, (side, side, D))
+    x = of_rows(x_BPD, (side, side, D))
     x = jnp.pad(x, ((0, 0), (0, odd), (0, odd), (0, 0)))
-    x = _of_rows(x, (half, 2, half, 2, D)).transpose(0, 1, 3, 5, 2, 4)
-    return _of_rows(x, (half * half, 4 * D))
-
-
-def _of_rows(x: Array, shape: tuple[int, ...]) -> Array:
-    """Another shape of each row, on the devices of the row."""
-    shape = (len(x), *shape)
-    if not has_mesh():
-        return x.reshape(shape)
-    x = jax.reshard(x, jax.P(jax.typeof(x).sharding.spec[0], *[None] * (x.ndim - 1)))
-    by_row = jax.P(jax.typeof(x).sharding.spec[0], *[None] * (len(shape) - 1))
-    return jax.lax.reshape(x, shape, out_sharding=by_row)
+    x = of_rows(x, (half, 2, half, 2, D)).transpose(0, 1, 3, 5, 2, 4)
+    return of_rows(x, (half * half, 4 * D))
 
 
 class Model(ComposedModel):

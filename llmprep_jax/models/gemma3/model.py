@@ -77,8 +77,8 @@ class Model(ComposedModel):
         return self.cfg.tokens_per_image
 
     @property
-    def image_size(self) -> int:
-        return self.cfg.vision.image_size
+    def image_sizes(self) -> dict[str, int]:
+        return {"images": self.cfg.vision.image_size}
 
     def image_features(self, images: Float[Array, "B M H W 3"]) -> Float[Array, "B J D"]:
         """Of normalised images, in the order of their tokens."""
