@@ -9,12 +9,16 @@ import shlex
 import jaxtyping
 import pytest
 from flax import nnx
+from PIL import Image
 
 import llmprep_jax as lp
 from llmprep_jax.config import load_config, override, split_arguments
 from llmprep_jax.data import DataConfig
+from llmprep_jax.models.deepseek_vl2.processor import Processor
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.model import Model
+from tests.models.test_deepseek_vl2 import load as load_vl2
+from tests.models.test_deepseek_vl2_processor import write_processor
 from tests.random_modules import random_module
 from tests.text.samples import train_byte_level
 
@@ -76,6 +80,14 @@ def training_page(folder: pathlib.Path, model: nnx.Module) -> None:
     (folder / "my_text.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def deepseek_vl2_page(folder: pathlib.Path, model: nnx.Module) -> None:
+    (folder / "files").mkdir()
+    write_processor(folder / "files")
+    processor = Processor.from_path(folder / "files")
+    lp.save_model(load_vl2(), folder / "deepseek-vl2-tiny", processor=processor)
+    Image.new("RGB", (120, 60), "red").save(folder / "page.png")
+
+
 # where a page's names lead to: folders of the tiny model, and other files
 MODELS = {
     "README.md": ["path/to/folder"],
@@ -88,6 +100,7 @@ MODELS = {
 }
 GIVEN = {
     "adapters.md": adapters_page,
+    "deepseek_vl2.md": deepseek_vl2_page,
     "quantisation.md": quantisation_page,
     "training.md": training_page,
 }

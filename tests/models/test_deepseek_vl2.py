@@ -10,6 +10,7 @@ import functools
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +23,11 @@ from llmprep_jax.models import deepseek_vl2, registry
 from llmprep_jax.models.deepseek_vl2.layout import count_tiles, count_tokens, index_features
 from llmprep_jax.models.deepseek_vl2.model import join_patches
 from llmprep_jax.nn.param import Idle
+from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.vision.tiles import RESOLUTIONS
 from llmprep_jax.weights.safetensors import SafetensorsFile
 from tests.grids import cases
+from tests.random_modules import random_module
 
 FOLDER = Path(__file__).parent.parent / "golden" / "deepseek_vl2"
 NAMES = ["mha_greedy", "mla_greedy", "mla_noaux"]
@@ -305,3 +308,43 @@ def test_presets_have_the_resolutions_that_pictures_are_tiled_by():
     for cfg in deepseek_vl2.PRESETS.values():
         assert cfg.resolutions == RESOLUTIONS
         assert cfg.side == 14
+
+
+@jax.jit
+def loss_and_gradients(model, given):
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        logits = nnx.merge(graph, params, rest)(**given).logits[:, :-1]
+        picked = jax.nn.one_hot(given["tokens"][:, 1:], logits.shape[-1])
+        return jnp.mean(
+            given["mask"][:, 1:] * jnp.sum(jax.nn.log_softmax(logits) * picked, axis=-1)
+        )
+
+    return jax.value_and_grad(loss)(params)
+
+
+# compiles for half a minute
+@pytest.mark.parametrize(
+    "axes",
+    cases(
+        [{"fsdp": 4}, {"tensor": 2}, {"expert": 4}, {"fsdp": 2, "tensor": 2, "expert": 2}],
+        slow=[{"fsdp": 2, "tensor": 2, "expert": 2}],
+    ),
+    ids=str,
+)
+def test_losses_and_gradients_on_a_mesh_are_those_of_one_device(axes):
+    cfg = load("mla_noaux").cfg
+
+    def make():
+        return deepseek_vl2.Model(cfg, rngs=nnx.Rngs(0))
+
+    given = batch([[(1, 1)], [(2, 1)], [(1, 2)], [(1, 1)]])
+    expected, gradients = loss_and_gradients(random_module(make), given)
+    with use_mesh(make_mesh(axes)):
+        found, others = loss_and_gradients(random_module(make), given)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    others = jax.tree.map(np.asarray, others)
+    chex.assert_trees_all_close(others, jax.tree.map(np.asarray, gradients), atol=2e-5, rtol=1e-4)
+    assert np.abs(gradients["newline"][...]).max() > 1e-4
+    assert np.abs(gradients["separator"][...]).max() > 1e-4

@@ -28,9 +28,8 @@ def write_tokenizer(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vl2")
+def write_processor(folder):
+    """The files of a processor for the golden models."""
     write_tokenizer(folder)
     fields = {
         "processor_class": "DeepseekVLV2Processor",
@@ -41,11 +40,12 @@ def folder(tmp_path_factory):
         "sft_format": "deepseek",
     }
     (folder / "processor_config.json").write_text(json.dumps(fields))
-    return folder
 
 
 @pytest.fixture(scope="module")
-def processor(folder):
+def processor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vl2")
+    write_processor(folder)
     return Processor.from_path(folder)
 
 

@@ -177,10 +177,16 @@ class Model(ComposedModel):
         size, grids = self.cfg.vision.image_size, np.ones((1, 1, 2), np.int32)
         images = np.random.default_rng(0).normal(size=(1, 2, size, size, 3)).astype(np.float32)
         count = int(count_tokens(grids, self.cfg.side)[0, 0])
-        features_BJD = self.image_features(jnp.asarray(images), jnp.asarray(grids))
         numbers_BT = np.arange(count, dtype=np.int32)[None]
         index_BT = index_features(numbers_BT, grids, 2, self.cfg.side, self.cfg.view_order)
-        zeros_BTD = jnp.zeros((1, count, features_BJD.shape[2]), self.language.cfg.compute.dtype)
-        x_BTD = place_features(zeros_BTD, jnp.asarray(index_BT), features_BJD)
-        hidden_BTD, _ = self.language.features(x_BTD)
-        return {**self.language.probe(), "images": self.language.unembed(hidden_BTD)}
+        return {**self.language.probe(), "images": _read_picture(self, images, grids, index_BT)}
+
+
+@jax.jit
+def _read_picture(model: Model, images: Array, grids: Array, index_BT: Array) -> Array:
+    """Logits of a prompt that is one picture."""
+    features_BJD = model.image_features(images, grids)
+    shape = (*index_BT.shape, features_BJD.shape[2])
+    zeros_BTD = jnp.zeros(shape, model.language.cfg.compute.dtype)
+    hidden_BTD, _ = model.language.features(place_features(zeros_BTD, index_BT, features_BJD))
+    return model.language.unembed(hidden_BTD)
