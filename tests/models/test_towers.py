@@ -115,7 +115,9 @@ def test_features_stop_where_they_are_told(name):
     tower, images = model_of(name).vision, make_images(2)
     all_but_one = tower.features(images, -1)
     np.testing.assert_allclose(all_but_one, tower.features(images, 1), atol=1e-6)
-    assert np.abs(all_but_one - tower.features(images, 0)).max() > 0.01
+    none = tower.features(images, 0)
+    np.testing.assert_array_equal(none, tower.features(images, -2))
+    assert np.abs(all_but_one - none).max() > 0.01
     assert tower.features(images).shape == (2, tower.cfg.num_tokens, 16)
 
 
