@@ -327,7 +327,7 @@ def save_model(
         raise ValueError("the model has adapters; save lp.peft.merge(model), or use lp.peft.save")
     export.check_can_save(model)
     if processor is not None:
-        processor.tokenizer.check_vocab(model.cfg.decoder.vocab_size)
+        processor.tokenizer.check_vocab((model.cfg.decoder or model.cfg).vocab_size)
     config = registry.to_hf(model.cfg) | {"dtype": str(model.dtype)}
     config |= export.config_fields(model, model.weights)
     return receipt.save_folder(
