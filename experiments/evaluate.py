@@ -33,6 +33,7 @@ from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.pretrained import Dtype
 from llmprep_jax.processes import Processes
 from llmprep_jax.remote import AnyPath, as_path, write_text
+from llmprep_jax.runs import pixels_of
 from llmprep_jax.sharding import MeshSizes, use_mesh
 from llmprep_jax.train.batches import own_rows
 
@@ -122,18 +123,20 @@ def is_free(path: pathlib.Path, settings: dict) -> bool:
 def measure(cfg: EvaluateConfig):
     """Loads model and data and evaluates one on the other."""
     mesh = get_mesh(cfg.mesh)
-    tokenizer = lp.load_processor(cfg.tokenizer or cfg.model).tokenizer
+    processor = lp.load_processor(cfg.tokenizer or cfg.model)
+    tokenizer = processor.tokenizer
     batches = data.evaluation_batches(
         cfg.data,
-        **cfg.data.encoders(tokenizer),
+        **cfg.data.encoders(tokenizer, processor),
         rows=own_rows(cfg.data.batch_size),
         split=cfg.split,
     )
     model = lp.load_model(cfg.model, dtype=cfg.dtype, mesh=mesh, ema=cfg.ema)
-    tokenizer.check_vocab(model.cfg.vocab_size)
+    tokenizer.check_vocab(model.decoder.cfg.vocab_size)
     if cfg.adapter is not None:
         model = lp.peft.load(model, cfg.adapter)
-    return perplexity(model, batches, max_batches=cfg.max_batches, console=console)
+    pixels = pixels_of(processor)
+    return perplexity(model, batches, max_batches=cfg.max_batches, console=console, pixels=pixels)
 
 
 if __name__ == "__main__":

@@ -98,10 +98,10 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
     for change in changes:
         console.print(f"changed since the run began: {change}", markup=False, soft_wrap=True)
     model, method = build_model(cfg, mesh, lambda words: console.print(words, markup=False))
-    processor.tokenizer.check_vocab(model.cfg.vocab_size)
+    processor.tokenizer.check_vocab(model.decoder.cfg.vocab_size)
     processes.by_one(lambda: remote.write_folder(cfg.out / "tokenizer", processor.save))
     batches, evaluate = open_data(cfg, processor)
-    trainer = make_trainer(cfg, model)
+    trainer = make_trainer(cfg, model, processor)
     describe(cfg, model, trainer)
     parts = trainer.split
     result = fit(

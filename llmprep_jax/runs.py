@@ -21,8 +21,9 @@ from llmprep_jax.peft import AnyMethod
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor, training_settings
 from llmprep_jax.remote import fetch
+from llmprep_jax.text.image_text import ImageTextProcessor
 from llmprep_jax.text.processor import Processor
-from llmprep_jax.train.batches import own_rows
+from llmprep_jax.train.batches import Pixels, own_rows
 from llmprep_jax.train.loop import Evaluate
 from llmprep_jax.train.run import RunConfig, make_meta
 from llmprep_jax.train.trainer import Trainer, make_loss
@@ -134,23 +135,30 @@ def load_data(
     """
     paths = (paths,) if isinstance(paths, (str, pathlib.Path)) else paths
     cfg = data.DataConfig(paths=tuple(map(str, paths)), **settings)
-    return data.build(cfg, **cfg.encoders(processor.tokenizer), rows=own_rows(cfg.batch_size))
+    return data.build(
+        cfg, **cfg.encoders(processor.tokenizer, processor), rows=own_rows(cfg.batch_size)
+    )
 
 
 def open_data(cfg: RunConfig, processor: Processor) -> "tuple[data.Batches, Evaluate | None]":
     """The training batches, and a function that evaluates a model on the held-out ones."""
     tokenizer = processor.tokenizer
-    encoders = cfg.data.encoders(tokenizer)
+    encoders = cfg.data.encoders(tokenizer, processor)
     batches = data.build(cfg.data, **encoders, rows=own_rows(cfg.data.batch_size, cfg.accumulate))
     if cfg.eval_data is None and not cfg.data.holdout:
         return batches, None
     eval_data, split = cfg.eval_data or cfg.data, "heldout" if cfg.eval_data is None else "all"
     held_out = data.evaluation_batches(
-        eval_data, **eval_data.encoders(tokenizer), rows=own_rows(eval_data.batch_size), split=split
+        eval_data,
+        **eval_data.encoders(tokenizer, processor),
+        rows=own_rows(eval_data.batch_size),
+        split=split,
     )
 
     def evaluate(model: nnx.Module) -> dict[str, float]:
-        result = perplexity(model, held_out, max_batches=cfg.eval_batches)
+        result = perplexity(
+            model, held_out, max_batches=cfg.eval_batches, pixels=pixels_of(processor)
+        )
         return {"eval_loss": result.nll, "eval_perplexity": result.perplexity}
 
     return batches, evaluate
@@ -159,7 +167,7 @@ def open_data(cfg: RunConfig, processor: Processor) -> "tuple[data.Batches, Eval
 def count_steps(cfg: RunConfig, processor: Processor) -> int:
     """How many batches the run's epochs are."""
     once = dataclasses.replace(cfg.data, prefetch=0)
-    batches = data.build(once, **once.encoders(processor.tokenizer), rows=())
+    batches = data.build(once, **once.encoders(processor.tokenizer, processor), rows=())
     return max(sum(1 for _ in batches), 1)
 
 
@@ -171,6 +179,15 @@ def describe_model(cfg: RunConfig, model: nnx.Module, method: AnyMethod | None) 
     return make_meta(cfg, config, method, settings, trains_all=trains_all)
 
 
-def make_trainer(cfg: RunConfig, model: nnx.Module) -> Trainer:
-    """The model's weights or its adapters, ready to be trained."""
-    return Trainer(model, cfg=cfg, loss_fn=make_loss(cfg.z_loss))
+def make_trainer(cfg: RunConfig, model: nnx.Module, processor: Processor | None = None) -> Trainer:
+    """The model's weights or its adapters, ready to be trained.
+
+    Args:
+      processor: says how images are normalised; None: there are none.
+    """
+    return Trainer(model, cfg=cfg, loss_fn=make_loss(cfg.z_loss, pixels_of(processor)))
+
+
+def pixels_of(processor: Processor | None) -> Pixels | None:
+    """How images are normalised on the device; None of a processor of text."""
+    return processor.images.pixels if isinstance(processor, ImageTextProcessor) else None

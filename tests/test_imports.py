@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "peft": {"nn", "quant", "weights", *BASE},
     "text": {"weights", *BASE},
     "vision": BASE,
-    "data": {"text", "config", *BASE},
+    "data": {"text", "vision", "config", *BASE},
     "train": {"kernels", "nn", "peft", "data", "config", "interrupts", *BASE},
     "generate": {"kernels", "nn", "text", *BASE},
     "evaluate": {"train", "generate", "data", "vision", *BASE},

@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 from llmprep_jax.config import settle
 from llmprep_jax.data.encoding import Overlong, text_encoders
+from llmprep_jax.data.images import ImageReader
 from llmprep_jax.data.records import RecordFormat
 from llmprep_jax.data.sources import SourceOptions
 from llmprep_jax.text.chat import SpecialTokens
+from llmprep_jax.text.image_text import ImageTextProcessor
+from llmprep_jax.text.processor import Processor
 from llmprep_jax.text.tokenizer import Tokenizer
 
 
@@ -29,6 +32,8 @@ class DataConfig:
       packing: "packed" (whole documents together), "padded" (one a row), "stream" (end to end, cut
         anywhere).
       pack_window: rows that are packed together; more leave less padding.
+      max_images: M, pictures of a row: of images, or of the tiles that they are cut into. The tower
+        sees so many of each row, padding too, so that one program serves all batches.
       mask: what counts for the loss in conversations: "answers" or "all". Plain text always counts.
       special_tokens: where text that spells a special token becomes that token: "chat", in
         conversations, as in transformers, and not in plain text; "everywhere"; or "template", only
@@ -58,6 +63,7 @@ class DataConfig:
     batch_size: int = 8
     packing: Literal["packed", "padded", "stream"] = "packed"
     pack_window: int = 64
+    max_images: int = 8
     mask: Literal["answers", "all"] = "answers"
     special_tokens: SpecialTokens = "chat"
     date: str | None = None
@@ -73,7 +79,7 @@ class DataConfig:
         settle(self)
         if not self.paths:
             raise ValueError(f"paths must be a list of at least one path, not {self.paths!r}")
-        for name in ("seq_len", "batch_size", "pack_window", "num_epochs"):
+        for name in ("seq_len", "batch_size", "pack_window", "max_images", "num_epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -92,10 +98,14 @@ class DataConfig:
         today = datetime.date.today().isoformat()
         return self if self.date is not None else dataclasses.replace(self, date=today)
 
-    def encoders(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """What `build` and `evaluation_batches` take of a tokenizer, as keywords."""
+    def encoders(self, tokenizer: Tokenizer, processor: Processor | None = None) -> dict[str, Any]:
+        """What `build` and `evaluation_batches` take of a tokenizer, as keywords, and of the
+        processor that it is of, where that sees."""
         now = None if self.date is None else _parse_date(self.date)
-        return text_encoders(tokenizer, special_tokens=self.special_tokens, now=now)
+        sees = isinstance(processor, ImageTextProcessor)
+        images = ImageReader(processor, self.max_images) if sees else None
+        encoders = text_encoders(tokenizer, special_tokens=self.special_tokens, now=now)
+        return {**encoders, "images": images}
 
 
 def _parse_date(text: str) -> datetime.datetime:

@@ -10,6 +10,7 @@ document counts exactly once.
 import dataclasses
 import datetime
 import functools
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from llmprep_jax.data.documents import Document, Messages
+from llmprep_jax.data.images import ImageReader, Run, split_images
 from llmprep_jax.text.chat import SpecialTokens, encode_chat, encode_completion
 from llmprep_jax.text.messages import is_trained
 from llmprep_jax.text.tokenizer import Tokenizer
@@ -50,6 +52,7 @@ class Piece:
       tokens, targets: ids, and the id that follows each.
       counts: whether the target counts for the loss.
       is_first: whether it is the first piece of its document.
+      runs: of its images, in order; none is cut.
     """
 
     doc_id: int
@@ -57,6 +60,7 @@ class Piece:
     targets: Int[np.ndarray, " T"]
     counts: Bool[np.ndarray, " T"]
     is_first: bool = True
+    runs: tuple[Run, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -64,20 +68,34 @@ class Piece:
     def __getitem__(self, part: slice) -> "Piece":
         """A part of the piece; the one from its start on is the first if the piece is."""
         is_first = self.is_first and not part.start
+        runs = self._runs_in(part) if self.runs else ()
         return Piece(
-            self.doc_id, self.tokens[part], self.targets[part], self.counts[part], is_first
+            self.doc_id, self.tokens[part], self.targets[part], self.counts[part], is_first, runs
         )
+
+    def _runs_in(self, part: slice) -> tuple[Run, ...]:
+        start, stop, _ = part.indices(len(self))
+        inside = [run for run in self.runs if run.start < stop and run.stop > start]
+        assert all(start <= run.start and run.stop <= stop for run in inside), "an image is cut"
+        return tuple(run.moved(-start) for run in inside)
+
+    @property
+    def pictures(self) -> int:
+        """That its images are."""
+        return sum(run.pictures for run in self.runs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
     """A document's pieces, what the report adds up, by the names of COUNTS, and its mark, by those
-    of MARKS; none of plain text, or where all is to be learnt.
+    of MARKS; none of plain text, or where all is to be learnt. `images_lost` are those that were
+    cut off, or dropped with the document.
     """
 
     pieces: list[Piece]
     counts: tuple[int, ...]
     marks: tuple[int, ...] = (0,) * len(MARKS)
+    images_lost: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +114,7 @@ class Encoder:
         policy does not apply.
       overlong: what to do with a longer document; None: split plain text, truncate conversations.
       answers_only: only what the assistant says counts in conversations.
+      images: reads those of conversations; None: there must be none.
     """
 
     encode: EncodeText
@@ -106,6 +125,7 @@ class Encoder:
     answers_only: bool = True
     encode_part: EncodeText | None = None
     encode_completion: EncodeCompletion | None = None
+    images: ImageReader | None = None
 
     def __call__(self, numbered: tuple[int, Document]) -> Encoded:
         """The pieces of document (id, document).
@@ -115,10 +135,13 @@ class Encoder:
             "error".
         """
         doc_id, document = numbered
-        ids, counts = self.tokenize(document)
+        ids, counts, runs = self.tokenize(document)
         counted = dict.fromkeys(COUNTS, 0) | {"documents": 1}
-        whole = Piece(doc_id, ids[:-1], ids[1:], counts[1:])
-        pieces = [piece for piece in self._fit(document, whole, counted) if piece.counts.any()]
+        whole = Piece(doc_id, ids[:-1], ids[1:], counts[1:], runs=runs)
+        if runs and runs[-1].stop > len(whole):  # nothing follows the last image
+            whole = whole[: runs[-1].start]
+        fitting = self._fit(document, whole, counted)
+        pieces = [piece for piece in fitting if piece.counts.any()]
         if pieces:  # the first of those that are left
             pieces[0] = dataclasses.replace(pieces[0], is_first=True)
         counted["tokens"] = sum(map(len, pieces))
@@ -126,17 +149,20 @@ class Encoder:
         counted["empty"] = int(not pieces and not counted["dropped"])
         mark = _mark_of(counts) if self.answers_only and document.messages is not None else None
         marks = tuple(int(name == mark) for name in MARKS)
-        return Encoded(pieces, tuple(counted.values()), marks)
+        lost = len(runs) - sum(len(piece.runs) for piece in fitting)
+        return Encoded(pieces, tuple(counted.values()), marks, lost)
 
-    def tokenize(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a document and, for each, whether it is to be learnt.
+    def tokenize(self, document: Document) -> tuple[np.ndarray, np.ndarray, tuple[Run, ...]]:
+        """The ids of a document and, for each, whether it is to be learnt; the runs of its images.
 
         Raises:
-          ValueError: the tokenizer refuses it, on one line with its name.
+          ValueError: the tokenizer refuses it, or an image is not there or no picture, on one line
+            with its name.
         """
+        runs: tuple[Run, ...] = ()
         try:
             if document.messages is not None:
-                ids, counts = self._encode_messages(document)
+                ids, counts, runs = self._encode_messages(document)
             elif document.answer is not None and self.answers_only:
                 if self.encode_completion is None:
                     raise ValueError(
@@ -149,11 +175,13 @@ class Encoder:
                 encode = self.encode if document.is_start else self.encode_part or self.encode
                 ids = encode(document.text)
                 ids, counts = self._end(document, ids, [True] * len(ids))
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"{document.name}: {' '.join(str(error).split())}") from error
         ids, counts = np.asarray(ids, np.int32), np.asarray(counts, bool)
+        if self.images is not None and document.messages is None:
+            self.images.refuse_marker(ids, document.name)
         assert ids.shape == counts.shape, "a chat encoder gives as many marks as ids"
-        return ids, counts
+        return ids, counts, runs
 
     def _end(
         self, document: Document, ids: Sequence[int], counts: Sequence[bool]
@@ -169,7 +197,9 @@ class Encoder:
             return ids[:-1], counts[:-1]
         return ids, counts
 
-    def _encode_messages(self, document: Document) -> tuple[Sequence[int], Sequence[bool]]:
+    def _encode_messages(
+        self, document: Document
+    ) -> tuple[Sequence[int], Sequence[bool], tuple[Run, ...]]:
         if self.encode_chat is None:
             raise ValueError("a conversation needs a tokenizer with a chat template; none is given")
         if not self.answers_only:
@@ -179,12 +209,21 @@ class Encoder:
                         f"message {i} is not to be learnt, and data.mask=all learns all; set"
                         " data.mask=answers, or leave out its train and weight"
                     )
-        ids, answers = self.encode_chat(document.messages, document.fields)
-        return ids, answers if self.answers_only else [True] * len(ids)
+        messages, refs = split_images(document.messages, document.folder)
+        if refs and self.images is None:
+            raise ValueError(
+                "the conversation has images, for a model that sees, and rows that are not cut"
+                " anywhere: data.packing=packed or padded"
+            )
+        ids, answers = self.encode_chat(messages, document.fields)
+        counts = answers if self.answers_only else [True] * len(ids)
+        return (ids, counts, ()) if self.images is None else self.images.place(ids, counts, refs)
 
     def _fit(self, document: Document, whole: Piece, counted: dict[str, int]) -> list[Piece]:
         """The pieces of at most seq_len pairs, by the policy."""
         limit = self.seq_len
+        if whole.runs:
+            return self._fit_images(document, whole, counted)
         if limit is None or len(whole) <= limit:
             return [whole]
         policy = self.overlong or ("split" if document.messages is None else "truncate")
@@ -202,6 +241,49 @@ class Encoder:
             return [whole[:limit]]
         counted["split"] = 1
         return [whole[i : i + limit] for i in range(0, len(whole), limit)]
+
+    def _fit_images(self, document: Document, whole: Piece, counted: dict[str, int]) -> list[Piece]:
+        """The same where there are images, which no piece has parts of."""
+        policy = self.overlong or "truncate"
+        if len(whole) <= self.seq_len and whole.pictures <= self.images.max_images:
+            return [whole]
+        if policy == "error":
+            raise ValueError(
+                f"{document.name}: the document has {len(whole) + 1} tokens, "
+                f"{sum(run.length for run in whole.runs)} of them of {len(whole.runs)} images of "
+                f"{whole.pictures} pictures, and a row holds {self.seq_len + 1} and "
+                f"{self.images.max_images}; raise data.seq_len or data.max_images, or set "
+                "data.overlong=split, truncate or drop"
+            )
+        if policy == "drop":
+            counted["dropped"] = 1
+            return []
+        cuts = [0]
+        while cuts[-1] < len(whole):
+            cuts.append(self._end_of_piece(document, whole, cuts[-1]))
+        if policy == "truncate":
+            counted["truncated"] = 1
+            counted["lost"] = int(whole.counts[cuts[1] :].sum())
+            return [whole[: cuts[1]]]
+        counted["split"] = 1
+        return [whole[start:stop] for start, stop in itertools.pairwise(cuts)]
+
+    def _end_of_piece(self, document: Document, whole: Piece, start: int) -> int:
+        """Where a piece that begins at `start` ends: before an image that it has no room for."""
+        stop, pictures = min(start + self.seq_len, len(whole)), 0
+        for run in whole.runs:
+            if run.start < start or run.start >= stop:
+                continue
+            pictures += run.pictures
+            if run.length > self.seq_len or run.pictures > self.images.max_images:
+                raise ValueError(
+                    f"{document.name}: image {run.ref.name} is {run.length} tokens of "
+                    f"{run.pictures} pictures, and a row holds {self.seq_len} and "
+                    f"{self.images.max_images}; raise data.seq_len or data.max_images"
+                )
+            if run.stop > stop or pictures > self.images.max_images:
+                return run.start
+        return stop
 
 
 def _mark_of(counts: Bool[np.ndarray, " T"]) -> str:
@@ -257,7 +339,7 @@ def check_answers(
             is_whole = False
             break
         if document.messages is not None:
-            _, counts = encoder.tokenize(document)
+            _, counts, _ = encoder.tokenize(document)
             marks[_mark_of(counts)] += 1
             if marks["some"] or (marks["all"] and marks["none"]):
                 return

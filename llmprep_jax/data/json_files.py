@@ -4,6 +4,7 @@ Lines are read one at a time, a .json file whole. Many files called .json hold a
 are read as that.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmprep_jax.data.documents import Document
+from llmprep_jax.data.images import has_images
 from llmprep_jax.data.records import RecordFormat, formats_of, to_document
 
 _BLOCK = 1 << 22
@@ -50,7 +52,9 @@ class JsonLines:
             file.seek(start)
             line = file.read(end - start)
         name = self.name(index)
-        return to_document(parse_line(line, name), self._field, name, self._record_format)
+        record = parse_line(line, name)
+        document = to_document(record, self._field, name, self._record_format)
+        return _beside(document, self._file(index))
 
 
 class JsonFile:
@@ -76,7 +80,15 @@ class JsonFile:
         if self._lines is not None:
             return self._lines[index]
         record = self._records[index]
-        return to_document(record, self._field, self.name(index), self._record_format)
+        document = to_document(record, self._field, self.name(index), self._record_format)
+        return _beside(document, self._file)
+
+
+def _beside(document: Document, file: pathlib.Path) -> Document:
+    """One with images knows the folder that their paths begin in."""
+    if document.messages is None or not has_images(document.messages):
+        return document
+    return dataclasses.replace(document, folder=str(file.parent))
 
 
 def _read_records(file: pathlib.Path) -> list[Any] | None:

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from llmprep_jax.data.encoding import COUNTS, MARKS, Encoded, Piece
+from llmprep_jax.data.images import ImageReader, Run
 
 # what `Batches.report` tells of the batches given out, in this order
 YIELDED = ("documents", "tokens", "targets")
@@ -22,20 +23,28 @@ Row = list[Piece]
 Check = Callable[[Sequence[int]], None]  # of an epoch's marks, by MARKS
 
 
-def fit_together(pieces: Sequence[Piece], seq_len: int) -> list[Row]:
+def fit_together(pieces: Sequence[Piece], seq_len: int, max_images: int | None = None) -> list[Row]:
     """Packs pieces into few rows of at most seq_len pairs: longest first, each where it fits best.
 
     Pieces in a row, and rows by their first piece, are in the order given.
+
+    Args:
+      max_images: pictures of a row, where pieces have any.
     """
+    pictures: list[int] = []  # of each row
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (space left, row), sorted
     for i in sorted(range(len(pieces)), key=lambda i: (-len(pieces[i]), i)):
         size = len(pieces[i])
-        at = bisect.bisect_left(spaces, (size, -1))
+        at, seen = bisect.bisect_left(spaces, (size, -1)), pieces[i].pictures
+        while seen and at < len(spaces) and pictures[spaces[at][1]] + seen > max_images:
+            at += 1
         space, row = spaces.pop(at) if at < len(spaces) else (seq_len, len(rows))
         if row == len(rows):
             rows.append([])
+            pictures.append(0)
         rows[row].append(i)
+        pictures[row] += seen
         if space > size:
             bisect.insort(spaces, (space - size, row))
     return [[pieces[i] for i in sorted(row)] for row in sorted(rows, key=min)]
@@ -51,6 +60,7 @@ class Packed(grain.IterDataset):
       check: of the marks of its first epoch.
       window: rows that are packed together; 0: every piece has its own row.
       seed: of the order of rows within a window; None: in order of their documents.
+      max_images: pictures of a row; None: there are none.
     """
 
     def __init__(
@@ -62,14 +72,15 @@ class Packed(grain.IterDataset):
         *,
         window: int,
         seed: int | None = None,
+        max_images: int | None = None,
     ):
         super().__init__(parent)
-        self._of_rows, self._window, self._seed = (seq_len, epoch, check), window, seed
+        self._of_rows, self._of_windows = (seq_len, epoch, check), (window, seed, max_images)
         self.iterator: _PackedIterator | None = None
 
     def __iter__(self) -> grain.DatasetIterator:
         parent = self._parent.__iter__()
-        self.iterator = _PackedIterator(parent, *self._of_rows, self._window, self._seed)
+        self.iterator = _PackedIterator(parent, *self._of_rows, *self._of_windows)
         return self.iterator
 
 
@@ -100,8 +111,8 @@ class _RowIterator(grain.DatasetIterator):
         super().__init__(parent)
         self._seq_len, self._epoch, self._check, self._barren = seq_len, epoch, check, 0
         self._start = parent.get_state()  # where what is in use was begun to be read
-        # counts and marks at _start, and now
-        self._before = self._seen = (0,) * len(COUNTS + MARKS)
+        # counts, marks and lost images at _start, and now
+        self._before = self._seen = read_seen(())
         self._num_rows = 0
         self._yielded = (0,) * len(YIELDED)
 
@@ -118,10 +129,10 @@ class _RowIterator(grain.DatasetIterator):
 
     def _read(self) -> Encoded:
         encoded = next(self._parent)
-        more = encoded.counts + encoded.marks
+        more = (*encoded.counts, *encoded.marks, encoded.images_lost)
         self._seen = tuple(map(sum, zip(self._seen, more, strict=True)))
         if self._seen[0] == self._epoch:
-            self._check(self._seen[len(COUNTS) :])
+            self._check(self._seen[len(COUNTS) : -1])
         self._barren = 0 if encoded.pieces else self._barren + 1
         if self._barren == self._epoch:  # an infinite repeat would look for ever
             counts = dict(zip(COUNTS, self._seen, strict=False))
@@ -144,15 +155,17 @@ class _RowIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         self._start = state["documents"]
         self._parent.set_state(self._start)
-        self._before, self._seen = (_with_marks(state[name]) for name in ("before", "seen"))
+        self._before, self._seen = (read_seen(state[name]) for name in ("before", "seen"))
         self._num_rows = state["rows"]
         self._yielded = tuple(state.get("yielded", (0,) * len(YIELDED)))
 
 
-def _with_marks(counts: Sequence[int]) -> tuple[int, ...]:
-    """The counts and marks of a state; one of an older run, without marks, is not to be refused."""
+def read_seen(counts: Sequence[int]) -> tuple[int, ...]:
+    """Counts, marks and lost images of a state; an older run's lacks the last, or marks too, which
+    are then such as are not refused."""
     unknown = [int(mark == "some") for mark in MARKS] if len(counts) == len(COUNTS) else []
-    return (*counts, *unknown)
+    counts = (*counts, *unknown)
+    return (*counts, *[0] * (len(COUNTS) + len(MARKS) + 1 - len(counts)))
 
 
 class _PackedIterator(_RowIterator):
@@ -164,9 +177,10 @@ class _PackedIterator(_RowIterator):
         check: Check,
         window: int,
         seed: int | None,
+        max_images: int | None,
     ):
         super().__init__(parent, seq_len, epoch, check)
-        self._window, self._seed = window, seed
+        self._window, self._seed, self._max_images = window, seed, max_images
         self._rows: list[Row] | None = None  # of the window; None: not read yet
         self._number = self._row = 0  # of the window, and of the next row in it
 
@@ -195,7 +209,7 @@ class _PackedIterator(_RowIterator):
             room -= sum(map(len, encoded.pieces))
         if not self._window:
             return [[piece] for piece in pieces]
-        rows = fit_together(pieces, self._seq_len)
+        rows = fit_together(pieces, self._seq_len, self._max_images)
         if self._seed is not None:
             order = np.random.default_rng([self._seed, self._number]).permutation(len(rows))
             rows = [rows[i] for i in order]
@@ -261,17 +275,19 @@ def make_batch(
     seq_len: int,
     pad_id: int = 0,
     own: Sequence[int] | None = None,
+    images: ImageReader | None = None,
 ) -> dict[str, np.ndarray]:
     """Rows as arrays; rows that lack are padding.
 
     Args:
       num_rows: of the whole batch.
       own: numbers of those that become arrays, on this process; None: all.
+      images: decodes those of these rows; None: there are none.
 
     Returns:
       tokens, targets, positions, segment_ids int32 and loss_mask float32, [B, T] of `own`; doc_ids
       int64 [B, M] of all rows, so that any process can name them; -1 where a row has fewer than M
-      segments.
+      segments. Of images what `ImageReader.decode` gives.
     """
     own = range(num_rows) if own is None else own
     shape = (len(own), seq_len)
@@ -289,6 +305,8 @@ def make_batch(
             positions_BT[part], segments_BT[part] = np.arange(len(piece)), m + 1
             mask_BT[part] = piece.counts
             at += len(piece)
+    seen = [rows[number] if number < len(rows) else () for number in own]
+    pictures = {} if images is None else images.decode([_runs_of(row) for row in seen])
     return {
         "tokens": tokens_BT,
         "targets": targets_BT,
@@ -296,4 +314,9 @@ def make_batch(
         "positions": positions_BT,
         "segment_ids": segments_BT,
         "doc_ids": ids_BM,
+        **pictures,
     }
+
+
+def _runs_of(row: Sequence[Piece]) -> list[Run]:
+    return [run for piece in row for run in piece.runs]

@@ -27,7 +27,8 @@ from llmprep_jax.data.encoding import (
     check_answers,
     refuse_marks,
 )
-from llmprep_jax.data.packing import YIELDED, Packed, Stream, make_batch
+from llmprep_jax.data.images import ImageReader
+from llmprep_jax.data.packing import YIELDED, Packed, Stream, make_batch, read_seen
 from llmprep_jax.data.split import CHECK_SECONDS, Documents, Split, open_documents
 
 Batch = dict[str, np.ndarray]
@@ -107,7 +108,8 @@ class Batches:
         Returns:
           Counts by name: `documents` read, their `tokens` and `targets` (tokens that count for the
           loss), `rows` made; documents `split`, `truncated` (which `lost` so many targets),
-          `dropped` as too long, and `empty`, without a target. Reading runs ahead of the batches by
+          `dropped` as too long, and `empty`, without a target; `images_lost` with what was cut off
+          or dropped. Reading runs ahead of the batches by
           a packing window; `yielded` are the documents, tokens and targets in the batches given out
           so far. `sources`: the same for each path of a mixture.
         """
@@ -120,7 +122,8 @@ class Batches:
             for documents, state in zip(self._documents, states, strict=True)
         }
         total = {
-            key: sum(counts[key] for counts in by_source.values()) for key in (*COUNTS, "rows")
+            key: sum(counts[key] for counts in by_source.values())
+            for key in (*COUNTS, "images_lost", "rows")
         }
         parts = [counts["yielded"] for counts in by_source.values()]
         total["yielded"] = {key: sum(part[key] for part in parts) for key in YIELDED}
@@ -160,7 +163,8 @@ def _find_packs(state: Any) -> list[dict[str, Any]]:
 
 def _counts_of(state: dict[str, Any]) -> dict[str, Any]:
     """The counts that a row iterator's state holds; those of older runs lack what was given out."""
-    counts = dict(zip(COUNTS, state["seen"], strict=False))
+    seen = read_seen(state["seen"])
+    counts = {**dict(zip(COUNTS, seen, strict=False)), "images_lost": seen[-1]}
     yielded = dict(zip(YIELDED, state.get("yielded", (0, 0, 0)), strict=True))
     return counts | {"rows": state["rows"], "yielded": yielded}
 
@@ -178,6 +182,7 @@ def build(
     pad_id: int = 0,
     encode_part: EncodeText | None = None,
     encode_completion: EncodeCompletion | None = None,
+    images: ImageReader | None = None,
     template: str = "the tokenizer",
     rows: Sequence[int] | None = None,
     split: Split = "train",
@@ -185,7 +190,7 @@ def build(
     """The batches that a run trains on.
 
     Args:
-      encode, encode_chat, eos_id, encode_part, encode_completion: as in `Encoder`;
+      encode, encode_chat, eos_id, encode_part, encode_completion, images: as in `Encoder`;
         `cfg.encoders(tokenizer)` has them all, and what follows.
       pad_id: of padding; any id does, since nothing counts there.
       template: where the chat template comes from, for messages.
@@ -197,7 +202,9 @@ def build(
       ValueError: no document, a broken document, or settings that do not go together.
     """
     groups = open_documents(cfg, split)
-    encoder = _make_encoder(cfg, encode, encode_chat, eos_id, encode_part, encode_completion)
+    encoder = _make_encoder(
+        cfg, encode, encode_chat, eos_id, encode_part, encode_completion, images
+    )
     packs = []
     for number, documents in enumerate(groups):
         order = grain.MapDataset.source(documents)
@@ -208,17 +215,21 @@ def build(
         seed = _seed_of(cfg.seed, number) if cfg.shuffle else None
         packs.append(_pack(cfg, order.map(encoder), documents, template, seed))
     packed = grain.IterDataset.mix(packs, cfg.weights) if cfg.weights else packs[0]
-    dataset = _prefetched(cfg, _batched(cfg, packed, pad_id, rows))
-    return Batches(dataset, packs, groups, _identify(cfg, groups, split))
+    dataset = _prefetched(cfg, _batched(cfg, packed, pad_id, rows, encoder.images))
+    return Batches(dataset, packs, groups, _identify(cfg, groups, split, encoder.images))
 
 
 def _batched(
-    cfg: DataConfig, packed: grain.IterDataset, pad_id: int, rows: Sequence[int] | None
+    cfg: DataConfig,
+    packed: grain.IterDataset,
+    pad_id: int,
+    rows: Sequence[int] | None,
+    images: ImageReader | None,
 ) -> grain.IterDataset:
     """Batches of packed rows, of which `rows` become arrays."""
     size = cfg.batch_size
     finish = functools.partial(
-        make_batch, num_rows=size, seq_len=cfg.seq_len, pad_id=pad_id, own=rows
+        make_batch, num_rows=size, seq_len=cfg.seq_len, pad_id=pad_id, own=rows, images=images
     )
     return packed.batch(size, batch_fn=finish)
 
@@ -235,6 +246,7 @@ def _make_encoder(
     eos_id: int | None,
     encode_part: EncodeText | None,
     encode_completion: EncodeCompletion | None,
+    images: ImageReader | None,
 ) -> Encoder:
     anywhere = cfg.packing == "stream" and cfg.overlong in (None, "split")
     return Encoder(
@@ -246,6 +258,7 @@ def _make_encoder(
         answers_only=cfg.mask == "answers",
         encode_part=encode_part,
         encode_completion=encode_completion,
+        images=None if cfg.packing == "stream" else images,
     )
 
 
@@ -264,7 +277,7 @@ def _pack(
     if cfg.packing == "stream":
         return Stream(*of_rows)
     window = cfg.pack_window if cfg.packing == "packed" else 0
-    return Packed(*of_rows, window=window, seed=seed)
+    return Packed(*of_rows, window=window, seed=seed, max_images=cfg.max_images)
 
 
 def _prefetched(cfg: DataConfig, dataset: grain.IterDataset) -> grain.IterDataset:
@@ -273,10 +286,13 @@ def _prefetched(cfg: DataConfig, dataset: grain.IterDataset) -> grain.IterDatase
     return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=cfg.prefetch)
 
 
-def _identify(cfg: DataConfig, groups: Sequence[Documents], split: Split) -> dict[str, Any]:
+def _identify(
+    cfg: DataConfig, groups: Sequence[Documents], split: Split, images: ImageReader | None
+) -> dict[str, Any]:
     """What a place in the data depends on; not the paths: folders move, typos are corrected."""
     keys = ("weights", "seq_len", "batch_size", "packing", "pack_window", "mask", "overlong")
     keys = (*keys, "shuffle", "seed", "holdout", "special_tokens", "date", "format")
+    keys = keys if images is None else (*keys, "max_images")
     settings = {key: getattr(cfg, key) for key in keys}
     sizes = [[len(documents), len(documents.ids)] for documents in groups]
     return {"documents": sizes, **settings, "split": split}
@@ -311,6 +327,7 @@ def evaluation_batches(
     pad_id: int = 0,
     encode_part: EncodeText | None = None,
     encode_completion: EncodeCompletion | None = None,
+    images: ImageReader | None = None,
     template: str = "the tokenizer",
     rows: Sequence[int] | None = None,
     split: Split = "heldout",
@@ -321,16 +338,18 @@ def evaluation_batches(
     """
     cfg = dataclasses.replace(cfg, weights=None, shuffle=False, num_epochs=1)
     groups = open_documents(cfg, split)
-    encoder = _make_encoder(cfg, encode, encode_chat, eos_id, encode_part, encode_completion)
+    encoder = _make_encoder(
+        cfg, encode, encode_chat, eos_id, encode_part, encode_completion, images
+    )
     for documents in groups:
         check_answers(encoder, documents, documents.title, template, CHECK_SECONDS)
-    identity = _identify(cfg, groups, split)
+    identity = _identify(cfg, groups, split, encoder.images)
 
     def make() -> Batches:
         (documents,) = groups
         encoded = grain.MapDataset.source(documents).map(encoder)
         pack = _pack(cfg, encoded, documents, template, None)
-        dataset = _prefetched(cfg, _batched(cfg, pack, pad_id, rows))
+        dataset = _prefetched(cfg, _batched(cfg, pack, pad_id, rows, encoder.images))
         return Batches(dataset, [pack], groups, identity)
 
     return EvaluationBatches(make)

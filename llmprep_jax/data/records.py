@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from llmprep_jax.data.documents import Document, Messages
+from llmprep_jax.data.images import name_parts
 
 RecordFormat = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt"]
 Record = Mapping[str, Any]
@@ -175,6 +176,7 @@ def _conversation(record: Record, messages: Messages, used: Iterable[str], name:
     fields = {key: value for key, value in record.items() if key not in set(used)}
     if isinstance(fields.get("tools"), str):  # columns of tables hold JSON as text
         fields["tools"] = _parse("tools", fields["tools"]) if fields["tools"].strip() else None
+    messages, fields = name_parts(messages, fields)
     return Document(name, messages=messages, fields=fields)
 
 

@@ -279,6 +279,7 @@ def describe_data(report: Mapping[str, Any], trained: Trained | None) -> str:
         f"read ahead up to {report['documents']:,} documents of {report['tokens']:,} tokens",
         f"longer than the context: {long}{lost}",
         *([f"without a target: {report['empty']:,}"] if report["empty"] else []),
+        *([f"images lost: {report['images_lost']:,}"] if report.get("images_lost") else []),
     ]
     return "data: " + "; ".join(parts)
 

@@ -122,12 +122,15 @@ class ImageProcessor:
         """Writes both files, for transformers 5 and for what reads older ones."""
         write_files(folder, self.fields(), {**self.processor_fields, **processor_fields})
 
-    def __call__(self, images: Any, names: Sequence[str] | None = None) -> Pixels:
+    def __call__(
+        self, images: Any, names: Sequence[str] | None = None, num_images: int | None = None
+    ) -> Pixels:
         """The pictures of an image, or of a sequence of them: those of one conversation, in order.
 
         Args:
           images: each as `open_image` takes them.
           names: what errors call them; None: their paths, else "image 0".
+          num_images: of the conversation, where these are some of them; None: these are all.
 
         Raises FileNotFoundError or ValueError, on one line, naming the image.
         """
@@ -137,7 +140,7 @@ class ImageProcessor:
         for source, name in zip(sources, names, strict=True):
             image = open_rgb(source, name=name, max_pixels=self.max_pixels)
             try:
-                views.append(self._view(image, len(sources)))
+                views.append(self._view(image, num_images or len(sources)))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         highs = [view.high for view in views if view.high is not None]

@@ -244,6 +244,7 @@ def test_the_report_tells_what_was_done_to_documents(tmp_path):
         "lost": 11 + 10,
         "dropped": 0,
         "empty": 2,
+        "images_lost": 0,
         "rows": 4,
         "yielded": {"documents": 3, "tokens": 8 + 16 + 32, "targets": 3 + 4 + 32},
     }
