@@ -37,6 +37,7 @@ def written(folder, targets, layers=(1, 2), experts=range(8)):
 EXPERTS = r".*\.experts\.\d+\.gate_proj"
 
 
+@pytest.mark.slow  # compiles the probe of a whole model; the format alone is in test_experts
 def test_experts_adapters_are_keys_of_each_expert_both_ways(tmp_path):
     tensors, products = written(tmp_path, EXPERTS)
     base = load()
