@@ -54,8 +54,8 @@ class Flops:
       context: mean number of tokens that a token attends to; T / 2 for causal rows of T.
     """
 
-    frozen: int
-    trained: int
+    frozen: int | float
+    trained: int | float
     attention: int = 0
     context: float = 0.0
 
@@ -68,11 +68,12 @@ class Flops:
 def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops:
     """The FLOPs of a model from its Config and its weights, trained and frozen.
 
-    Layers with a sliding window count as full ones.
+    Layers with a sliding window count as full ones. Of a composed model what its language model
+    computes counts alone: towers compute for images, of which tokens are no measure.
 
     Args:
-      cfg: has num_layers, num_heads, head_dim and tie_embeddings; and active_share, of the experts
-        that compute for a token, where leaves are below "experts".
+      cfg: its `decoder` has num_layers, num_heads, head_dim and tie_embeddings; and active_share,
+        of the experts that compute for a token, where leaves are below "experts".
       params, frozen: trees of arrays or shapes; the tables are the leaves below "embed".
       seq_len: T.
     """
@@ -81,7 +82,7 @@ def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops:
         flat = jax.tree_util.tree_flatten_with_path(tree)[0]
         return {tuple(path_name(path).split(".")): leaf.size for path, leaf in flat}
 
-    trained = sizes(params)
+    trained, is_composed, cfg = sizes(params), cfg.decoder is not cfg, cfg.decoder
 
     def in_products(tree):
         # a module that is trained whole computes in place of its base, which lies beside it
@@ -89,6 +90,7 @@ def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops:
             size * (cfg.active_share if "experts" in name else 1)
             for name, size in sizes(tree).items()
             if (cfg.tie_embeddings or "embed" not in name)
+            and (name[0] == "language" or not is_composed)
             and not (name[-2:-1] == ("base",) and (*name[:-2], "trained", name[-1]) in trained)
         )
 

@@ -25,10 +25,12 @@ from tests.full_disk import disk_for_files_of
 
 
 class Config:
+    """Of a model that is its own decoder."""
+
     num_layers, num_heads, head_dim = 2, 3, 4
 
     def __init__(self, tie_embeddings):
-        self.tie_embeddings = tie_embeddings
+        self.tie_embeddings, self.decoder = tie_embeddings, self
 
 
 TREE = {"embed": {"w": np.ones((100, 8))}, "layers": {"w": np.ones((2, 8, 8))}}
@@ -169,3 +171,12 @@ def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path, kind):
         file.write({"step": 1, "loss": 2.0, "eval_loss": 3.0})
     assert str(error.value).startswith(f"cannot write {tmp_path / 'metrics'}")
     file.close()
+
+
+def test_towers_of_composed_models_are_in_no_token():
+    class Composed:
+        decoder = Config(True)
+
+    tree = {"language": TREE, "vision": {"w": np.ones((50, 50))}}
+    assert count_flops(Composed(), tree, {}, seq_len=10).per_token == 5568 + 1440
+    assert count_flops(Composed(), {}, tree, seq_len=10).per_token == 4 * 928 + 1440

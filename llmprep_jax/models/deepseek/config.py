@@ -116,7 +116,7 @@ class Config(LanguageConfig):
         return [(is_moe, range(layers[0], layers[-1] + 1)) for is_moe, layers in runs]
 
     @property
-    def head_dim(self) -> float:
+    def head_dim(self) -> int | float:
         """Mean width of a head's two products, which is what its FLOPs are counted by."""
         if self.attention == "heads":
             return self.dim // self.num_heads
