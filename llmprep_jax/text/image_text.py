@@ -5,6 +5,7 @@ in a text. It is one token until the whole is tokenised, and then a run of as ma
 the ids are those of a text with the run written out, and what is known of characters stays exact.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,12 +63,20 @@ class ImageTextProcessor(Processor):
     Args:
       images: the image processor, see `vision.processor`.
       marker: what stands for an image in texts, a special token.
+      image_token: which token is repeated for an image; None: the marker.
     """
 
-    def __init__(self, tokenizer: Tokenizer, images: Any, marker: str, padding_side: str = "left"):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        images: Any,
+        marker: str,
+        padding_side: str = "left",
+        image_token: str | None = None,
+    ):
         super().__init__(tokenizer, padding_side)
         self.images, self.marker = images, marker
-        self.image_id = tokenizer.id_of(marker)
+        self.image_id = tokenizer.id_of(image_token or marker)
         if tokenizer.chat_template is not None:
             tokenizer.chat.kinds = KINDS
 
@@ -109,15 +118,53 @@ class ImageTextProcessor(Processor):
             taken.append([next(left) if place is None else place[0] for place in places])
         return [item if isinstance(item, str) else _without_sources(item) for item in items], taken
 
+    def _look_at(self, images: list[list[Any]], count: int) -> list[Any]:
+        return [self.images(own) if own else None for own in images]
+
+    def wrapped(self, pixels: Any) -> list[str] | None:
+        """What is written in place of each marker, with an image token for each that is expanded;
+        None: the marker stands for itself."""
+        return None
+
+    def _write_places(
+        self, text: str, seen: Any, literals: Sequence[int] = ()
+    ) -> tuple[str, list[int]]:
+        pieces = None if seen is None else self.wrapped(seen)
+        if pieces is None:
+            return text, list(literals)
+        return replace_markers(text, self.marker, pieces, literals)
+
     def _place_images(
-        self, rows: list[list[int]], images: list[list[Any]]
+        self, rows: list[list[int]], seen: list[Any]
     ) -> tuple[list[list[int]], dict[str, Any]]:
-        pixels = [self.images(own) if own else None for own in images]
         expanded = []
-        for row, seen in zip(rows, pixels, strict=True):
-            lengths = [] if seen is None else self.count_tokens(seen)
+        for row, pixels in zip(rows, seen, strict=True):
+            lengths = [] if pixels is None else self.count_tokens(pixels)
             expanded.append(expand_markers(row, self.image_id, lengths)[0])
-        return expanded, self.media(pixels) if any(images) else {}
+        return expanded, {} if all(x is None for x in seen) else self.media(seen)
+
+
+def replace_markers(
+    text: str, marker: str, pieces: Sequence[str], literals: Sequence[int] = ()
+) -> tuple[str, list[int]]:
+    """A text with its i-th marker replaced by `pieces[i]`, and where places of it are now.
+
+    Args:
+      literals: places at which what looks like a marker is none.
+    """
+    taken, left = set(literals), iter(pieces)
+    edits = [
+        (match.start(), next(left))
+        for match in re.finditer(re.escape(marker), text)
+        if match.start() not in taken
+    ]
+    parts, end = [], 0
+    for start, piece in edits:
+        parts += [text[end:start], piece]
+        end = start + len(marker)
+    added = [(start, len(piece) - len(marker)) for start, piece in edits]
+    moved = [place + sum(more for start, more in added if start < place) for place in literals]
+    return "".join([*parts, text[end:]]), moved
 
 
 def stack_rows(rows: Sequence[np.ndarray | None]) -> np.ndarray:

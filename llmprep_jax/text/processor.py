@@ -87,6 +87,7 @@ class Processor:
         items = _listed(messages_or_texts)
         is_one = items is not messages_or_texts
         items, pictures = self._take_images(items, images, is_one, special_tokens)
+        seen = self._look_at(pictures, len(items))
         if isinstance(items[0], str):
             if variables:
                 raise ValueError(
@@ -94,20 +95,17 @@ class Processor:
                     " out, or give messages"
                 )
             if special_tokens == "everywhere":
-                rows = self.tokenizer.encode_batch(items)
+                texts = [self._write_places(*pair)[0] for pair in zip(items, seen, strict=True)]
+                rows = self.tokenizer.encode_batch(texts)
             else:
                 rows = [self.tokenizer.encode(text, parse_special=False) for text in items]
         else:
-            rows = [
-                self._encode(
-                    item, add_generation_prompt, continue_final_message, special_tokens, variables
-                )
-                for item in items
-            ]
+            kind = (add_generation_prompt, continue_final_message, special_tokens, variables)
+            rows = [self._encode(*pair, *kind) for pair in zip(items, seen, strict=True)]
         for i, row in enumerate(rows):
             if not row:
                 raise ValueError(f"text {i} has no tokens; a model needs at least one")
-        rows, media = self._place_images(rows, pictures)
+        rows, media = self._place_images(rows, seen)
         return {**self._pad(rows), **media}
 
     def decode(
@@ -138,8 +136,18 @@ class Processor:
             raise ValueError("this model reads text only; call the processor without images")
         return items, []
 
+    def _look_at(self, images: list[list[Any]], count: int) -> list[Any]:
+        """What the image processor makes of each prompt's images; None where it has none."""
+        return [None] * count
+
+    def _write_places(
+        self, text: str, seen: Any, literals: Sequence[int] = ()
+    ) -> tuple[str, list[int]]:
+        """A text with what is written around images, and where spelled tokens are none."""
+        return text, list(literals)
+
     def _place_images(
-        self, rows: list[list[int]], images: list[list[Any]]
+        self, rows: list[list[int]], seen: list[Any]
     ) -> tuple[list[list[int]], dict[str, Any]]:
         """(ids with the tokens that images are, what the model is given beside them)."""
         return rows, {}
@@ -147,6 +155,7 @@ class Processor:
     def _encode(
         self,
         messages: Conversation,
+        seen: Any,
         add_generation_prompt: bool | None,
         continue_final_message: bool,
         special_tokens: SpecialTokens,
@@ -161,6 +170,7 @@ class Processor:
         literals = []
         if special_tokens == "template" and self.tokenizer.spellings is not None:
             literals = self.chat.find_literals(messages, self.tokenizer.spellings, **variables)
+        text, literals = self._write_places(text, seen, literals)
         return self.tokenizer.encode_with_offsets(text, False, literals=literals)[0]
 
     def _pad(self, rows: list[list[int]]) -> Inputs:
