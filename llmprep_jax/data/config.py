@@ -53,6 +53,7 @@ class DataConfig:
       prefetch: batches prepared ahead by a thread; 0: none.
       threads: that read and encode documents; 0: the one that prepares batches does, which is
         faster (160,000 tokens/s of chats; two reach 105,000) unless files are on a slow network.
+      decoders: processes that decode images; 0: the thread that prepares batches does.
     """
 
     paths: tuple[str, ...]
@@ -74,6 +75,7 @@ class DataConfig:
     holdout: float = 0.0
     prefetch: int = 2
     threads: int = 0
+    decoders: int = 0
 
     def __post_init__(self):
         settle(self)
@@ -83,7 +85,7 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        for name in ("prefetch", "threads", "seed"):
+        for name in ("prefetch", "threads", "decoders", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if not 0 <= self.holdout < 1:
@@ -103,7 +105,7 @@ class DataConfig:
         processor that it is of, where that sees."""
         now = None if self.date is None else _parse_date(self.date)
         sees = isinstance(processor, ImageTextProcessor)
-        images = ImageReader(processor, self.max_images) if sees else None
+        images = ImageReader(processor, self.max_images, self.decoders) if sees else None
         encoders = text_encoders(tokenizer, special_tokens=self.special_tokens, now=now)
         return {**encoders, "images": images}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llmprep_jax.data.decoding import Decoder, Picture
 from llmprep_jax.text.image_text import ImageTextProcessor, expand_markers
 from llmprep_jax.vision.open import image_size
 
@@ -62,10 +63,12 @@ class ImageReader:
     Args:
       processor: its template writes a marker for an image part.
       max_images: M, pictures of a row.
+      workers: processes that decode them; 0: this one.
     """
 
-    def __init__(self, processor: ImageTextProcessor, max_images: int):
+    def __init__(self, processor: ImageTextProcessor, max_images: int, workers: int = 0):
         self.processor, self.max_images = processor, max_images
+        self._decoder = Decoder(processor.images, workers)
         blank = processor.images(np.zeros((8, 8, 3), np.uint8))
         self._shapes = {"images": (max_images, *blank.values.shape[1:])}
         if blank.high is not None:
@@ -113,13 +116,16 @@ class ImageReader:
         out["image_mask"] = np.zeros((len(rows), M), bool)
         if self._has_grids:
             out["grids"] = np.zeros((len(rows), M, 2), np.int32)
+        pictures = [Picture(str(run.ref.path), run.num_images) for runs in rows for run in runs]
+        decoded = self._decoder(pictures)
         for b, runs in enumerate(rows):
             at = 0
             for n, run in enumerate(runs):
-                name = str(run.ref.path)
-                pixels = self.processor.images(run.ref.path, [name], num_images=run.num_images)
+                pixels = next(decoded)
                 if len(pixels.values) != run.pictures:
-                    raise ValueError(f"{name}: has changed since it was packed; begin a new run")
+                    raise ValueError(
+                        f"{run.ref.path}: has changed since it was packed; begin a new run"
+                    )
                 part = b, slice(at, at + run.pictures)
                 out["images"][part], out["image_mask"][part] = pixels.values, True
                 if pixels.high is not None:

@@ -1,5 +1,6 @@
 """Documents with images: what tokens they are, that nothing cuts them, and their rows' pictures."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -17,6 +18,7 @@ from llmprep_jax.train.batches import place_batch
 from llmprep_jax.train.losses import next_token_loss
 from tests.data.corpora import same
 from tests.data.pictured import asked, draw, make_processor, write
+from tests.grids import cases
 from tests.models import seeing
 from tests.models.seeing import EACH, IMAGE, SIDE
 
@@ -122,7 +124,11 @@ def test_packed_rows_have_the_loss_of_rows_of_their_own(tmp_path, processor):
     assert abs(loss(swapped).total - loss(placed[0]).total) > 1e-3
 
 
-@pytest.mark.parametrize("fields", [{}, {"threads": 2, "prefetch": 2}], ids=["alone", "threads"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, pytest.param({"threads": 2, "prefetch": 2, "decoders": 2}, marks=pytest.mark.slow)],
+    ids=["alone", "processes"],
+)
 def test_a_stream_with_images_goes_on_bit_by_bit(tmp_path, processor, fields):
     cfg = config(write(tmp_path, talks(20)), shuffle=True, pack_window=2, num_epochs=2, **fields)
     whole, states = [], []
@@ -131,6 +137,7 @@ def test_a_stream_with_images_goes_on_bit_by_bit(tmp_path, processor, fields):
         whole.append(batch)
         states.append(json.dumps(stream.get_state()))
     assert len(whole) > 6
+    cfg = dataclasses.replace(cfg, decoders=0)
     resumed = batches(cfg, processor)
     resumed.set_state(json.loads(states[3]))
     assert all(same(a, b) for a, b in zip(resumed, whole[4:], strict=True))
@@ -216,12 +223,13 @@ def test_broken_images_are_told_of_in_one_line_with_their_document(
     assert "\n" not in str(error.value)
 
 
-def test_a_picture_that_breaks_behind_its_header_names_its_file(tmp_path, processor):
+@pytest.mark.parametrize("decoders", cases([0, 1], fast=[0], slow=[1]))
+def test_a_picture_that_breaks_behind_its_header_names_its_file(tmp_path, processor, decoders):
     path = write(tmp_path, [asked(10, "a")])
     file = tmp_path / "images/10.png"
     file.write_bytes(file.read_bytes()[:45])
     with pytest.raises(ValueError, match=r"images/10.png: cannot be decoded") as error:
-        list(batches(config(path), processor))
+        list(batches(config(path, decoders=decoders), processor))
     assert "\n" not in str(error.value)
 
 
