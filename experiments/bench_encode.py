@@ -32,7 +32,7 @@ class Settings:
 
     model: str = "all"  # a preset, or all of the two small ones
     part: Literal["all", "images", "texts"] = "all"  # which tower is timed
-    batch_size: tuple[int, ...] = (1, 32)
+    batch_size: tuple[int, ...] = (1, 32)  # images or texts of a call
     rounds: int = 7  # timed calls of each contender
     out: pathlib.Path | None = None  # a JSON file for the numbers; of several, one with each name
 

@@ -150,6 +150,8 @@ def test_every_command_line_is_read(as_users_run_it, page, line):
         override(settings, overrides)
     elif module == "experiments.demo":
         override(command.get_config(), overrides)
+    elif module == "experiments.synthesize":
+        override(command.Synthesis(), overrides)
     elif hasattr(command, "Settings"):
         override(command.Settings(), overrides)
     else:

@@ -6,6 +6,7 @@ memory under `model.language_model.`.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -96,7 +97,7 @@ class Model(ComposedModel):
     """The toy."""
 
     stacks = ("vision.blocks", "language.layers")
-    image_id, tokens_per_image = IMAGE_ID, P
+    image_id, tokens_per_image, image_sizes = IMAGE_ID, P, MappingProxyType({"images": 4})
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg, self.source = cfg, Source()

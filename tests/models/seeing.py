@@ -3,6 +3,7 @@ language models."""
 
 import dataclasses
 import functools
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ class Config(ComposedConfig):
 
 class Model(ComposedModel):
     stacks = ("language.layers",)
-    image_id, tokens_per_image, image_sizes = IMAGE, EACH, {"images": SIDE}
+    image_id, tokens_per_image, image_sizes = IMAGE, EACH, MappingProxyType({"images": SIDE})
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg, self.source = cfg, Source()
