@@ -14,7 +14,7 @@ from llmprep_jax.models.model_config import ComposedConfig, LanguageConfig
 from llmprep_jax.nn.base_model import Source
 from llmprep_jax.nn.composed import ComposedModel
 from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.nn.media import merge_images, number_runs, split_rows
+from llmprep_jax.nn.media import merge_images, number_runs, of_rows, split_rows
 from tests.models.tiny import CONFIGS
 from tests.random_modules import fill
 
@@ -46,20 +46,11 @@ class Model(ComposedModel):
         )
 
     def image_features(self, images):
-        patches = merge_images(images)
-        patches = jax.lax.reshape(
-            patches,
-            (len(patches), EACH, SIDE * SIDE * 3 // EACH),
-            out_sharding=jax.typeof(patches).sharding if _is_sharded(patches) else None,
-        )
+        patches = of_rows(merge_images(images), (EACH, SIDE * SIDE * 3 // EACH))
         return split_rows(self.tower(patches), len(images))
 
     def spans(self, tokens):
         return number_runs(tokens == IMAGE) if self.cfg.sees_all else None
-
-
-def _is_sharded(x) -> bool:
-    return bool(jax.sharding.get_abstract_mesh().shape)
 
 
 @functools.cache

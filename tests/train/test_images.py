@@ -91,7 +91,7 @@ def after_a_step(accumulate: int, is_meshed: bool):
             arrays = place_batch(batch, accumulate)
             copy = jax.tree.map(jnp.copy, state)
             after, metrics = step(copy, frozen, arrays)
-            grown.append((jax.device_get(after.params), jax.device_get(metrics)))
+            grown.append(jax.device_get((after.opt_state, metrics)))
     return grown
 
 
@@ -101,11 +101,12 @@ def after_a_step(accumulate: int, is_meshed: bool):
 )
 def test_rows_keep_their_images_when_a_batch_is_cut(accumulate, is_meshed):
     whole, shuffled = after_a_step(1, False)
-    (params, metrics), _ = after_a_step(accumulate, is_meshed)
+    (moments, metrics), _ = after_a_step(accumulate, is_meshed)
     assert metrics["images"] == 16
     np.testing.assert_allclose(metrics["loss"], whole[1]["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], whole[1]["grad_norm"], rtol=1e-4)
-    chex.assert_trees_all_close(params, whole[0], atol=2e-4)
+    # of the gradients; parameters of hardly any move by Adam's whole step this way or that
+    chex.assert_trees_all_close(moments, whole[0], atol=1e-6, rtol=1e-3)
     # the same pictures in other rows are another batch
     assert abs(shuffled[1]["loss"] - whole[1]["loss"]) > 1e-3
 
