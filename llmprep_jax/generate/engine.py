@@ -10,7 +10,7 @@ seeds and ids are arguments.
 import dataclasses
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -274,7 +274,7 @@ class Engine:
         stops[: len(stop_ids)] = stop_ids
         ended_B = np.zeros(len(state.done_B), bool) if ended_B is None else ended_B
         with on_mesh_of(self.model):
-            decode = _decode if is_plain else speculative.decode
+            decode = _compiled(_decode if is_plain else speculative.decode, self._on_cpu)
             return decode(stepper, state, np.int32(until), stops, ended_B, sampling)
 
     def _stepper(self, num_rows: int, num_drafts: int = 0) -> nnx.Module:
@@ -334,7 +334,12 @@ def _begin(model, cache, logits_BV, seen, key, pad_id, sampling, num_slots, num_
     )
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.cache
+def _compiled(decode: Callable[..., Any], on_cpu: bool) -> Callable[..., Any]:
+    options = layout.CPU_OPTIONS if on_cpu else None
+    return jax.jit(decode, donate_argnames="state", compiler_options=options)
+
+
 def _decode(model, state, until, stop_ids, ended_B, sampling) -> State:
     def going(state):
         return (state.step < until) & ~jnp.all(state.done_B)

@@ -164,9 +164,11 @@ def prefill(
     return _draft(model, sampling, state, hidden_BTD, text_BT, place, last_B)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
 def decode(model, state, until, stop_ids, ended_B, sampling) -> State:
-    """Draws until every row that is not done, or ended, has `until` tokens or more."""
+    """Draws until every row that is not done, or ended, has `until` tokens or more.
+
+    To be compiled, the state donated.
+    """
     done_B = state.done_B | ended_B | jnp.isin(state.last_BM[:, -1], stop_ids)
     state = dataclasses.replace(state, done_B=done_B)
 
