@@ -25,15 +25,9 @@ class ComposedModel(BaseModel):
 
     Attributes:
       language: the language model.
-      image_id: the token that stands for a feature of an image.
-      tokens_per_image: how many there are of each; None: that depends on the image.
-      image_sizes: sides of images in pixels, by the names that the call has for them.
     """
 
     language: LanguageModel
-    image_id: int
-    tokens_per_image: int | None = None
-    image_sizes: Mapping[str, int]
 
     @on_own_mesh
     def __call__(
@@ -78,6 +72,21 @@ class ComposedModel(BaseModel):
     def extras(self) -> tuple[str, ...]:
         return tuple(f"language.{name}" for name in self.language.extras)
 
+    @property
+    def image_id(self) -> int | None:
+        """The token that stands for a feature of an image."""
+        return self.cfg.image_id
+
+    @property
+    def tokens_per_image(self) -> int | None:
+        """How many there are of each; None: that depends on the image."""
+        return self.cfg.tokens_per_image
+
+    @property
+    def image_sizes(self) -> Mapping[str, int]:
+        """Sides of images in pixels, by the names that the call has for them."""
+        return {"images": self.cfg.vision.image_size}
+
     def image_features(self, **media: Array) -> Float[Array, "B J D"]:
         """What the language model reads of each row's images, one after another."""
         raise AttributeError(f"{type(self).__name__} does not say what images become")
@@ -87,7 +96,11 @@ class ComposedModel(BaseModel):
         return count_tokens(tokens == self.image_id)
 
     def by_row(self, tokens: Int[Array, "B T"], media: dict[str, Any]) -> dict[str, Array]:
-        """Media as given from outside, of whole rows."""
+        """Media as given from outside, of whole rows.
+
+        Raises:
+          ValueError: other media than the model takes, or than the tokens are of.
+        """
         given = {name: jnp.asarray(x) for name, x in media.items() if x is not None}
         each = self.tokens_per_image
         if each is None:
@@ -97,7 +110,11 @@ class ComposedModel(BaseModel):
                 f"this model takes {' and '.join(self.image_sizes)}; it got {', '.join(given)}"
             )
         group = functools.partial(group_images, tokens, self.image_id, each)
-        return {name: group(x) if x.ndim == 4 else x for name, x in given.items()}
+        rows = {name: group(x) if x.ndim == 4 else x for name, x in given.items()}
+        if not isinstance(tokens, jax.core.Tracer):
+            for x in rows.values():
+                check_rows(tokens, self.image_id, each, x.shape[1])
+        return rows
 
     @on_own_mesh
     def embed_inputs(self, tokens: Int[Array, "B T"], **media: Array) -> Float[Array, "B T D"]:
@@ -146,6 +163,18 @@ class ComposedModel(BaseModel):
             loads = {f"language.{path}": load for path, load in stats["loads"].items()}
             stats = {**stats, "loads": loads}
         return total, count, stats
+
+
+def check_rows(tokens: Int[Array, "B T"], image_id: int, tokens_each: int, num_images: int) -> None:
+    """Refuses rows whose image tokens are no whole images, or more than rows hold images."""
+    counts_B = np.sum(np.asarray(tokens) == image_id, axis=1)
+    wrong_B = (counts_B % tokens_each != 0) | (counts_B > num_images * tokens_each)
+    if wrong_B.any():
+        row = int(np.argmax(wrong_B))
+        raise ValueError(
+            f"row {row} has {counts_B[row]} image tokens (id {image_id}), {tokens_each} an image,"
+            f" and rows hold {num_images} images at most"
+        )
 
 
 def group_images(

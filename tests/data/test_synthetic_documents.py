@@ -14,7 +14,6 @@ from llmprep_jax.data.synthetic_documents import KINDS, Settings, fonts, generat
 from llmprep_jax.data.synthetic_documents.content import asks_of_side
 from llmprep_jax.data.synthetic_documents.dice import Dice
 from llmprep_jax.data.synthetic_documents.fonts import find_families
-from llmprep_jax.data.synthetic_documents.grounding import to_text
 from llmprep_jax.data.synthetic_documents.kinds import MODULES
 from llmprep_jax.data.synthetic_documents.kinds.chart import nice_step
 from llmprep_jax.data.synthetic_documents.lexicon import LANGUAGES, say
@@ -422,12 +421,6 @@ def test_columns_of_characters_are_one_text_with_one_box():
 @pytest.mark.parametrize(("high", "step"), [(9, 2), (40, 10), (99, 20), (480, 100), (26, 10)])
 def test_axes_count_in_round_steps(high, step):
     assert nice_step(high) == step
-
-
-def test_answers_name_their_boxes_in_thousandths():
-    boxes = [(10, 20, 30, 40), (0, 0, 100, 200)]
-    expected = "<|ref|>$5<|/ref|><|det|>[[100, 100, 300, 200], [0, 0, 999, 999]]<|/det|>"
-    assert to_text("$5", boxes, (100, 200)) == expected
 
 
 def test_grounded_answers_hold_the_boxes_of_the_question():

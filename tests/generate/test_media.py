@@ -124,6 +124,16 @@ def test_images_that_the_tokens_are_not_of_are_refused_in_numbers(rows, count, p
         lp.generate_tokens(model, rows, max_new_tokens=2, media={"images": pictures(count)})
 
 
+def test_rows_with_more_image_tokens_than_they_hold_images_are_refused():
+    model, tokens = seeing("gemma3"), np.array([ROWS[0]])
+    one = IMAGES[None, :1]
+    with pytest.raises(ValueError, match=r"row 0 has 8 image tokens .id 95., 4 an image, and rows"):
+        model(tokens, images=one)
+    cut = np.where(np.cumsum(tokens == IMAGE, axis=1) == 8, 1, tokens)
+    with pytest.raises(ValueError, match="row 0 has 7 image tokens"):
+        model(cut, images=IMAGES[None, :2])
+
+
 def test_a_model_of_text_refuses_images():
     with pytest.raises(ValueError, match="this model reads text only; leave images out"):
         lp.generate_tokens(seeing("gemma3").language, [[1, 2]], media={"images": IMAGES})

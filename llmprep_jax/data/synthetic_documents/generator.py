@@ -13,12 +13,12 @@ from llmprep_jax.data.synthetic_documents import effects
 from llmprep_jax.data.synthetic_documents.content import Ask, Content, asks_of_side
 from llmprep_jax.data.synthetic_documents.dice import Dice
 from llmprep_jax.data.synthetic_documents.fonts import find_families
-from llmprep_jax.data.synthetic_documents.grounding import to_text
 from llmprep_jax.data.synthetic_documents.kinds import MODULES
 from llmprep_jax.data.synthetic_documents.lexicon import Language
 from llmprep_jax.data.synthetic_documents.page import Number, Page, Text
 from llmprep_jax.data.synthetic_documents.settings import Kind, Level, Settings
 from llmprep_jax.data.synthetic_documents.style import Style, choose_style, mix
+from llmprep_jax.vision.grounding import Place, format_place
 
 TINY_WIDTH = 112
 TINY_SIZES = {"en": 15.0, "zh-Hans": 17.0, "zh-Hant": 17.0}
@@ -181,5 +181,6 @@ def _question(ask: Ask, places: dict, settings: Settings, size: tuple[int, int])
     boxes = tuple(box for name in ask.fields for box in places[name])
     answer, text = ask.answers[0], ask.text
     if settings.grounding and boxes:
-        answer, text = to_text(answer, boxes, size), f"<|grounding|>{text}"
+        answer = format_place(Place(answer, tuple(boxes)), size)
+        text = f"<|grounding|>{text}"
     return Question(text, ask.answers, boxes, ask.category, answer)

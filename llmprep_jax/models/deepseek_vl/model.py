@@ -134,14 +134,6 @@ class Model(ComposedModel):
         return table(self.cfg)
 
     @property
-    def image_id(self) -> int:
-        return self.cfg.image_id
-
-    @property
-    def tokens_per_image(self) -> int:
-        return self.cfg.tokens_per_image
-
-    @property
     def image_sizes(self) -> dict[str, int]:
         sizes = {"images": self.cfg.vision.image_size}
         return sizes if self.high is None else {**sizes, "images_high": self.cfg.high.image_size}

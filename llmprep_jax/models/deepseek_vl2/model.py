@@ -80,9 +80,9 @@ class Model(ComposedModel):
         self.language = deepseek.Model(cfg.language, rngs=rngs)
 
     @property
-    def image_id(self) -> int | None:
-        """The token that stands for a feature."""
-        return self.cfg.image_id
+    def tokens_per_image(self) -> None:
+        """That depends on its tiles."""
+        return None
 
     @property
     def stacks(self) -> tuple[str, ...]:

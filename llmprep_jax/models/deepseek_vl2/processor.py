@@ -7,14 +7,13 @@ where an answer begins with a mark that BPE joins to the colon before it.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmprep_jax.models.deepseek_vl2.layout import count_tokens
-from llmprep_jax.text.image_text import ImageTextProcessor, stack_rows
-from llmprep_jax.text.processor import Processor as TextProcessor
+from llmprep_jax.models.prompt_processor import PromptProcessor
+from llmprep_jax.text.image_text import stack_rows
 from llmprep_jax.text.tokenizer import Tokenizer
 from llmprep_jax.vision.grounding import TOKENS
 from llmprep_jax.vision.processor import ImageProcessor
@@ -49,25 +48,16 @@ TEMPLATE = """\
 """
 
 
-class Processor(ImageTextProcessor):
+class Processor(PromptProcessor):
     """Texts or conversations, and pictures, to `tokens`, `mask`, `images` and `grids`."""
+
+    model_type = "deepseek_vl_v2"
 
     def __init__(self, tokenizer: Tokenizer, images: ImageProcessor, padding_side: str = "left"):
         marker = images.fields().get("image_token") or MARKER
         tokenizer = tokenizer.extended((marker, *SPECIAL[1:]), TEMPLATE)
         tokenizer.shown = TOKENS  # what they say of a picture is of the answer
         super().__init__(tokenizer, images, marker, padding_side)
-
-    @classmethod
-    def from_path(cls, path: str | Path, padding_side: str = "left") -> "Processor":
-        """Reads a folder of a model, or one of a run, which has `tokenizer/`.
-
-        Raises FileNotFoundError or ValueError, on one line, naming the file and the remedy.
-        """
-        tokenizer = TextProcessor.from_path(path).tokenizer
-        own = Path(path) / "tokenizer"
-        images = ImageProcessor.from_folder(own if own.is_dir() else path, "deepseek_vl_v2")
-        return cls(tokenizer, images, padding_side)
 
     def count_tokens(self, pixels: Any) -> list[int]:
         """Newlines and separators too."""

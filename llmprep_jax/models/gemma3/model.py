@@ -68,18 +68,6 @@ class Model(ComposedModel):
             idle(self.vision.pool)  # read and saved, as some files have it
         self.projector = Projector(cfg, rngs=rngs)
 
-    @property
-    def image_id(self) -> int:
-        return self.cfg.image_id
-
-    @property
-    def tokens_per_image(self) -> int:
-        return self.cfg.tokens_per_image
-
-    @property
-    def image_sizes(self) -> dict[str, int]:
-        return {"images": self.cfg.vision.image_size}
-
     def image_features(self, images: Float[Array, "B M H W 3"]) -> Float[Array, "B J D"]:
         """Of normalised images, in the order of their tokens."""
         x_NID = self.vision.features(merge_images(images))
