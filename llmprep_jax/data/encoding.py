@@ -21,13 +21,13 @@ from jaxtyping import Bool, Int
 
 from llmprep_jax.data.documents import Document, Messages
 from llmprep_jax.data.images import ImageReader, Run, split_images
-from llmprep_jax.text.chat import SpecialTokens, encode_chat, encode_completion
+from llmprep_jax.text.chat import Edit, SpecialTokens, encode_chat, encode_completion
 from llmprep_jax.text.messages import is_trained
 from llmprep_jax.text.tokenizer import Tokenizer
 
 Overlong = Literal["split", "truncate", "drop", "error"]
 EncodeText = Callable[[str], Sequence[int]]
-EncodeChat = Callable[[Messages, Mapping[str, Any]], tuple[Sequence[int], Sequence[bool]]]
+EncodeChat = Callable[..., tuple[Sequence[int], Sequence[bool]]]
 EncodeCompletion = Callable[[str, int], tuple[Sequence[int], Sequence[bool]]]
 
 # what `Batches.report` tells, in this order
@@ -215,7 +215,8 @@ class Encoder:
                 "the conversation has images, for a model that sees, and rows that are not cut"
                 " anywhere: data.packing=packed or padded"
             )
-        ids, answers = self.encode_chat(messages, document.fields)
+        edit = {} if self.images is None else {"edit": self.images.writer(refs)}
+        ids, answers = self.encode_chat(messages, document.fields, **edit)
         counts = answers if self.answers_only else [True] * len(ids)
         return (ids, counts, ()) if self.images is None else self.images.place(ids, counts, refs)
 
@@ -365,7 +366,9 @@ def text_encoders(
     parse = special_tokens == "everywhere"
     warned: set[str] = set()
 
-    def chat(messages: Messages, fields: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+    def chat(
+        messages: Messages, fields: Mapping[str, Any], edit: Edit | None = None
+    ) -> tuple[list[int], list[bool]]:
         known = tokenizer.chat.fields
         unread = sorted(fields.keys() - known - warned)
         if unread:
@@ -376,7 +379,8 @@ def text_encoders(
                 stacklevel=2,
             )
         read = {key: fields[key] for key in fields.keys() & known}
-        return encode_chat(tokenizer, messages, special_tokens=special_tokens, now=now, **read)
+        kind = dict(special_tokens=special_tokens, now=now, edit=edit)
+        return encode_chat(tokenizer, messages, **kind, **read)
 
     return {
         "encode": functools.partial(tokenizer.encode, parse_special=parse),

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from llmprep_jax.data.decoding import Decoder, Picture
-from llmprep_jax.text.image_text import ImageTextProcessor, expand_markers
+from llmprep_jax.text.chat import Edit
+from llmprep_jax.text.image_text import ImageTextProcessor, expand_markers, replace_markers
 from llmprep_jax.vision.open import image_size
 
 MARKER = "<image>"  # in LLaVA's conversations
@@ -74,6 +75,25 @@ class ImageReader:
         if blank.high is not None:
             self._shapes["images_high"] = (max_images, *blank.high.shape[1:])
         self._has_grids = bool(blank.grids.any())
+
+    def writer(self, refs: Sequence[Ref]) -> Edit | None:
+        """What rewrites a conversation's text around its images; None: nothing is written there.
+
+        Raises:
+          ValueError: an image is to be seen in pieces, each with tokens of its own.
+        """
+        sizes = [image_size(ref.path, name=str(ref.path)) for ref in refs]
+        pictures = [self.processor.images.count_pictures(*size, len(refs)) for size in sizes]
+        written = self.processor.wrapped(pictures)
+        if written is None:
+            return None
+        if any(count > 1 for count in pictures):
+            raise ValueError(
+                "do_pan_and_scan cuts an image into pieces whose tokens lie apart, which is not"
+                " trained on; set it to false in preprocessor_config.json and processor_config.json"
+            )
+        marker = self.processor.marker
+        return lambda text, literals: replace_markers(text, marker, written, literals)
 
     def place(
         self, ids: Sequence[int], marks: Sequence[bool], refs: Sequence[Ref]

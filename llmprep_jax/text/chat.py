@@ -13,7 +13,7 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 # where text that spells a special token becomes that token: as in transformers; in what goes
 # through a chat template; only where the template itself writes it
+# a text and the places of literals to the text as it is written, and where a place of it is then
+Edit = Callable[[str, Sequence[int]], tuple[str, Callable[[int], int]]]
 SpecialTokens = Literal["everywhere", "chat", "template"]
 _OPEN, _CLOSE = "\U000f5a5a", "\U000fa5a5"  # private use: they mark {% generation %} blocks
 _GUARD = "\U000f5aa5"  # within what messages spell like a special token
@@ -59,7 +61,9 @@ class ChatTemplate:
     """A compiled chat template.
 
     `tokens` are the variables such as bos_token that it may use; `source` names its file in errors;
-    `kinds` are the types of content parts that messages may have ("image", of models that see).
+    `kinds` are the types of content parts that messages may have ("image", of models that see);
+    with `opens_as_text` a conversation gets what the tokenizer adds to a text, unless the template
+    writes BOS itself, as processors of models that see have it.
     Raises ValueError when the template does not compile.
     """
 
@@ -69,15 +73,17 @@ class ChatTemplate:
         tokens: Mapping[str, str] | None = None,
         source: str = "chat template",
         kinds: tuple[str, ...] = TEXT,
+        opens_as_text: bool = False,
     ):
         self.text = text
-        self.source, self.kinds = source, kinds
+        self.source, self.kinds, self.opens_as_text = source, kinds, opens_as_text
         self._tokens = dict(tokens or {})
         self._template = self._compile(text, marked=False)
 
     def __reduce__(self) -> tuple[type, tuple]:
         """Pickles as its text, for data workers; what is compiled does not pickle."""
-        return ChatTemplate, (self.text, self._tokens, self.source, self.kinds)
+        kind = (self.source, self.kinds, self.opens_as_text)
+        return ChatTemplate, (self.text, self._tokens, *kind)
 
     @functools.cached_property
     def fields(self) -> frozenset[str]:
@@ -85,6 +91,11 @@ class ChatTemplate:
         environment = _environment(marked=False)
         names = jinja2.meta.find_undeclared_variables(environment.parse(self.text))
         return frozenset(names - _GIVEN - self._tokens.keys() - environment.globals.keys())
+
+    def adds_special(self, text: str) -> bool:
+        """Whether the tokenizer adds to a conversation's text what it adds to others."""
+        bos = self._tokens.get("bos_token")
+        return self.opens_as_text and not (bos and text.startswith(bos))
 
     def apply(
         self,
@@ -210,7 +221,9 @@ class ChatTemplate:
     def _plain(self, messages: Conversation) -> Messages:
         plain = without_marks(check_messages(messages, self.kinds))
         if any(isinstance(message["content"], list) for message in plain) and not self._takes_parts:
-            plain = [message | {"content": join_parts(message["content"])} for message in plain]
+            return [message | {"content": join_parts(message["content"])} for message in plain]
+        if any(isinstance(message["content"], str) for message in plain) and not self._takes_text:
+            return [message | {"content": _as_parts(message["content"])} for message in plain]
         return plain
 
     def _left_open(self, render: Render, messages: Messages) -> str:
@@ -242,6 +255,17 @@ class ChatTemplate:
         except ValueError:
             return False
         return probe in text and repr(probe) not in text
+
+    @functools.cached_property
+    def _takes_text(self) -> bool:
+        """Whether the template shows content that is a text; else it gets parts, if it reads
+        these (DeepSeek-VL's and LLaVA's show nothing of a text)."""
+        probe = sentinel()
+        try:
+            text = self._renderer({})([{"role": "user", "content": probe}])
+        except ValueError:
+            text = ""
+        return probe in text or not self._takes_parts
 
     def _renderer(
         self,
@@ -291,12 +315,17 @@ class ChatTemplate:
         return spans
 
 
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def encode_chat(
     tokenizer: "Tokenizer",
     messages: Conversation,
     *,
     special_tokens: SpecialTokens = "everywhere",
     now: datetime.datetime | None = None,
+    edit: Edit | None = None,
     **variables: Any,
 ) -> tuple[list[int], list[bool]]:
     """Ids of a conversation and, for each, whether the model must learn to say it.
@@ -305,7 +334,8 @@ def encode_chat(
     token that ends the turn. The ids are those of transformers' apply_chat_template, but for
     `special_tokens="template"`: what messages spell like a special token is plain text then. A
     token that spans the start of an answer (a space that SentencePiece keeps with the next word)
-    belongs to the answer.
+    belongs to the answer. `edit` rewrites the text, as what is written around images, before it is
+    tokenised.
 
     Raises:
       ValueError: on one line: no template, or what `ChatTemplate.find_answers` raises.
@@ -316,7 +346,12 @@ def encode_chat(
     literals = []
     if special_tokens == "template" and tokenizer.spellings is not None:
         literals = chat.find_literals(messages, tokenizer.spellings, now, **variables)
-    ids, offsets = tokenizer.encode_with_offsets(text, add_special=False, literals=literals)
+    if edit is not None:
+        text, moved = edit(text, literals)
+        literals = list(map(moved, literals))
+        spans = [(moved(start), moved(end)) for start, end in spans]
+    adds = chat.adds_special(text)
+    ids, offsets = tokenizer.encode_with_offsets(text, add_special=adds, literals=literals)
     return ids, in_spans(offsets, spans)
 
 

@@ -6,7 +6,7 @@ the ids are those of a text with the run written out, and what is known of chara
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ class ImageTextProcessor(Processor):
         self.images, self.marker = images, marker
         self.image_id = tokenizer.id_of(image_token or marker)
         if tokenizer.chat_template is not None:
-            tokenizer.chat.kinds = KINDS
+            tokenizer.chat.kinds, tokenizer.chat.opens_as_text = KINDS, True
 
     def count_tokens(self, pixels: Any) -> list[int]:
         """Tokens of each image of a prompt."""
@@ -121,18 +121,23 @@ class ImageTextProcessor(Processor):
     def _look_at(self, images: list[list[Any]], count: int) -> list[Any]:
         return [self.images(own) if own else None for own in images]
 
-    def wrapped(self, pixels: Any) -> list[str] | None:
-        """What is written in place of each marker, with an image token for each that is expanded;
-        None: the marker stands for itself."""
+    def wrapped(self, pictures: Sequence[int]) -> list[str] | None:
+        """What is written in place of each marker, with an image token for each run of them; None:
+        the marker stands for itself.
+
+        Args:
+          pictures: how many the tower sees of each image.
+        """
         return None
 
     def _write_places(
         self, text: str, seen: Any, literals: Sequence[int] = ()
     ) -> tuple[str, list[int]]:
-        pieces = None if seen is None else self.wrapped(seen)
-        if pieces is None:
+        written = None if seen is None else self.wrapped(seen.pieces.tolist())
+        if written is None:
             return text, list(literals)
-        return replace_markers(text, self.marker, pieces, literals)
+        text, moved = replace_markers(text, self.marker, written, literals)
+        return text, list(map(moved, literals))
 
     def _place_images(
         self, rows: list[list[int]], seen: list[Any]
@@ -146,24 +151,31 @@ class ImageTextProcessor(Processor):
 
 def replace_markers(
     text: str, marker: str, pieces: Sequence[str], literals: Sequence[int] = ()
-) -> tuple[str, list[int]]:
-    """A text with its i-th marker replaced by `pieces[i]`, and where places of it are now.
+) -> tuple[str, Callable[[int], int]]:
+    """A text with its i-th marker replaced by `pieces[i]`, and where a place of it is now.
 
     Args:
       literals: places at which what looks like a marker is none.
+
+    Raises:
+      ValueError: there are more or fewer markers than pieces.
     """
-    taken, left = set(literals), iter(pieces)
-    edits = [
-        (match.start(), next(left))
-        for match in re.finditer(re.escape(marker), text)
-        if match.start() not in taken
-    ]
+    found = [match.start() for match in re.finditer(re.escape(marker), text)]
+    starts = [start for start in found if start not in set(literals)]
+    if len(starts) != len(pieces):
+        raise ValueError(
+            f"there are {len(starts)} {marker} markers and {len(pieces)} images; give an image for"
+            " each"
+        )
     parts, end = [], 0
-    for start, piece in edits:
+    for start, piece in zip(starts, pieces, strict=True):
         parts += [text[end:start], piece]
         end = start + len(marker)
-    added = [(start, len(piece) - len(marker)) for start, piece in edits]
-    moved = [place + sum(more for start, more in added if start < place) for place in literals]
+
+    def moved(place: int) -> int:
+        added = zip(starts, pieces, strict=True)
+        return place + sum(len(piece) - len(marker) for start, piece in added if start < place)
+
     return "".join([*parts, text[end:]]), moved
 
 

@@ -171,7 +171,8 @@ class Processor:
         if special_tokens == "template" and self.tokenizer.spellings is not None:
             literals = self.chat.find_literals(messages, self.tokenizer.spellings, **variables)
         text, literals = self._write_places(text, seen, literals)
-        return self.tokenizer.encode_with_offsets(text, False, literals=literals)[0]
+        adds = self.chat.adds_special(text)
+        return self.tokenizer.encode_with_offsets(text, adds, literals=literals)[0]
 
     def _pad(self, rows: list[list[int]]) -> Inputs:
         width = max(map(len, rows))

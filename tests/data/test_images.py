@@ -14,8 +14,10 @@ from llmprep_jax.data.documents import digest
 from llmprep_jax.data.encoding import Encoder, Piece
 from llmprep_jax.data.images import Ref, Run
 from llmprep_jax.data.packing import fit_together
+from llmprep_jax.text.image_text import ImageTextProcessor
 from llmprep_jax.train.batches import place_batch
 from llmprep_jax.train.losses import next_token_loss
+from llmprep_jax.vision.kinds import PanAndScan
 from tests.data.corpora import same
 from tests.data.pictured import asked, draw, make_processor, write
 from tests.grids import cases
@@ -63,6 +65,41 @@ def test_an_image_is_its_tokens_and_none_of_them_is_a_target(tmp_path, processor
     assert batch["images"].shape == (1, 4, SIDE, SIDE, 3)
     assert batch["images"][0, :, 0, 0, 0].tolist() == [10, 20, 0, 0]
     assert batch["image_mask"].tolist() == [[True, True, False, False]]
+
+
+class Wrapping(ImageTextProcessor):
+    """As Gemma 3's: an image's token stands between words."""
+
+    def wrapped(self, pictures):
+        return ["cc<image>d"] * len(pictures)
+
+
+def test_what_is_written_around_images_moves_answers_with_it(tmp_path, processor):
+    path = write(tmp_path, [asked("a", 10, "b", 20)])
+    wrapping = Wrapping(processor.tokenizer, processor.images, "<image>")
+    (batch,) = batches(config(path, batch_size=1), wrapping)
+    a, b, c, d = (processor.tokenizer.encode(x)[0] for x in "abcd")
+    U, A, end, image = 2, 3, 1, [c, c, *[IMAGE] * EACH, d]
+    ids = [U, a, *image, b, *image, end, A, a, b, end]
+    assert batch["tokens"][0].tolist() == ids[:-1] + [0] * (33 - len(ids))
+    answer = len(ids) - 3
+    expected = [i >= answer for i in range(1, len(ids))]
+    assert batch["loss_mask"][0].tolist() == expected + [False] * (33 - len(ids))
+
+
+def test_images_in_pieces_that_lie_apart_are_refused(tmp_path, processor):
+    path = write(tmp_path, [asked("a", 10)])
+    draw(tmp_path / "images/10.png", 10, (60, 20))
+    scans = PanAndScan(
+        {
+            "size": {"height": SIDE, "width": SIDE},
+            "do_pan_and_scan": True,
+            "pan_and_scan_min_crop_size": 4,
+        },
+        tokens=EACH,
+    )
+    with pytest.raises(ValueError, match="do_pan_and_scan cuts an image into pieces"):
+        list(batches(config(path, batch_size=1), Wrapping(processor.tokenizer, scans, "<image>")))
 
 
 @pytest.mark.parametrize("policy", ["truncate", "split"])

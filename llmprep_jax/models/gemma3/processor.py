@@ -4,6 +4,7 @@ their own, and two newlines; with pan and scan, a sentence that says what the pi
 The newlines are written before the text is tokenised, since they join those around them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,12 @@ class Processor(PromptProcessor):
     def __init__(self, tokenizer: Tokenizer, images: ImageProcessor, padding_side: str = "left"):
         super().__init__(tokenizer, images, BEGIN, padding_side, SOFT)
 
-    def wrapped(self, pixels: Any) -> list[str]:
+    def wrapped(self, pictures: Sequence[int]) -> list[str]:
         """What stands for each image, its pieces one after another."""
         one = f"\n\n{BEGIN}{SOFT}{END}\n\n"
         return [
             one if count == 1 else _WHOLE.format(one, " ".join([one] * (count - 1)))
-            for count in pixels.pieces.tolist()
+            for count in pictures
         ]
 
     def count_tokens(self, pixels: Any) -> list[int]:
