@@ -16,7 +16,6 @@ from llmprep_jax.text.chat import SpecialTokens
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.text.tokenizer import Tokenizer
 
-KINDS = ("text", "image")
 _SOURCES = ("image", "path")  # keys of a part that brings its image along
 
 
@@ -77,8 +76,8 @@ class ImageTextProcessor(Processor):
         super().__init__(tokenizer, padding_side)
         self.images, self.marker = images, marker
         self.image_id = tokenizer.id_of(image_token or marker)
-        if tokenizer.chat_template is not None:
-            tokenizer.chat.kinds, tokenizer.chat.opens_as_text = KINDS, True
+        tokenizer.sees = True
+        vars(tokenizer).pop("chat", None)  # compiled as that of a model of text
 
     def count_tokens(self, pixels: Any) -> list[int]:
         """Tokens of each image of a prompt."""

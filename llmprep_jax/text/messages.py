@@ -16,6 +16,7 @@ from llmprep_jax.text.vocab import one_line
 Conversation = Any  # a list of messages; `check_messages` says what is wrong with any other
 MARKS = ("train", "weight")  # keys of a message that say whether it is learnt, for no template
 TEXT = ("text",)  # kinds of parts that a model of text reads
+WITH_IMAGES = ("text", "image")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 

@@ -20,6 +20,7 @@ from llmprep_jax.text import folder as hf_folder
 from llmprep_jax.text import gguf
 from llmprep_jax.text.chat import ChatTemplate
 from llmprep_jax.text.literal import LiteralEncoder, spellings_of
+from llmprep_jax.text.messages import TEXT, WITH_IMAGES
 from llmprep_jax.text.stream import StreamDecoder, is_byte_piece
 from llmprep_jax.text.vocab import Parts, add_special, one_line
 
@@ -42,10 +43,11 @@ class Tokenizer:
     texts, where the files name them. `stop_ids` are the ids that end a reply: those of
     generation_config.json, EOS, and the end-of-turn tokens that the chat template writes.
     `chat_template` is the template's text or None. `shown` are special tokens that decoded text
-    keeps.
+    keeps. `sees` says that it is of a model that reads images, whose messages have parts for them.
     """
 
     shown: tuple[str, ...] = ()
+    sees: bool = False
 
     def __init__(self, parts: Parts):
         self._core = parts.core
@@ -197,7 +199,7 @@ class Tokenizer:
                 f"{self.source}: no chat template; use plain text, or put the model's template in"
                 " chat_template.jinja beside the tokenizer"
             )
-        return ChatTemplate(self.chat_template, self.special_tokens, self.source)
+        return self._compiled(self.chat_template, self.source)
 
     def read_chat_template(self, path: str | Path) -> None:
         """Takes the chat template in a Jinja file, for a base model's tokenizer, which has none.
@@ -205,9 +207,13 @@ class Tokenizer:
         Raises OSError when it cannot be read, ValueError when it does not compile.
         """
         text = Path(path).read_text(encoding="utf-8")
-        chat = ChatTemplate(text, self.special_tokens, str(path))
+        chat = self._compiled(text, str(path))
         self.chat_template, self.chat = text, chat
         self.stop_ids = self._find_stop_ids()
+
+    def _compiled(self, template: str, source: str) -> ChatTemplate:
+        kinds = WITH_IMAGES if self.sees else TEXT
+        return ChatTemplate(template, self.special_tokens, source, kinds, opens_as_text=self.sees)
 
     @property
     def bos_id(self) -> int | None:
