@@ -97,10 +97,13 @@ def idle_modules(model: nnx.Module) -> set[str]:
 
 
 def other_modules(model: nnx.Module) -> set[str]:
-    """Names of modules that have weights and get no adapter, but would in PEFT by a name's end."""
+    """Names of modules that get no adapter, but would in PEFT by a name's end: those with weights,
+    and those that hold others, which PEFT refuses."""
     table = {path.removesuffix(".w"): row.name for path, row in rows(model).items()}
     names = {table[path] for path in _others(model) if table[path].endswith(".weight")}
-    return idle_modules(model) | {name.removesuffix(".weight") for name in names}
+    steps = [name.split(".")[:-2] for name in table.values()]
+    holders = {".".join(step[:end]) for step in steps for end in range(1, len(step) + 1)}
+    return holders | idle_modules(model) | {name.removesuffix(".weight") for name in names}
 
 
 def _modules(model: nnx.Module, layers: Mapping[str, Einsum]) -> dict[str, dict[Place, str]]:

@@ -1,9 +1,11 @@
 """Models that read images against transformers: logits, gradients, greedy tokens, folders."""
 
+import copy
 import functools
 
 import jax
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -14,6 +16,8 @@ from llmprep_jax.models import registry
 from llmprep_jax.nn.param import Param
 from llmprep_jax.train.losses import sum_losses
 from llmprep_jax.weights import table
+from tests.grids import cases
+from tests.peft.test_methods import scattered
 
 IMAGE, BEGIN, END, WORDS = 120, 121, 122, 119
 _TEXT = dict(
@@ -164,6 +168,10 @@ def case(request, tmp_path_factory):
     return make(request.param, str(tmp_path_factory.getbasetemp() / request.param))
 
 
+_ADAPTED = ("gemma3-4-tokens", "llava", "deepseek-vl-hybrid")
+each_adapted = pytest.mark.parametrize("case", cases(CASES, fast=_ADAPTED), indirect=True)
+
+
 THEIRS = {"images": "pixel_values", "images_high": "high_res_pixel_values"}
 
 
@@ -257,3 +265,21 @@ def test_the_language_model_alone_is_loaded_by_name_and_saved_as_one(case, tmp_p
         expected = text(torch.tensor(row).long()).logits.numpy()
     np.testing.assert_allclose(alone(row).logits, expected, atol=1e-4)
     np.testing.assert_array_equal(alone(row).logits, ours.language(row).logits)
+
+
+@each_adapted
+def test_adapters_of_all_linear_layers_go_both_ways(case, tmp_path):
+    theirs, ours, tokens, mask, images = case
+    method = lp.peft.LoRA(rank=3, alpha=6, targets="all-linear")
+    adapted = scattered(lp.peft.inject(ours, method))
+    folder = lp.peft.save(adapted, tmp_path / "ours")
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), folder).eval()
+    with torch.no_grad():
+        expected = wrapped(**their_inputs(theirs, tokens, mask, images)).logits.numpy()
+    found = np.asarray(adapted(tokens, **images, mask=mask).logits)
+    np.testing.assert_allclose(found[mask], expected[mask], atol=1e-4)
+    assert np.abs(found - np.asarray(ours(tokens, **images, mask=mask).logits)).max() > 1e-2
+
+    wrapped.save_pretrained(tmp_path / "theirs")
+    again = lp.peft.load(ours, tmp_path / "theirs")
+    np.testing.assert_allclose(again(tokens, **images, mask=mask).logits, found, atol=1e-5)
