@@ -24,6 +24,7 @@ class Document:
       messages: [{"role": ..., "content": ...}, ...], or None where it is plain text.
       fields: what else the record of a conversation holds, for the chat template (tools, ...).
       answer: the character of the text at which what is learnt begins; None: all is.
+      captions: what is said of its one image, where it is an image with captions.
       folder: what its images' paths are relative to; None: it can have none.
       is_start, is_end: whether the text begins and ends here, or was cut from a longer one.
     """
@@ -33,6 +34,7 @@ class Document:
     messages: Messages | None = None
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     answer: int | None = None
+    captions: tuple[str, ...] = ()
     folder: str | None = None
     is_start: bool = True
     is_end: bool = True

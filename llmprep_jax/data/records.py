@@ -1,11 +1,13 @@
 """Records (JSON objects, rows of a table) to documents: which columns hold what.
 
 Formats are those that datasets for fine-tuning come in: a text; messages; ShareGPT's conversations
-of `from` and `value`; Alpaca's instruction, input and output; a prompt and its completion. A prompt
-and a completion that are strings go through no chat template (they are one text of which the
-completion is learnt), while Alpaca's columns are a question and an answer and do.
+of `from` and `value`; Alpaca's instruction, input and output; a prompt and its completion; an image
+and its captions. A prompt and a completion that are strings go through no chat template (they are
+one text of which the completion is learnt), while Alpaca's columns are a question and an answer and
+do, and so do an image and its first caption.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from typing import Any, Literal
 from llmprep_jax.data.documents import Document, Messages
 from llmprep_jax.data.images import name_parts
 
-RecordFormat = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt"]
+RecordFormat = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt", "caption"]
 Record = Mapping[str, Any]
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -24,6 +26,7 @@ ROLES = {  # what ShareGPT's `from` is called
     **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
     "function_call": "assistant",
 }
+CAPTIONS = ("caption", "captions")
 _INPUTS, _OUTPUTS = ("input", "context"), ("output", "response")
 
 
@@ -62,6 +65,7 @@ def formats_of(keys: Iterable[str]) -> list[str]:
         "messages": not keys.isdisjoint(CONVERSATIONS),
         "prompt": {"prompt", "completion"} <= keys,
         "alpaca": "instruction" in keys and not keys.isdisjoint(_OUTPUTS),
+        "caption": "image" in keys and not keys.isdisjoint(CAPTIONS),
     }
     return [name for name, is_there in has.items() if is_there]
 
@@ -78,8 +82,9 @@ def _format_of(record: Record, record_format: RecordFormat) -> str:
             f" by data.format={formats[0]} or data.source.field=NAME"
         )
     raise ValueError(
-        "a record has 'text' or 'messages', or the columns of ShareGPT, Alpaca or a prompt and its"
-        f" completion; it has {_names(record)}; name the right one by data.source.field=NAME"
+        "a record has 'text' or 'messages', or the columns of ShareGPT, Alpaca, a prompt and its"
+        " completion or an image and its caption;"
+        f" it has {_names(record)}; name the right one by data.source.field=NAME"
     )
 
 
@@ -158,12 +163,33 @@ def _of_alpaca(record: Record, name: str) -> Document:
     return _conversation(record, messages, used, name)
 
 
+def _of_caption(record: Record, name: str) -> Document:
+    """An image, and what is said of it: one text or several, of which a conversation has the
+    first."""
+    given = [key for key in CAPTIONS if record.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(f"a record has one of 'caption', 'captions'; it has {_names(record)}")
+    texts = record[given[0]]
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"{given[0]!r} is {_kind(texts)}; give a text, or a list of them")
+    captions = tuple(_checked_text(given[0], text) for text in texts)
+    image = {"type": "image", "image": _get(record, "image")}
+    messages = [
+        {"role": "user", "content": [image]},
+        {"role": "assistant", "content": captions[0]},
+    ]
+    document = _conversation(record, messages, ("image", *given), name)
+    return dataclasses.replace(document, captions=captions)
+
+
 _READERS: dict[str, Callable[[Record, str], Document]] = {
     "text": _of_text,
     "messages": _of_conversations,
     "sharegpt": _of_conversations,
     "prompt": _of_prompt,
     "alpaca": _of_alpaca,
+    "caption": _of_caption,
 }
 
 

@@ -59,6 +59,16 @@ def test_a_prompt_and_its_completion_are_a_text_of_which_the_end_is_learnt():
     assert (document.text, document.answer) == ("2+2=4", 4)
 
 
+@pytest.mark.parametrize("texts", ["a red disc", ["a red disc", "a circle"]])
+def test_an_image_with_captions_is_a_conversation_that_says_the_first(texts):
+    key = "caption" if isinstance(texts, str) else "captions"
+    document = to_document({"image": "1.png", key: texts, "id": 3}, None, "n")
+    asked = {"role": "user", "content": [{"type": "image", "image": "1.png"}]}
+    assert document.messages == [asked, assistant("a red disc")]
+    assert document.captions == (("a red disc",) if isinstance(texts, str) else tuple(texts))
+    assert document.fields == {"id": 3}
+
+
 def test_the_format_or_two_columns_can_be_told():
     record = {"text": "t", "instruction": "q", "output": "a", "question": "q", "answer": "a"}
     with pytest.raises(ValueError, match="columns of text and alpaca; choose by data.format=text"):
@@ -75,6 +85,9 @@ def test_the_format_or_two_columns_can_be_told():
     ({"messages": [{"from": "robot", "value": ""}]}, "'messages' has a message 0 from 'robot'"),
     ({"conversations": "hello"}, "'conversations' is a string; give a list of messages"),
     ({"conversations": "[hello"}, "'conversations' is text that is no JSON"),
+    ({"image": "1.png", "caption": "a", "captions": ["a"]}, "one of 'caption', 'captions'"),
+    ({"image": "1.png", "captions": []}, "'captions' is a list; give a text, or a list of them"),
+    ({"image": "1.png", "captions": ["a", 3]}, "'captions' is a number; give a string"),
     ({"instruction": "q", "output": 3}, "'output' is a number; give a string"),
     ({"instruction": "q", "output": "a", "response": "b"}, "one of 'output', 'response'"),
     ({"instruction": "q", "output": "a", "history": ["p"]}, "'history' holds no pairs"),
