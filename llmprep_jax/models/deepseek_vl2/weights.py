@@ -1,70 +1,17 @@
 """Names of DeepSeek-VL2's tensors in the released files: timm's of the tower, and DeepSeek's.
 
-The tower's queries, keys and values are one tensor, and so are keys and values of its pooling,
-which is in the files and does nothing. Experts are modules of their own here, in memory too, so
-adapters name each (`...experts.3.gate_proj`).
+The tower's pooling is in the files and does nothing. Experts are modules of their own here, in
+memory too, so adapters name each (`...experts.3.gate_proj`).
 """
 
+from llmprep_jax.models import siglip
 from llmprep_jax.weights.rows import Table
 
-_BLOCK = "blocks.{l}"
-
-
-def _linear(ours: str, theirs: str, part: tuple[int, int] = (0, 1)) -> dict[str, tuple]:
-    return {
-        f"{ours}.w": (f"{theirs}.weight", "f d -> d f", part),
-        f"{ours}.b": (f"{theirs}.bias", "f -> f", part),
-    }
-
-
-def _heads(ours: str, theirs: str, part: tuple[int, int] = (0, 1)) -> dict[str, tuple]:
-    return {
-        f"{ours}.w": (f"{theirs}.weight", "(n h) d -> d n h", part),
-        f"{ours}.b": (f"{theirs}.bias", "(n h) -> n h", part),
-    }
-
-
-def _output(ours: str, theirs: str) -> dict[str, tuple]:
-    return {
-        f"{ours}.w": (f"{theirs}.weight", "d (n h) -> n h d"),
-        f"{ours}.b": (f"{theirs}.bias", "d -> d"),
-    }
-
-
-def _norm(ours: str, theirs: str) -> dict[str, tuple]:
-    return {
-        f"{ours}.scale": (f"{theirs}.weight", "d -> d"),
-        f"{ours}.bias": (f"{theirs}.bias", "d -> d"),
-    }
-
-
-_TOWER = {
-    "patches.w": ("patch_embed.proj.weight", "d c p q -> p q c d"),
-    "patches.b": ("patch_embed.proj.bias", "d -> d"),
-    "positions.table": ("pos_embed", "1 i d -> i d"),
-    **_norm("layers.attn_norm", f"{_BLOCK}.norm1"),
-    **_heads("layers.attn.q", f"{_BLOCK}.attn.qkv", (0, 3)),
-    **_heads("layers.attn.k", f"{_BLOCK}.attn.qkv", (1, 3)),
-    **_heads("layers.attn.v", f"{_BLOCK}.attn.qkv", (2, 3)),
-    **_output("layers.attn.o", f"{_BLOCK}.attn.proj"),
-    **_norm("layers.mlp_norm", f"{_BLOCK}.norm2"),
-    **_linear("layers.mlp.up", f"{_BLOCK}.mlp.fc1"),
-    **_linear("layers.mlp.down", f"{_BLOCK}.mlp.fc2"),
-    **_norm("norm", "norm"),
-}
-_POOL = {
-    "probe": ("latent", "1 o d -> o d"),
-    **_heads("q", "q"),
-    **_heads("k", "kv", (0, 2)),
-    **_heads("v", "kv", (1, 2)),
-    **_output("o", "proj"),
-    **_norm("norm", "norm"),
-    **_linear("mlp.up", "mlp.fc1"),
-    **_linear("mlp.down", "mlp.fc2"),
-}
 _OWN = {
-    **_linear("projector.up", "projector.layers.0"),
-    **_linear("projector.down", "projector.layers.2"),
+    "projector.up.w": ("projector.layers.0.weight", "f d -> d f"),
+    "projector.up.b": ("projector.layers.0.bias", "f -> f"),
+    "projector.down.w": ("projector.layers.2.weight", "f d -> d f"),
+    "projector.down.b": ("projector.layers.2.bias", "f -> f"),
     "newline": ("image_newline", "d -> d"),
     "separator": ("view_seperator", "d -> d"),  # as released
 }
@@ -73,8 +20,8 @@ _OWN = {
 def table(language: Table) -> Table:
     """The table of a model with this language model."""
     rows = {path: row._replace(module=None) for path, row in language.items()}
-    tower = Table(_TOWER) | Table(_POOL).below("pool", "attn_pool.")
-    return tower.below("vision", "vision.") | Table(_OWN) | _plain(rows, language)
+    tower = siglip.TIMM_VISION_WEIGHTS.below("vision", "vision.")
+    return tower | Table(_OWN) | _plain(rows, language)
 
 
 def _plain(rows: dict, language: Table) -> Table:
