@@ -261,11 +261,10 @@ def _abstract(cfg: ModelConfig, checkpoint: Any, only: str | None) -> tuple[nnx.
     embedding unties them."""
     model = registry.abstract(cfg)
     is_tied = cfg.decoder is not None and cfg.decoder.tie_embeddings
-    if is_tied and table.head_is_separate(checkpoint, model.weights):
+    if is_tied and table.head_is_separate(checkpoint, model.weights_among(checkpoint.names)):
         model = registry.abstract(cfg.with_decoder(tie_embeddings=False))
-    if only is None:
-        return model, model.weights
-    return _part(model, only), model.weights.only(only)
+    names = model.weights_among(checkpoint.names)
+    return (model, names) if only is None else (_part(model, only), names.only(only))
 
 
 def _stored_dtype(checkpoint: Any) -> str:

@@ -26,6 +26,11 @@ class PromptProcessor(ImageTextProcessor):
         Raises FileNotFoundError or ValueError, on one line, naming the file and the remedy.
         """
         tokenizer, own = Processor.from_path(path).tokenizer, Path(path) / "tokenizer"
-        images = ImageProcessor.from_folder(own if own.is_dir() else path, cls.model_type)
+        images = cls.open_images(own if own.is_dir() else Path(path))
         images.tokens = images.tokens or cls.default_tokens
         return cls(tokenizer, images, padding_side)
+
+    @classmethod
+    def open_images(cls, folder: Path) -> ImageProcessor:
+        """The image processor of a folder."""
+        return ImageProcessor.from_folder(folder, cls.model_type)

@@ -32,6 +32,9 @@ class Weighted(Protocol):
     def weights(self) -> Mapping[str, Any]:
         """The table of its tensors' names in checkpoints."""
 
+    def weights_among(self, names: Sequence[str]) -> Mapping[str, Any]:
+        """The table for files that hold tensors of these names, where there is another form."""
+
     @property
     def stacks(self) -> tuple[str, ...]:
         """Paths of its stacks of layers, e.g. "layers" or "language.moe_layers"."""

@@ -1,6 +1,7 @@
 """What all models have in common: where their weights came from, and what checkpoints call them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,6 +37,10 @@ class BaseModel(nnx.Module):
     weights: Any
     stacks: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
+
+    def weights_among(self, names: Sequence[str]) -> Any:
+        """The table for files that hold tensors of these names, in whichever form that is."""
+        return self.weights
 
     @property
     def dtype(self) -> jnp.dtype:

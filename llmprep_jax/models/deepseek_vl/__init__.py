@@ -3,5 +3,5 @@
 from llmprep_jax.models.deepseek_vl.config import PRESETS, Config, from_hf, to_hf
 from llmprep_jax.models.deepseek_vl.model import Model
 
-MODEL_TYPES = ("deepseek_vl", "deepseek_vl_hybrid")
+MODEL_TYPES = ("deepseek_vl", "deepseek_vl_hybrid", "multi_modality")
 __all__ = ["MODEL_TYPES", "PRESETS", "Config", "Model", "from_hf", "to_hf"]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmprep_jax.models import llama, sam, siglip
+from llmprep_jax.models.deepseek_vl import released
 from llmprep_jax.models.hf_config import refuse_unsupported, require
 from llmprep_jax.models.model_config import ComposedConfig
 from llmprep_jax.nn.param import Compute
@@ -49,7 +50,7 @@ class Config(ComposedConfig):
 
 
 def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config:
-    """Reads a config.json of model_type deepseek_vl or deepseek_vl_hybrid.
+    """Reads a config.json of model_type deepseek_vl or deepseek_vl_hybrid, or DeepSeek's own.
 
     Args:
       names: of the checkpoint's tensors: some hold a pooling head, which nothing reads.
@@ -57,13 +58,16 @@ def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config
     Raises:
       ValueError: a field is missing, or asks for something that this family does not compute.
     """
+    if hf["model_type"] == released.MODEL_TYPE:
+        hf = released.config_as_hf(hf)
     refuse_unsupported(hf)
     text = {"model_type": "llama", **(hf.get("text_config") or {})}
     refuse_unsupported(text, model_type=llama.MODEL_TYPES)
     text["tie_word_embeddings"] = hf.get("tie_word_embeddings", True)
     vision = siglip.read_vision(hf.get("vision_config") or {})
     if names is not None:
-        has_pool = any("vision_model.head.probe" in name for name in names)
+        probes = ("vision_model.head.probe", ".attn_pool.latent")
+        has_pool = any(name.endswith(probes) for name in names)
         vision = dataclasses.replace(vision, has_pool=has_pool)
     image_id = hf.get("image_token_id", 100015)
     require({"image_token_id": image_id}, "image_token_id")

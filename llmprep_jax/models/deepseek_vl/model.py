@@ -7,6 +7,7 @@ would get wrong: the halves are joined before the activation, high resolution fi
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.models import llama, sam, siglip
+from llmprep_jax.models.deepseek_vl import released
 from llmprep_jax.models.deepseek_vl.config import Config
 from llmprep_jax.models.deepseek_vl.weights import table
 from llmprep_jax.nn.base_model import Source
@@ -132,6 +134,12 @@ class Model(ComposedModel):
     def weights(self) -> Table:
         """The table of tensor names."""
         return table(self.cfg)
+
+    def weights_among(self, names: Sequence[str]) -> Table:
+        """The table for files of these tensors; DeepSeek's own have other names."""
+        if not released.is_released(names):
+            return self.weights
+        return released.table_of_released(self.weights, self.cfg.high is not None)
 
     @property
     def image_sizes(self) -> dict[str, int]:
