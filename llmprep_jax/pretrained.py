@@ -167,7 +167,7 @@ def _load_run(
         else:
             family = registry.family_of_type(meta["config"].get("model_type"))
             cfg = family.from_hf(meta["config"]).with_compute(compute)
-            cfg = _with_training_settings(cfg, meta.get("training", {}))
+            cfg = with_training_settings(cfg, meta.get("training", {}))
             abstract = registry.abstract(cfg)
             graph, params, frozen = nnx.split(abstract, TRAINED, ...)
             if jax.tree.leaves(frozen):
@@ -212,23 +212,28 @@ def load_base(
     return model if kind is None else quantize_model(model, kind)
 
 
-def training_settings(cfg: Any) -> dict[str, Any]:
-    """What of a model's Config training goes by and no config.json holds, as JSON."""
-    if cfg.decoder is None:
-        return {}
-    fields = [f.name for f in dataclasses.fields(cfg.decoder) if f.metadata.get("is_trained_by")]
-    return {name: to_dict(getattr(cfg.decoder, name)) for name in fields}
+def training_settings(cfg: ModelConfig) -> dict[str, Any]:
+    """What of a model's Config a run goes by and no config.json holds, as JSON."""
+    parts = [part for part in (cfg, cfg.decoder) if part is not None]
+    return {name: to_dict(getattr(part, name)) for part in parts for name in _kept_by_runs(part)}
 
 
-def _with_training_settings(cfg: Any, saved: Mapping[str, Any]) -> Any:
+def with_training_settings(cfg: ModelConfig, saved: Mapping[str, Any]) -> ModelConfig:
     """The Config with what `training_settings` gave; that of older runs is empty."""
-    kinds = field_types(type(cfg.decoder)) if saved else {}
-    known = {name: value for name, value in saved.items() if name in kinds}
-    if not known:
-        return cfg
-    return cfg.with_decoder(
-        **{name: from_dict(kinds[name], value) for name, value in known.items()}
-    )
+
+    def known(part: ModelConfig) -> dict[str, Any]:
+        kinds = _kept_by_runs(part).items()
+        return {name: from_dict(kind, saved[name]) for name, kind in kinds if name in saved}
+
+    if cfg.decoder is not None and (changes := known(cfg.decoder)):
+        cfg = cfg.with_decoder(**changes)
+    return dataclasses.replace(cfg, **changes) if (changes := known(cfg)) else cfg
+
+
+def _kept_by_runs(cfg: ModelConfig) -> dict[str, Any]:
+    """The fields that say so, with their types."""
+    kinds, fields = field_types(type(cfg)), dataclasses.fields(cfg)
+    return {f.name: kinds[f.name] for f in fields if f.metadata.get("is_trained_by")}
 
 
 def adapter_of_run(path: str | Path) -> Any | None:
@@ -244,6 +249,7 @@ def _read_config(checkpoint: Any) -> ModelConfig:
     try:
         family = registry.family_of_type(checkpoint.config.get("model_type"))
         cfg = family.from_hf(checkpoint.config, checkpoint.names)
+        cfg = cfg.with_token_ids(checkpoint.token_id)
         check_fields(cfg)
         check_numbers(cfg)
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:

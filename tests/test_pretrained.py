@@ -12,12 +12,14 @@ from flax import nnx
 
 import llmprep_jax as lp
 from experiments import evaluate
+from llmprep_jax.models import registry
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.model import Model
 from llmprep_jax.nn.param import TRAINED, AdapterParam, Compute
-from llmprep_jax.pretrained import DTYPES, FLOATS
+from llmprep_jax.pretrained import DTYPES, FLOATS, training_settings, with_training_settings
 from llmprep_jax.train.state import merge
 from llmprep_jax.weights.hub import public_name
+from tests.models import test_seeing as seeing
 from tests.random_modules import random_module
 from tests.text.samples import train_byte_level
 
@@ -134,6 +136,16 @@ def test_a_model_is_not_saved_with_a_tokenizer_of_more_ids(model, processor, tmp
     with pytest.raises(ValueError, match=r"the model's vocabulary ends at 63; use the tokenizer"):
         lp.save_model(small, tmp_path / "model", processor=processor)
     assert not (tmp_path / "model").exists()
+
+
+def test_what_no_config_json_holds_comes_back_with_a_run():
+    cfg = dataclasses.replace(seeing.CONFIGS["llava"], has_unused=False)
+    hf = json.loads(json.dumps(registry.to_hf(cfg)))
+    settings = json.loads(json.dumps(training_settings(cfg)))
+    family = registry.family_of(cfg)
+    assert family.from_hf(hf) != cfg
+    assert with_training_settings(family.from_hf(hf), settings) == cfg
+    assert with_training_settings(family.from_hf(hf), {"of_another_version": 1}).has_unused
 
 
 @pytest.mark.parametrize("load", [lp.load_model, lp.load_processor])

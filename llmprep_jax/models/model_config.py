@@ -6,14 +6,14 @@ holds say so in their metadata.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llmprep_jax.nn.param import Compute
 
 # of a field that no config.json holds: it changes how a model computes, not what
 UNSAVED = {"is_saved": False}
-# of one that training goes by, which checkpoints of runs keep
+# of one that a run goes by, whose checkpoints keep it
 TRAINED_BY = {"is_saved": False, "is_trained_by": True}
 
 
@@ -39,6 +39,11 @@ class ModelConfig:
             elif isinstance(value, ModelConfig):
                 changes[name] = value.with_compute(compute)
         return dataclasses.replace(self, **changes)
+
+    def with_token_ids(self, find: Callable[[str], int | None]) -> "ModelConfig":
+        """The Config with ids that a family's config.json may leave to the tokenizer's file; `find`
+        gives those of special tokens by their texts."""
+        return self
 
     def check_platform(self, platform: str) -> None:
         """Raises ValueError where a platform ("cpu", "gpu", "tpu") lacks what the model needs."""

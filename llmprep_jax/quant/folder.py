@@ -67,6 +67,9 @@ class PackedCheckpoint(Checkpoint):
         self.names = [*dense, *self.layers]
         self._float = self._float_dtype(dense)
 
+    def token_id(self, text: str) -> int | None:
+        return self._stored.token_id(text)
+
     def _find_layers(self) -> dict[str, dict[str, str]]:
         names = "|".join(
             re.escape(part) + (r"\w+" if part.endswith("__") else "") for part in self._layout.parts

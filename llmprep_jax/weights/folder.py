@@ -40,6 +40,10 @@ class Checkpoint(Protocol):
             return {}
         return {MISSHAPEN: [f"{name} is {dims(stored)}, expected {dims(shape)}"]}
 
+    def token_id(self, text: str) -> int | None:
+        """The id of a special token, of a tokenizer that is there too; None: nothing says it."""
+        return None
+
     def is_spare(self, name: str) -> bool:
         """Whether a tensor that the model has no place for says nothing."""
         return False
@@ -74,6 +78,12 @@ class FolderCheckpoint(Checkpoint):
 
     def file(self, name: str) -> Path:
         return self._files[name].path
+
+    def token_id(self, text: str) -> int | None:
+        path = self.path / "tokenizer.json"
+        added = read_json(path).get("added_tokens") if path.is_file() else None
+        ids = [x.get("id") for x in added or () if isinstance(x, dict) and x.get("content") == text]
+        return ids[0] if ids and isinstance(ids[0], int) else None
 
     def _open(self) -> dict[str, SafetensorsFile]:
         """Each tensor's file, by tensor."""

@@ -261,6 +261,21 @@ def test_a_config_that_names_no_image_token_says_so_when_it_is_given_pictures():
         model(**inputs()[1])
 
 
+@pytest.mark.parametrize(("said", "expected"), [(None, 7), (IMAGE, IMAGE)], ids=["not", "said"])
+def test_which_token_images_are_is_read_off_the_tokenizer_where_config_does_not_say(
+    tmp_path, said, expected
+):
+    config = json.loads((FOLDER / "mha_greedy" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"image_token_id": said}))
+    weights = "model.safetensors"
+    (tmp_path / weights).symlink_to(FOLDER / "mha_greedy" / weights)
+    added = [{"id": 5, "content": "<|User|>"}, {"id": 7, "content": "<image>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    model = lp.load_model(tmp_path)
+    assert model.image_id == expected
+    assert lp.load_model(lp.save_model(model, tmp_path / "saved")).image_id == expected
+
+
 @pytest.mark.parametrize("name", cases(NAMES, fast=["mla_noaux"]))
 def test_a_folder_that_is_loaded_and_saved_is_the_same_tensors_by_the_same_names(name, tmp_path):
     lp.save_model(load(name), tmp_path / "again")

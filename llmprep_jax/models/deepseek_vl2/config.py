@@ -8,7 +8,7 @@ released classes, which are not transformers'.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from llmprep_jax.models import deepseek, siglip
@@ -37,6 +37,12 @@ class Config(ComposedConfig):
     view_order: Literal["head", "tail"] = "head"
     resolutions: tuple[tuple[int, int], ...] = ()
     model_type: str = "deepseek_vl_v2"
+
+    def with_token_ids(self, find: Callable[[str], int | None]) -> "Config":
+        """Small's config.json does not say which token an image's are; its tokenizer does."""
+        if self.image_id is not None:
+            return self
+        return dataclasses.replace(self, image_id=find("<image>"))
 
     @property
     def compute(self) -> Compute:

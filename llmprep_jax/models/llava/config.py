@@ -11,7 +11,7 @@ from typing import Any
 
 from llmprep_jax.models import clip, llama
 from llmprep_jax.models.hf_config import refuse_unsupported, require
-from llmprep_jax.models.model_config import UNSAVED, ComposedConfig
+from llmprep_jax.models.model_config import TRAINED_BY, ComposedConfig
 from llmprep_jax.models.towers import write_tower
 from llmprep_jax.nn.param import Compute
 
@@ -35,7 +35,7 @@ class Config(ComposedConfig):
     projector_act: str = "gelu"
     projector_bias: bool = True
     image_id: int = 32000
-    has_unused: bool = dataclasses.field(default=True, metadata=UNSAVED)
+    has_unused: bool = dataclasses.field(default=True, metadata=TRAINED_BY)
     model_type: str = "llava"
 
     def __post_init__(self):
