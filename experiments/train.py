@@ -45,6 +45,7 @@ from llmprep_jax.train.loop import FitResult, fit, lock_folder
 from llmprep_jax.train.metrics import count_flops
 from llmprep_jax.train.monitor import METRICS_FILE
 from llmprep_jax.train.run import RunConfig, claim_folder, count_trained, describe_data, saved_steps
+from llmprep_jax.train.state import count
 from llmprep_jax.train.trainer import Trainer
 
 console = rich.console.Console()
@@ -137,7 +138,7 @@ def describe(cfg: RunConfig, model: nnx.Module, trainer: Trainer) -> None:
     console.print(f"a step: {rows} rows of {cfg.data.seq_len} tokens{parts}")
     counts = lp.peft.count(model)  # packed weights by what they stand for
     total = counts.trainable + counts.frozen
-    trained = total if cfg.adapter is None else counts.trainable
+    trained = count(trainer.split.params) if cfg.adapter is None else counts.trainable
     console.print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
     console.print(f"optimizer state: {trainer.optimizer_bytes / 2**20:,.1f} MiB")
     if cfg.adapter is not None:

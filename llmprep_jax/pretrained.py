@@ -25,7 +25,7 @@ from llmprep_jax.models import registry
 from llmprep_jax.models.hf_config import check_numbers
 from llmprep_jax.models.model_config import ModelConfig
 from llmprep_jax.nn.base_model import Source
-from llmprep_jax.nn.param import TRAINED, AdapterParam, Compute, RouterBias
+from llmprep_jax.nn.param import AdapterParam, Compute, RouterBias
 from llmprep_jax.peft import AnyMethod, inject, is_adapted, merge
 from llmprep_jax.quant import export
 from llmprep_jax.quant.folder import packers, unpacking
@@ -36,6 +36,7 @@ from llmprep_jax.sharding import mesh_of, use_mesh
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from llmprep_jax.train.checkpoint import all_steps, read_meta, read_params
+from llmprep_jax.train.freezing import trained_weights
 from llmprep_jax.weights import hub, receipt, table
 from llmprep_jax.weights.folder import read_json, refuse_adapter
 from llmprep_jax.weights.rows import Table
@@ -169,9 +170,10 @@ def _load_run(
             cfg = family.from_hf(meta["config"]).with_compute(compute)
             cfg = with_training_settings(cfg, meta.get("training", {}))
             abstract = registry.abstract(cfg)
-            graph, params, frozen = nnx.split(abstract, TRAINED, ...)
+            trained = trained_weights(abstract, meta["run"].get("freeze", ()))
+            graph, params, frozen = nnx.split(abstract, trained, ...)
             if jax.tree.leaves(frozen):
-                frozen = _untrained(meta, cfg, compute, mesh)
+                frozen = _untrained(meta, cfg, compute, mesh, trained)
         item = "ema" if ema else "params"
         params = read_params(path, nnx.to_pure_dict(params), step, item=item)
         model = nnx.merge(graph, params, nnx.to_pure_dict(frozen))
@@ -182,7 +184,11 @@ def _load_run(
 
 
 def _untrained(
-    meta: Mapping[str, Any], cfg: ModelConfig, compute: Compute, mesh: jax.sharding.Mesh | None
+    meta: Mapping[str, Any],
+    cfg: ModelConfig,
+    compute: Compute,
+    mesh: jax.sharding.Mesh | None,
+    trained: Any,
 ) -> Any:
     """What a run without an adapter left as it was, and its checkpoints therefore lack."""
     if meta["base"] is None:  # the weights were random
@@ -190,7 +196,7 @@ def _untrained(
         model = jax.jit(lambda: registry.build(cfg, rngs=nnx.Rngs(seed)))()
     else:
         model = load_base(meta["base"], None, mesh=mesh, compute=compute)
-    return nnx.split(model, TRAINED, ...)[2]
+    return nnx.split(model, trained, ...)[2]
 
 
 def load_base(
@@ -280,13 +286,18 @@ def _stored_dtype(checkpoint: Any) -> str:
     return known[0] if known else "float32"
 
 
-def load_processor(path: str | Path) -> Processor:
+def load_processor(path: str | Path, model_type: str | None = None) -> Processor:
     """The tokenizer, chat template and image processor that go with a model; paths as in
-    `load_model`."""
+    `load_model`.
+
+    Args:
+      model_type: of the model, where the folder holds none.
+    """
     path = hub.resolve(path)
     path = _find_run(path)[0] or path
     try:
-        return _processor_class(path).from_path(path)
+        kind = registry.processor_class(model_type) if model_type else _processor_class(path)
+        return kind.from_path(path)
     except FileNotFoundError:
         refuse_adapter(path)  # which may have a tokenizer, or none
         raise

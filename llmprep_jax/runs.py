@@ -24,6 +24,7 @@ from llmprep_jax.remote import fetch
 from llmprep_jax.text.image_text import ImageTextProcessor
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.batches import Pixels, own_rows
+from llmprep_jax.train.freezing import leave_out, trained_weights
 from llmprep_jax.train.loop import Evaluate
 from llmprep_jax.train.run import RunConfig, make_meta
 from llmprep_jax.train.trainer import Trainer, make_loss
@@ -32,8 +33,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def open_processor(cfg: RunConfig) -> Processor:
-    """The tokenizer of the run, with its chat template."""
-    processor = load_processor(cfg.tokenizer or cfg.model)
+    """The tokenizer of the run, with its chat template, and what the model's images need."""
+    sizes = cfg.architecture
+    sizes = registry.preset(sizes) if isinstance(sizes, str) else sizes
+    kind = None if sizes is None else getattr(sizes, "model_type", None)
+    processor = load_processor(cfg.tokenizer or cfg.model, kind)
     if cfg.chat_template is not None:
         processor.tokenizer.read_chat_template(cfg.chat_template)
     return processor
@@ -62,6 +66,8 @@ def build_model(
             )
         return model, None
     method = method.of_run(cfg.horizon)
+    if cfg.freeze:
+        method = leave_out(model, method, cfg.freeze)
     if folder is not None:
         model = peft.load(model, folder)
         return model, dataclasses.replace(method, targets=tuple(adapters(model)))
@@ -174,7 +180,7 @@ def count_steps(cfg: RunConfig, processor: Processor) -> int:
 def describe_model(cfg: RunConfig, model: nnx.Module, method: AnyMethod | None) -> dict[str, Any]:
     """What the run's checkpoints say of the model."""
     config = registry.to_hf(model.cfg)
-    trains_all = not jax.tree.leaves(nnx.state(model, Idle))
+    trains_all = not cfg.freeze and not jax.tree.leaves(nnx.state(model, Idle))
     settings = training_settings(model.cfg)
     return make_meta(cfg, config, method, settings, trains_all=trains_all)
 
@@ -185,7 +191,10 @@ def make_trainer(cfg: RunConfig, model: nnx.Module, processor: Processor | None 
     Args:
       processor: says how images are normalised; None: there are none.
     """
-    return Trainer(model, cfg=cfg, loss_fn=make_loss(cfg.z_loss, pixels_of(processor)))
+    loss_fn = make_loss(cfg.z_loss, pixels_of(processor))
+    # of an adapter all that there is: it is put around nothing that is frozen
+    trainable = None if cfg.adapter is not None else trained_weights(model, cfg.freeze)
+    return Trainer(model, trainable, cfg, loss_fn)
 
 
 def pixels_of(processor: Processor | None) -> Pixels | None:

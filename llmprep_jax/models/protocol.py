@@ -44,6 +44,10 @@ class Weighted(Protocol):
         """Paths of what it has beside transformers' model."""
 
     @property
+    def parts(self) -> Mapping[str, tuple[str, ...]]:
+        """Paths of what it is made of, by the names that a run freezes them by."""
+
+    @property
     def dtype(self) -> jnp.dtype:
         """Of its weights, as config.json states it."""
 

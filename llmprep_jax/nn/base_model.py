@@ -43,6 +43,12 @@ class BaseModel(nnx.Module):
         return self.weights
 
     @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """What parts of the model are called where a run freezes them, and the paths of each."""
+        tables = {"embed": self.weights.embed, "head": self.weights.head}
+        return {name: (path.removesuffix(".w"),) for name, path in tables.items() if path}
+
+    @property
     def dtype(self) -> jnp.dtype:
         """Of the weights, as config.json states it."""
         raise AttributeError(f"{type(self).__name__} does not say what dtype its weights are in")

@@ -25,9 +25,12 @@ class ComposedModel(BaseModel):
 
     Attributes:
       language: the language model.
+      towers, projectors: paths of what images pass through, and of what makes features words.
     """
 
     language: LanguageModel
+    towers: tuple[str, ...] = ("vision",)
+    projectors: tuple[str, ...] = ("projector",)
 
     @on_own_mesh
     def __call__(
@@ -67,6 +70,12 @@ class ComposedModel(BaseModel):
     @property
     def dtype(self) -> jnp.dtype:
         return self.language.dtype
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """`vision` are all towers; the embedding and the head are in `language` too."""
+        of_images = {"vision": self.towers, "projector": self.projectors}
+        return {"language": ("language",), **of_images, **super().parts}
 
     @property
     def extras(self) -> tuple[str, ...]:

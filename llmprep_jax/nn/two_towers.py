@@ -17,6 +17,7 @@ from llmprep_jax.nn.stack import unstack
 from llmprep_jax.sharding import has_mesh, on_own_mesh, spec
 from llmprep_jax.types import Array, Bool, Float, Int
 
+_TOWERS = ("text", "vision")
 SHORTEST = 3  # tokens of a text that starts and ends
 
 
@@ -85,6 +86,13 @@ class TwoTowers(BaseModel):
           ValueError: images of another size than the tower's.
         """
         return _encode_image(self, images)
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The towers with what makes their features vectors of one space."""
+        projections = [name for name in vars(self) if name.endswith("_projection")]
+        own = {tower: [p for p in projections if p.startswith(tower)] for tower in _TOWERS}
+        return {tower: (tower, *own[tower]) for tower in _TOWERS}
 
     def listed(self) -> "TwoTowers":
         """The model with its layers in lists, which is faster on a CPU.

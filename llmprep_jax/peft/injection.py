@@ -92,6 +92,13 @@ def inject(
     return tokens.train(model, method.trainable_token_indices, method.dtype)
 
 
+def targeted(model: nnx.Module, method: Method) -> tuple[list[str], list[str]]:
+    """The paths of the layers that `inject` would adapt, and of the modules that it would train
+    whole; errors are its own."""
+    whole = choose(model, method.modules_to_save)
+    return list(_chosen(model, method, linear_layers(model), whole)), whole
+
+
 def _chosen(
     model: nnx.Module,
     method: Method,

@@ -54,6 +54,8 @@ class RunConfig(FitConfig):
       adapter: what is trained in place of the model: a method, by its name (adapter=QLoRA) or its
         settings (adapter.rank=8), or a folder of PEFT's or a run's, whose adapter is trained on;
         None: all of the model is.
+      freeze: what stays as it is: parts (language, vision, projector, embed, head; text), paths of
+        weights (language.layers.attn) or regexes for whole ones. No adapter goes there either.
       epochs: how often the data are read; sets `steps`, after counting their batches once.
       data: what it is trained on; data.batch_size rows of data.seq_len tokens a step.
       eval_data: what it is evaluated on, all splits of it; settings that are not given are those of
@@ -72,6 +74,7 @@ class RunConfig(FitConfig):
     tokenizer: str | None = None
     chat_template: AnyPath | None = None
     adapter: AnyMethod | str | None = None
+    freeze: tuple[str, ...] = ()
     epochs: int | None = None
     data: DataConfig
     eval_data: DataConfig | None = dataclasses.field(default=None, metadata={"like": "data"})
@@ -95,6 +98,11 @@ class RunConfig(FitConfig):
             )
         if self.adapter is None and self.optim.lora_plus != 1:
             raise ValueError("optim.lora_plus is for LoRA adapters: leave it or set adapter=LoRA")
+        if self.freeze and isinstance(self.adapter, str):
+            raise ValueError(
+                f"freeze={','.join(self.freeze)}: an adapter of a folder is trained on as it is;"
+                " leave freeze out, or give a method"
+            )
         if str(self.out) == ".":
             raise ValueError("out is the working folder; give a folder of its own: out=runs/NAME")
         _check_compute(self.compute)

@@ -110,6 +110,8 @@ def bilinear(size: int, new_size: int) -> np.ndarray:
 class Model(ComposedModel):
     """Tokens and images [N, 384, 384, 3], in 7B also [N, 1024, 1024, 3], to logits."""
 
+    towers, projectors = ("vision", "high"), ("aligner",)
+
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg, self.source = cfg, Source()
         self.language = llama.Model(cfg.language, rngs=rngs)

@@ -63,6 +63,8 @@ class Model(ComposedModel):
     where a row has fewer pictures.
     """
 
+    projectors = ("projector", "newline", "separator")
+
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg, self.source = cfg, Source()
         vision, compute = cfg.vision, cfg.vision.compute
