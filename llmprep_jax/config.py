@@ -153,7 +153,9 @@ def override(config: Any, overrides: Iterable[str]) -> Any:
     """Replaces fields of a tree of dataclasses.
 
     A section that is None comes into being when a field of it is set; a section of one of several
-    classes is chosen by the class's name, `adapter=QLoRA`, or `adapter._type=QLoRA`.
+    classes is chosen by the class's name, `adapter=QLoRA`, or `adapter._type=QLoRA`. A class may
+    say by `SET_BY` which of its fields a section that is set as a whole sets: `task=docvqa` is
+    `task.name=docvqa`.
 
     Args:
       config: a dataclass instance.
@@ -208,9 +210,12 @@ def _class_name(text: str, path: Sequence[str]) -> str:
 
 def _apply(value: Any, kind: Any, changes: str | dict[str, Any], path: tuple[str, ...]) -> Any:
     """`value`, of declared type `kind`, with the planned changes made."""
-    name = ".".join(path)
+    name, field = ".".join(path), getattr(kind, "SET_BY", None)
     if isinstance(changes, str) and changes in _classes(kind):
         changes = {TYPE_KEY: changes}
+    elif field is not None and (isinstance(changes, str) or TYPE_KEY in changes):
+        whole = {TYPE_KEY: changes} if isinstance(changes, str) else changes
+        changes = {field if key == TYPE_KEY else key: text for key, text in whole.items()}
     if isinstance(changes, str):
         try:
             return parse(changes, kind)

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import pathlib
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import hypothesis
 import pytest
@@ -185,6 +185,30 @@ def test_a_section_is_not_set_as_a_whole_and_in_part(texts):
 )
 def test_a_section_is_chosen_by_its_class_and_changed_at_once(texts):
     assert override(Run(), texts).adapter == DoRA(rank=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    SET_BY: ClassVar[str] = "name"
+
+    name: str = "none"
+    limit: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HasNamed:
+    task: Named = dataclasses.field(default_factory=Named)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["task=x", "task.limit=4"], ["task.limit=4", "task=x"], ["task.name=x", "task.limit=4"]],
+)
+def test_a_section_that_is_set_as_a_whole_sets_the_field_it_says(texts):
+    assert override(HasNamed(), texts).task == Named("x", 4)
+    assert override(HasNamed(), texts[:1]) != HasNamed()
+    with pytest.raises(UsageError, match="unknown key task.limits; did you mean task.limit?"):
+        override(HasNamed(), ["task=x", "task.limits=4"])
 
 
 def test_what_an_override_replaces_is_never_looked_up(tmp_path):
