@@ -7,7 +7,7 @@ are read as that.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,13 +46,16 @@ class JsonLines:
     def _file(self, index: int) -> pathlib.Path:
         return self._files[np.searchsorted(self._first, index, side="right") - 1]
 
-    def __getitem__(self, index: int) -> Document:
+    def record(self, index: int) -> Any:
+        """What a line holds."""
         start, end, _ = map(int, self._spans[index])
         with self._file(index).open("rb") as file:
             file.seek(start)
             line = file.read(end - start)
-        name = self.name(index)
-        record = parse_line(line, name)
+        return parse_line(line, self.name(index))
+
+    def __getitem__(self, index: int) -> Document:
+        name, record = self.name(index), self.record(index)
         document = to_document(record, self._field, name, self._record_format)
         return _beside(document, self._file(index))
 
@@ -82,6 +85,24 @@ class JsonFile:
         record = self._records[index]
         document = to_document(record, self._field, self.name(index), self._record_format)
         return _beside(document, self._file)
+
+
+def read_records(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl or .json file, each with its name: file and line, or number.
+
+    Raises:
+      ValueError: a line is no JSON object; names it.
+    """
+    records = _read_records(file) if file.suffix == ".json" else None
+    if records is None:
+        lines = JsonLines([file])
+        named = ((lines.name(i), lines.record(i)) for i in range(len(lines)))
+    else:
+        named = ((f"{file}:record {i}", record) for i, record in enumerate(records, 1))
+    for name, record in named:
+        if not isinstance(record, dict):
+            raise ValueError(f"{name}: holds a {type(record).__name__}; write objects, {{...}}")
+        yield name, record
 
 
 def _beside(document: Document, file: pathlib.Path) -> Document:

@@ -6,6 +6,7 @@ numbers are of greedy decoding.
 
 import collections
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 
 from llmprep_jax.evaluate.anls import anls
@@ -82,10 +83,12 @@ def get_task(name: str) -> Task:
     """A task by its name.
 
     Raises:
-      ValueError: there is none of the name.
+      ValueError: there is none of the name; near ones are named.
     """
     if name not in TASKS:
-        raise ValueError(f"no task {name!r}; there are {', '.join(TASKS)}")
+        near = difflib.get_close_matches(name, TASKS)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)}"
+        raise ValueError(f"no task {name!r}; {hint}")
     return TASKS[name]
 
 
@@ -112,22 +115,33 @@ def score(
     counts["categories"] = len(categories)
     if len(set(counts.values())) > 1 or not predictions:
         raise ValueError(f"each question needs one of each; there are {counts}")
-    scores, splits = [], collections.defaultdict(list)
+    scores = []
     for number, row in enumerate(zip(predictions, answers, categories, strict=True)):
         prediction, texts, category = row
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise ValueError(f"question {number} has no answers")
-        names = [category] if isinstance(category, str) else list(category or ())
+        names = _names(category)
         extra = (names[0] if names else None,) if task.by_category else ()
         try:
             scores.append(task.metric(task.clean(prediction), texts, *extra))
         except ValueError as error:
             raise ValueError(f"question {number}: {error}") from error
-        for name in dict.fromkeys(names):
-            splits[name].append(scores[-1])
+    return report_of(scores, categories)
+
+
+def report_of(scores: Sequence[float], categories: Categories | None = None) -> Report:
+    """The report of scores, one a question, and of the categories of each."""
+    splits = collections.defaultdict(list)
+    for one, category in zip(scores, categories or [None] * len(scores), strict=True):
+        for name in dict.fromkeys(_names(category)):
+            splits[name].append(one)
     by_split = {name: Split(_mean(splits[name]), len(splits[name])) for name in sorted(splits)}
     return Report(_mean(scores), by_split, tuple(scores))
+
+
+def _names(category: str | Sequence[str] | None) -> list[str]:
+    return [category] if isinstance(category, str) else list(category or ())
 
 
 def _mean(scores: Sequence[float]) -> float:

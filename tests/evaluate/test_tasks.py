@@ -53,8 +53,10 @@ def test_a_task_of_ones_own():
 
 
 def test_what_cannot_be_scored_is_refused_with_its_number():
-    with pytest.raises(ValueError, match="no task 'docqva'; there are docvqa, "):
+    with pytest.raises(ValueError, match="no task 'docqva'; did you mean docvqa?"):
         get_task("docqva")
+    with pytest.raises(ValueError, match="no task 'mmlu'; there are docvqa, infovqa, "):
+        get_task("mmlu")
     with pytest.raises(ValueError, match="'predictions': 1, 'answers': 2, 'categories': 1"):
         score("exact", ["a"], ["a", "b"])
     with pytest.raises(ValueError, match="'categories': 1"):
