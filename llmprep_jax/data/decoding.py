@@ -13,20 +13,21 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from llmprep_jax.data.refs import Ref
 from llmprep_jax.vision.processor import ImageProcessor, Pixels
 
 _own: list[ImageProcessor] = []  # of a worker
 
 
 class Picture(NamedTuple):
-    """An image file, and of how many images in its conversation it is one."""
+    """An image, and of how many images in its conversation it is one."""
 
-    path: str
+    ref: Ref
     num_images: int
 
 
 class Decoder:
-    """What the image processor makes of files, one after another.
+    """What the image processor makes of images, one after another.
 
     Args:
       workers: processes, started when they are first needed; 0: this one.
@@ -37,7 +38,7 @@ class Decoder:
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def __call__(self, pictures: Iterable[Picture]) -> Iterator[Pixels]:
-        """In order. Raises FileNotFoundError or ValueError, on one line, naming the file."""
+        """In order. Raises FileNotFoundError or ValueError, on one line, naming the image."""
         if not self._workers:
             yield from (_decode(self._images, picture) for picture in pictures)
             return
@@ -73,4 +74,5 @@ def _decode_here(picture: Picture) -> Pixels:
 
 
 def _decode(images: ImageProcessor, picture: Picture) -> Pixels:
-    return images(picture.path, [picture.path], num_images=picture.num_images)
+    ref = picture.ref
+    return images(ref.content(), [ref.title], num_images=picture.num_images)

@@ -58,5 +58,18 @@ def digest(document: Document) -> int:
     if document.messages is None:
         content = document.text
     else:
-        content = json.dumps(document.messages, sort_keys=True, ensure_ascii=False)
+        messages = _without_places(document.messages)
+        content = json.dumps(messages, sort_keys=True, ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())
+
+
+def _without_places(value: Any) -> Any:
+    """Messages whose images are their names alone where they have any: shards are written anew."""
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    place = value.get("image")
+    if isinstance(place, Mapping) and isinstance(place.get("name"), str):
+        return {**value, "image": place["name"]}
+    return {key: _without_places(item) for key, item in value.items()}

@@ -5,6 +5,7 @@ packing needs, and pictures are decoded when a batch is made, of this process's 
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from llmprep_jax.data.decoding import Decoder, Picture
+from llmprep_jax.data.documents import Document
+from llmprep_jax.data.refs import Ref, read_ref
 from llmprep_jax.text.chat import Edit
 from llmprep_jax.text.image_text import ImageTextProcessor, expand_markers, replace_markers
 from llmprep_jax.vision.open import image_size
@@ -19,18 +22,6 @@ from llmprep_jax.vision.open import image_size
 MARKER = "<image>"  # in LLaVA's conversations
 _SOURCES = ("image", "path")  # keys of a part that names its image
 Messages = list[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ref:
-    """An image file: `name` as the document has it, relative to the folder of the data file."""
-
-    folder: str
-    name: str
-
-    @property
-    def path(self) -> pathlib.Path:
-        return pathlib.Path(self.folder, self.name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +60,8 @@ class ImageReader:
 
     def __init__(self, processor: ImageTextProcessor, max_images: int, workers: int = 0):
         self.processor, self.max_images = processor, max_images
+        # a column of a table may be megabytes to read for the few bytes of a header
+        self._size = functools.lru_cache(1 << 16)(_size_of)
         self._decoder = Decoder(processor.images, workers)
         blank = processor.images(np.zeros((8, 8, 3), np.uint8))
         self._shapes = {"images": (max_images, *blank.values.shape[1:])}
@@ -82,7 +75,7 @@ class ImageReader:
         Raises:
           ValueError: an image is to be seen in pieces, each with tokens of its own.
         """
-        sizes = [image_size(ref.path, name=str(ref.path)) for ref in refs]
+        sizes = [self._size(ref) for ref in refs]
         pictures = [self.processor.images.count_pictures(*size, len(refs)) for size in sizes]
         written = self.processor.wrapped(pictures)
         if written is None:
@@ -104,7 +97,7 @@ class ImageReader:
           FileNotFoundError, ValueError: other images than markers, or one that is no picture.
         """
         marker = self.processor.image_id
-        sizes = [image_size(ref.path, name=str(ref.path)) for ref in refs]
+        sizes = [self._size(ref) for ref in refs]
         lengths = [self.processor.images.count(*size, len(refs)) for size in sizes]
         ids = list(ids)
         expanded, places = expand_markers(ids, marker, lengths)
@@ -136,7 +129,7 @@ class ImageReader:
         out["image_mask"] = np.zeros((len(rows), M), bool)
         if self._has_grids:
             out["grids"] = np.zeros((len(rows), M, 2), np.int32)
-        pictures = [Picture(str(run.ref.path), run.num_images) for runs in rows for run in runs]
+        pictures = [Picture(run.ref, run.num_images) for runs in rows for run in runs]
         decoded = self._decoder(pictures)
         for b, runs in enumerate(rows):
             at = 0
@@ -144,7 +137,7 @@ class ImageReader:
                 pixels = next(decoded)
                 if len(pixels.values) != run.pictures:
                     raise ValueError(
-                        f"{run.ref.path}: has changed since it was packed; begin a new run"
+                        f"{run.ref.title}: has changed since it was packed; begin a new run"
                     )
                 part = b, slice(at, at + run.pictures)
                 out["images"][part], out["image_mask"][part] = pixels.values, True
@@ -156,9 +149,20 @@ class ImageReader:
         return out
 
 
+def _size_of(ref: Ref) -> tuple[int, int]:
+    return image_size(ref.content(), name=ref.title)
+
+
 def has_images(messages: Messages) -> bool:
     """Whether a part of a message is an image."""
     return any(_is_image(part) for message in messages for part in _parts(message))
+
+
+def beside(document: Document, folder: pathlib.Path) -> Document:
+    """One with images knows the folder that their places are told from."""
+    if document.messages is None or not has_images(document.messages):
+        return document
+    return dataclasses.replace(document, folder=str(folder))
 
 
 def split_images(messages: Messages, folder: str | None) -> tuple[Messages, tuple[Ref, ...]]:
@@ -170,12 +174,15 @@ def split_images(messages: Messages, folder: str | None) -> tuple[Messages, tupl
     if not has_images(messages):
         return messages, ()
     if folder is None:
-        raise ValueError("images are read beside .jsonl and .json files; write the data as that")
+        raise ValueError(
+            "images are named from the folder of their data file, and this document is of none;"
+            " read them from .jsonl, .parquet or .tar"
+        )
     refs, bare = [], []
     for message in messages:
         parts = message.get("content")
         if isinstance(parts, list):
-            refs += [_ref_of(part, folder) for part in parts if _is_image(part)]
+            refs += [read_ref(_name_of(part), folder) for part in parts if _is_image(part)]
             message = {**message, "content": [_bare(part) for part in parts]}
         bare.append(message)
     return bare, tuple(refs)
@@ -190,8 +197,8 @@ def name_parts(messages: Messages, fields: Mapping[str, Any]) -> tuple[Messages,
     """
     key = next((key for key in ("images", "image") if fields.get(key)), None)
     given = fields.get(key) if key else None
-    names = [given] if isinstance(given, str) else given
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    names = [given] if isinstance(given, str | Mapping) else given
+    if not isinstance(names, list) or not all(isinstance(n, str | Mapping) for n in names):
         return messages, dict(fields)
     opened = [_with_parts(message) for message in messages]
     places = [part for m in opened for part in _parts(m) if _is_image(part) and not _name_of(part)]
@@ -220,18 +227,6 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
         text = text.removeprefix("\n") if number else text
         parts += [{"type": "text", "text": text}] if text.strip("\n") else []
     return {**message, "content": parts}
-
-
-def _ref_of(part: Mapping[str, Any], folder: str) -> Ref:
-    name = _name_of(part)
-    if not isinstance(name, str):
-        raise ValueError(
-            'an image part names no file; write {"type": "image", "image": "images/1.png"}'
-        )
-    path = pathlib.PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"image {name!r} does not lie beside the data file; give a path from it")
-    return Ref(folder, name)
 
 
 def _parts(message: Mapping[str, Any]) -> list[Any]:

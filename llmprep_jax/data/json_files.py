@@ -4,7 +4,6 @@ Lines are read one at a time, a .json file whole. Many files called .json hold a
 are read as that.
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmprep_jax.data.documents import Document
-from llmprep_jax.data.images import has_images
+from llmprep_jax.data.images import beside
 from llmprep_jax.data.records import RecordFormat, formats_of, to_document
 
 _BLOCK = 1 << 22
@@ -30,8 +29,9 @@ class JsonLines:
         files: Sequence[pathlib.Path],
         field: str | None = None,
         record_format: RecordFormat = "auto",
+        image: str | None = None,
     ):
-        self._files, self._field, self._record_format = list(files), field, record_format
+        self._files, self._columns = list(files), (field, record_format, image)
         spans = [_index_lines(file) for file in self._files]
         self._first = np.cumsum([0, *map(len, spans)])
         self._spans = np.concatenate(spans) if spans else np.zeros((0, 3), np.int64)
@@ -55,20 +55,24 @@ class JsonLines:
         return parse_line(line, self.name(index))
 
     def __getitem__(self, index: int) -> Document:
-        name, record = self.name(index), self.record(index)
-        document = to_document(record, self._field, name, self._record_format)
-        return _beside(document, self._file(index))
+        field, *columns = self._columns
+        document = to_document(self.record(index), field, self.name(index), *columns)
+        return beside(document, self._file(index).parent)
 
 
 class JsonFile:
     """A file that is one JSON list of records, held in memory; or, if it is none, JSON lines."""
 
     def __init__(
-        self, file: pathlib.Path, field: str | None = None, record_format: RecordFormat = "auto"
+        self,
+        file: pathlib.Path,
+        field: str | None = None,
+        record_format: RecordFormat = "auto",
+        image: str | None = None,
     ):
-        self._file, self._field, self._record_format = file, field, record_format
+        self._file, self._columns = file, (field, record_format, image)
         self._records = _read_records(file)
-        self._lines = JsonLines([file], field, record_format) if self._records is None else None
+        self._lines = JsonLines([file], *self._columns) if self._records is None else None
 
     def __len__(self) -> int:
         return len(self._records if self._lines is None else self._lines)
@@ -82,9 +86,9 @@ class JsonFile:
     def __getitem__(self, index: int) -> Document:
         if self._lines is not None:
             return self._lines[index]
-        record = self._records[index]
-        document = to_document(record, self._field, self.name(index), self._record_format)
-        return _beside(document, self._file)
+        field, *columns = self._columns
+        document = to_document(self._records[index], field, self.name(index), *columns)
+        return beside(document, self._file.parent)
 
 
 def read_records(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -103,13 +107,6 @@ def read_records(file: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(record, dict):
             raise ValueError(f"{name}: holds a {type(record).__name__}; write objects, {{...}}")
         yield name, record
-
-
-def _beside(document: Document, file: pathlib.Path) -> Document:
-    """One with images knows the folder that their paths begin in."""
-    if document.messages is None or not has_images(document.messages):
-        return document
-    return dataclasses.replace(document, folder=str(file.parent))
 
 
 def _read_records(file: pathlib.Path) -> list[Any] | None:

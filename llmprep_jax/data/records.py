@@ -2,20 +2,22 @@
 
 Formats are those that datasets for fine-tuning come in: a text; messages; ShareGPT's conversations
 of `from` and `value`; Alpaca's instruction, input and output; a prompt and its completion; an image
-and its captions. A prompt and a completion that are strings go through no chat template (they are
-one text of which the completion is learnt), while Alpaca's columns are a question and an answer and
-do, and so do an image and its first caption.
+and its captions; an image, a question and its answers. A prompt and a completion that are strings go
+through no chat template (they are one text of which the completion is learnt), while Alpaca's
+columns are a question and an answer and do, and so do an image and its first caption.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from llmprep_jax.data.documents import Document, Messages
 from llmprep_jax.data.images import name_parts
 
-RecordFormat = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt", "caption"]
+RecordFormat = Literal[
+    "auto", "text", "messages", "sharegpt", "alpaca", "prompt", "caption", "question"
+]
 Record = Mapping[str, Any]
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -26,12 +28,19 @@ ROLES = {  # what ShareGPT's `from` is called
     **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
     "function_call": "assistant",
 }
-CAPTIONS = ("caption", "captions")
 _INPUTS, _OUTPUTS = ("input", "context"), ("output", "response")
+# of images, in order: what data sets call them
+IMAGES = ("image", "images", "file_name")
+CAPTIONS = ("caption", "captions", "text", "label")
+QUESTIONS, ANSWERS = ("question", "query"), ("answer", "answers", "label")
 
 
 def to_document(
-    record: Any, field: str | None, name: str, record_format: RecordFormat = "auto"
+    record: Any,
+    field: str | None,
+    name: str,
+    record_format: RecordFormat = "auto",
+    image: str | None = None,
 ) -> Document:
     """The document that a record (a JSON object or a row) holds.
 
@@ -41,6 +50,7 @@ def to_document(
         answer; None: as `record_format` has it.
       name: of the document.
       record_format: which columns hold the document; "auto": those that are there.
+      image: the key that holds the image; None: one of IMAGES.
 
     Raises:
       ValueError: the record has no such field, several, or something else in it.
@@ -50,6 +60,9 @@ def to_document(
             f"{name}: found {_kind(record)}; a record is an object with 'text' or 'messages'"
         )
     try:
+        if image is not None:
+            others = {k: v for k, v in record.items() if k not in (*IMAGES, image)}
+            record = {**others, "image": _get(record, image, "image")}
         if field is not None:
             return _of_field(record, field, name)
         return _READERS[_format_of(record, record_format)](record, name)
@@ -61,13 +74,16 @@ def formats_of(keys: Iterable[str]) -> list[str]:
     """The formats whose columns are among `keys`, and "messages" for both kinds of messages."""
     keys = set(keys)
     has = {
-        "text": "text" in keys,
         "messages": not keys.isdisjoint(CONVERSATIONS),
         "prompt": {"prompt", "completion"} <= keys,
         "alpaca": "instruction" in keys and not keys.isdisjoint(_OUTPUTS),
-        "caption": "image" in keys and not keys.isdisjoint(CAPTIONS),
     }
-    return [name for name, is_there in has.items() if is_there]
+    talks = [name for name, is_there in has.items() if is_there]
+    if talks or keys.isdisjoint(IMAGES):
+        return [*(["text"] if "text" in keys else []), *talks]
+    if not keys.isdisjoint(QUESTIONS) and not keys.isdisjoint(ANSWERS):
+        return ["question"]
+    return [] if keys.isdisjoint(CAPTIONS) else ["caption"]
 
 
 def _format_of(record: Record, record_format: RecordFormat) -> str:
@@ -81,16 +97,31 @@ def _format_of(record: Record, record_format: RecordFormat) -> str:
             f"a record holds one document, and this has columns of {' and '.join(formats)}; choose"
             f" by data.format={formats[0]} or data.source.field=NAME"
         )
+    if any(record.get(key) is not None for key in IMAGES):
+        raise ValueError(
+            f"an image has {', '.join(map(repr, CAPTIONS))}, a 'question' and its 'answer', or"
+            f" 'messages'; the record has {_names(record)}; name the right one by"
+            " data.source.field=NAME"
+        )
+    if not record.keys().isdisjoint(QUESTIONS) and not record.keys().isdisjoint(ANSWERS):
+        raise ValueError(
+            f"a question has an image in {', '.join(map(repr, IMAGES))}; the record has"
+            f" {_names(record)}; name the image by data.source.image=NAME, or for questions without"
+            " images data.source.field=question,answer"
+        )
     raise ValueError(
         "a record has 'text' or 'messages', or the columns of ShareGPT, Alpaca, a prompt and its"
-        " completion or an image and its caption;"
-        f" it has {_names(record)}; name the right one by data.source.field=NAME"
+        f" completion or an image and its caption; it has {_names(record)}; name the right one by"
+        " data.source.field=NAME"
     )
 
 
 def _of_field(record: Record, field: str, name: str) -> Document:
     keys = field.split(",")
     values = [_get(record, key) for key in keys]
+    if any(record.get(key) is not None for key in IMAGES) and not isinstance(values[0], list):
+        read = _of_question if len(keys) == 2 else _of_caption
+        return read(record, name, *keys)
     if len(keys) == 2:
         texts = [_checked_text(key, value) for key, value in zip(keys, values, strict=True)]
         return _conversation(record, _turns(*texts), keys, name)
@@ -163,24 +194,48 @@ def _of_alpaca(record: Record, name: str) -> Document:
     return _conversation(record, messages, used, name)
 
 
-def _of_caption(record: Record, name: str) -> Document:
+def _of_caption(record: Record, name: str, key: str | None = None) -> Document:
     """An image, and what is said of it: one text or several, of which a conversation has the
     first."""
-    given = [key for key in CAPTIONS if record.get(key) is not None]
-    if len(given) != 1:
-        raise ValueError(f"a record has one of 'caption', 'captions'; it has {_names(record)}")
-    texts = record[given[0]]
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not texts:
-        raise ValueError(f"{given[0]!r} is {_kind(texts)}; give a text, or a list of them")
-    captions = tuple(_checked_text(given[0], text) for text in texts)
-    image = {"type": "image", "image": _get(record, "image")}
-    messages = [
-        {"role": "user", "content": [image]},
-        {"role": "assistant", "content": captions[0]},
-    ]
-    document = _conversation(record, messages, ("image", *given), name)
-    return dataclasses.replace(document, captions=captions)
+    captions = _texts(record, CAPTIONS if key is None else (key,))
+    document = Document(name, messages=_turns(_pictures(record), captions[0]))
+    return dataclasses.replace(document, captions=tuple(captions))
+
+
+def _of_question(
+    record: Record, name: str, question: str | None = None, answer: str | None = None
+) -> Document:
+    """The picture before its question; of several right answers the first."""
+    (asked,) = _texts(record, QUESTIONS if question is None else (question,))[:1]
+    (said,) = _texts(record, ANSWERS if answer is None else (answer,))[:1]
+    content = [*_pictures(record), {"type": "text", "text": asked}]
+    return Document(name, messages=_turns(content, said))
+
+
+def _pictures(record: Record) -> list[dict[str, Any]]:
+    """Image parts of what the record names."""
+    given = next((record[key] for key in IMAGES if record.get(key) is not None), None)
+    images = given if isinstance(given, list) else [given]
+    if not images or not all(isinstance(image, str | Mapping) and image for image in images):
+        raise ValueError(f"there is no image; it has {_names(record)}; leave the record out")
+    return [{"type": "image", "image": image} for image in images]
+
+
+def _texts(record: Record, keys: Sequence[str]) -> list[str]:
+    """What the first of some columns that is there says: a text, a number or a list of either, bare
+    or as objects have it in VQAv2's answers and COCO's captions."""
+    key = next((key for key in keys if record.get(key) is not None), keys[0])
+    value = record.get(key)
+    value = value.get("text") if isinstance(value, Mapping) else value
+    texts = []
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, Mapping):
+            item = item.get("answer", item.get("text"))
+        is_number = isinstance(item, int | float) and not isinstance(item, bool)
+        texts.append(str(item) if is_number else item)
+    if not texts or texts[0] in (None, ""):
+        raise ValueError(f"{key!r} is missing; it has {_names(record)}; leave the record out")
+    return [_checked_text(key, text) for text in texts]
 
 
 _READERS: dict[str, Callable[[Record, str], Document]] = {
@@ -190,10 +245,11 @@ _READERS: dict[str, Callable[[Record, str], Document]] = {
     "prompt": _of_prompt,
     "alpaca": _of_alpaca,
     "caption": _of_caption,
+    "question": _of_question,
 }
 
 
-def _turns(question: str, answer: str) -> Messages:
+def _turns(question: str | list[dict[str, Any]], answer: str) -> Messages:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -258,11 +314,11 @@ def _parse(key: str, text: str) -> Any:
         raise ValueError(f"{key!r} is text that is no JSON ({reason}); correct it") from None
 
 
-def _get(record: Record, key: str) -> Any:
+def _get(record: Record, key: str, option: str = "field") -> Any:
     if record.get(key) is None:
         raise ValueError(
             f"a record has {key!r}; it has {_names(record)}; name the right one by"
-            " data.source.field=NAME, or choose another data.format"
+            f" data.source.{option}=NAME, or choose another data.format"
         )
     return record[key]
 

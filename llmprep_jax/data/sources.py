@@ -1,4 +1,4 @@
-"""Sources: random access to documents in JSON, Parquet, CSV, plain text and TFDS folders.
+"""Sources: random access to documents in JSON, Parquet, CSV, text, tar shards and TFDS folders.
 
 A source is a sequence: `source[i]` reads and decodes document i and nothing else, `source.name(i)`
 says where it is. A broken line is found when it is read, which `pipeline.build` does for all lines
@@ -16,13 +16,15 @@ from typing import Any, Literal
 import numpy as np
 
 from llmprep_jax.data.documents import Document, Source
+from llmprep_jax.data.images import beside
 from llmprep_jax.data.json_files import JsonFile, JsonLines, parse_line
 from llmprep_jax.data.records import RecordFormat, to_document
 from llmprep_jax.data.tables import Csv, Parquet
+from llmprep_jax.data.tars import Tars
 from llmprep_jax.data.text_files import TextFiles
 from llmprep_jax.remote import fetch
 
-Format = Literal["auto", "jsonl", "json", "parquet", "csv", "text", "tfds"]
+Format = Literal["auto", "jsonl", "json", "parquet", "csv", "text", "tar", "tfds"]
 Part = Literal["file", "paragraph", "chunk"]
 
 SUFFIXES = {
@@ -31,9 +33,11 @@ SUFFIXES = {
     "parquet": (".parquet",),
     "csv": (".csv", ".tsv"),
     "text": (".txt", ".text", ".md", ".rst"),
+    "tar": (".tar",),
 }
 # what says of a data set what it is, and holds no document
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_ABOUT += ("classnames.txt", "zeroshot_classification_templates.txt")  # beside tars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,8 @@ class SourceOptions:
         ArrayRecord.
       field: the key of a record or column of a table that holds the document, or two,
         "question,answer", of a question and its answer; None: as `DataConfig.format` has it.
+      image: the key of a record, column, feature or suffix in a tar that holds the image; None:
+        "image", "images" or "file_name", and in a tar all suffixes of pictures.
       part: what a document of a text file is: the file, a paragraph (parted by blank lines) or a
         chunk.
       chunk_bytes: most bytes of a chunk; it ends after a line or word.
@@ -53,6 +59,7 @@ class SourceOptions:
 
     format: Format = "auto"
     field: str | None = None
+    image: str | None = None
     part: Part = "file"
     chunk_bytes: int = 1 << 16
     tfds_split: str = "train"
@@ -82,14 +89,14 @@ def open_source(
         source: Source = PreparedRecords(folder, options, record_format)
     else:
         files, kind = find_files(path, options.format)
-        columns = (options.field, record_format)
+        columns = (options.field, record_format, options.image)
         if kind == "text":
             source = TextFiles(files, options.part, options.chunk_bytes)
         elif kind in ("json", "csv"):
             reader = {"json": JsonFile, "csv": Csv}[kind]
             source = Chain([reader(file, *columns) for file in files])
         else:
-            source = {"jsonl": JsonLines, "parquet": Parquet}[kind](files, *columns)
+            source = {"jsonl": JsonLines, "parquet": Parquet, "tar": Tars}[kind](files, *columns)
     if not len(source):
         raise ValueError(f"{path}: there is no document in it; check the file or data.paths")
     return source
@@ -169,7 +176,7 @@ class PreparedRecords:
         from llmprep_jax.data.tfds_text import open_array_record
 
         self._folder, self._options, self._record_format = folder, options, record_format
-        self._records = open_array_record(folder, options.tfds_split)
+        self._records, self._pictures, self._classes = open_array_record(folder, options.tfds_split)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -180,7 +187,10 @@ class PreparedRecords:
 
     def __getitem__(self, index: int) -> Document:
         name, record = self.name(index), self._records[index]
-        record = {key: _plain(value) for key, value in record.items()}
+        pictures = {key: self._places(key, index, record[key]) for key in self._pictures}
+        record = {key: _plain(value) for key, value in record.items() if key not in pictures}
+        for key, names in self._classes.items():  # -1: a test split does not say
+            record[key] = names[record[key]] if record[key] >= 0 else None
         extra = record.pop("extra", None)  # ours: messages, fields and where a text begins and ends
         if isinstance(extra, str) and {"name", "text"} == record.keys():
             fields = parse_line(extra.encode(), name)
@@ -189,13 +199,26 @@ class PreparedRecords:
         if isinstance(record.get("messages"), str):  # ours as it was before 1.1.0
             is_chat = bool(record["messages"])
             record = {"messages" if is_chat else "text": record["messages" if is_chat else "text"]}
-        return to_document(record, self._options.field, name, self._record_format)
+        options = self._options
+        columns = (options.field, name, self._record_format, options.image)
+        return beside(to_document(record | pictures, *columns), self._folder)
+
+    def _places(self, feature: str, index: int, value: Any) -> Any:
+        """Where an image is, or the images of a list, as `refs` has it."""
+        place = {"split": self._options.tfds_split, "record": index, "feature": feature}
+        if isinstance(value, bytes):
+            return place
+        return [place | {"item": i} for i in range(len(value))]
 
 
 def _plain(value: Any) -> Any:
-    """Bytes as text and numpy's scalars as Python's."""
+    """Bytes as text, and numpy's scalars and arrays as Python's."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
     return value.item() if isinstance(value, np.generic) else value
 
 

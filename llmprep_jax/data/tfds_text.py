@@ -7,12 +7,13 @@ needs a network or TensorFlow. TFDS keeps what a folder already holds and says n
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
@@ -73,7 +74,30 @@ def write_array_record(documents: Source, folder: str | pathlib.Path) -> pathlib
     return path
 
 
-def open_array_record(folder: str | pathlib.Path, split: str = "train") -> Sequence[dict[str, Any]]:
+class Prepared(NamedTuple):
+    """What a folder of TFDS holds.
+
+    Attributes:
+      records: by number; images in them are encoded, lists of them arrays of objects.
+      images: the features that are images, or lists of images.
+      classes: the names of the classes of features that are their numbers.
+    """
+
+    records: Sequence[dict[str, Any]]
+    images: tuple[str, ...]
+    classes: dict[str, list[str]]
+
+
+class _Encoded(tfds.decode.Decoder):
+    """Leaves images as they are stored; tfds.decode.SkipDecoding does not know lists of NumPy."""
+
+    def decode_example(self, serialized_example: Any) -> Any:
+        return serialized_example
+
+    decode_batch_example_np = decode_example
+
+
+def open_array_record(folder: str | pathlib.Path, split: str = "train") -> Prepared:
     """Random access to the records of a folder that TFDS has prepared as ArrayRecord.
 
     Raises:
@@ -86,13 +110,43 @@ def open_array_record(folder: str | pathlib.Path, split: str = "train") -> Seque
         raise ValueError(f"{folder}: TFDS does not read it: {_one_line(error)}") from None
     if split not in splits:
         raise ValueError(f"{folder} has no split {split}; it has {', '.join(splits) or 'none'}")
+    features = dict(builder.info.features.items())
+    images = tuple(name for name, feature in features.items() if _is_image(feature))
+    classes = {
+        name: feature.names
+        for name, feature in features.items()
+        if isinstance(feature, tfds.features.ClassLabel) and feature.num_classes
+    }
     try:
-        return builder.as_data_source(split)
+        encoded = {name: _Encoded() for name in images}
+        records = builder.as_data_source(split, decoders=encoded or None)
     except Exception as error:
         raise ValueError(
             f"{folder}: no random access ({_one_line(error)}); "
             "prepare it with file_format='array_record'"
         ) from None
+    return Prepared(records, images, classes)
+
+
+def _is_image(feature: Any) -> bool:
+    inner = feature.feature if isinstance(feature, tfds.features.Sequence) else feature
+    return isinstance(inner, tfds.features.Image)
+
+
+_opened = functools.lru_cache(maxsize=8)(open_array_record)  # of a process that decodes
+
+
+def read_image(folder: str, split: str, record: int, feature: str) -> bytes | list[bytes]:
+    """An encoded image of a record, or the list of them; records count from 0.
+
+    Raises:
+      ValueError: there is no such record or image.
+    """
+    records = _opened(folder, split).records
+    if record >= len(records):
+        raise ValueError(f"{folder}:{split} has {len(records)} records; begin a new run")
+    value = records[record].get(feature)
+    return value if isinstance(value, bytes) else list(() if value is None else value)
 
 
 def _one_line(error: BaseException) -> str:

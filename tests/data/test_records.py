@@ -140,7 +140,7 @@ def test_maps_of_parquet_are_objects_and_bytes_are_left_out(tmp_path):
     message = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string(), "x": kind})
     row = [user("q") | {"x": [("k", "v")]}, assistant("a")]
     table = pyarrow.table({
-        "messages": pyarrow.array([row], pyarrow.list_(message)), "image": [b"\xff"], "n": [1],
+        "messages": pyarrow.array([row], pyarrow.list_(message)), "raw": [b"\xff"], "n": [1],
     })  # fmt: skip
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     document = open_source(tmp_path / "a.parquet")[0]
@@ -153,9 +153,9 @@ def test_only_the_text_of_a_table_of_texts_is_read(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     source = open_source(tmp_path / "a.parquet")
     assert source[0].text == "one"
-    assert source._tables[0].column_names == ["text"]
+    assert source._tables[0].rows.column_names == ["text"]
     named = open_source(tmp_path / "a.parquet", SourceOptions(field="text"))
-    assert named._tables[0].column_names == ["text"]
+    assert named._tables[0].rows.column_names == ["text"]
 
 
 RECORDS = [{"text": "one"}, {"text": "zwei é"}]
