@@ -2,8 +2,8 @@
 
 Formats are those that datasets for fine-tuning come in: a text; messages; ShareGPT's conversations
 of `from` and `value`; Alpaca's instruction, input and output; a prompt and its completion; an image
-and its captions; an image, a question and its answers. A prompt and a completion that are strings go
-through no chat template (they are one text of which the completion is learnt), while Alpaca's
+and its captions; an image, a question and its answers. A prompt and a completion that are strings
+go through no chat template (they are one text of which the completion is learnt), while Alpaca's
 columns are a question and an answer and do, and so do an image and its first caption.
 """
 
@@ -197,8 +197,11 @@ def _of_alpaca(record: Record, name: str) -> Document:
 def _of_caption(record: Record, name: str, key: str | None = None) -> Document:
     """An image, and what is said of it: one text or several, of which a conversation has the
     first."""
+    if key is None and record.get("caption") is not None and record.get("captions") is not None:
+        raise ValueError(f"a record has one of 'caption', 'captions'; it has {_names(record)}")
     captions = _texts(record, CAPTIONS if key is None else (key,))
-    document = Document(name, messages=_turns(_pictures(record), captions[0]))
+    messages = _turns(_pictures(record), captions[0])
+    document = _conversation(record, messages, (*IMAGES, *CAPTIONS, key or ""), name)
     return dataclasses.replace(document, captions=tuple(captions))
 
 
@@ -208,8 +211,9 @@ def _of_question(
     """The picture before its question; of several right answers the first."""
     (asked,) = _texts(record, QUESTIONS if question is None else (question,))[:1]
     (said,) = _texts(record, ANSWERS if answer is None else (answer,))[:1]
-    content = [*_pictures(record), {"type": "text", "text": asked}]
-    return Document(name, messages=_turns(content, said))
+    messages = _turns([*_pictures(record), {"type": "text", "text": asked}], said)
+    used = (*IMAGES, *QUESTIONS, *ANSWERS, question or "", answer or "")
+    return _conversation(record, messages, used, name)
 
 
 def _pictures(record: Record) -> list[dict[str, Any]]:
@@ -229,13 +233,17 @@ def _texts(record: Record, keys: Sequence[str]) -> list[str]:
     value = value.get("text") if isinstance(value, Mapping) else value
     texts = []
     for item in value if isinstance(value, list) else [value]:
+        if item is None:
+            continue
         if isinstance(item, Mapping):
             item = item.get("answer", item.get("text"))
-        is_number = isinstance(item, int | float) and not isinstance(item, bool)
-        texts.append(str(item) if is_number else item)
-    if not texts or texts[0] in (None, ""):
+        if key in ANSWERS and isinstance(item, int | float) and not isinstance(item, bool):
+            item = str(item)
+        texts.append(_checked_text(key, item))
+    texts = [text for text in texts if text.strip()]
+    if not texts:
         raise ValueError(f"{key!r} is missing; it has {_names(record)}; leave the record out")
-    return [_checked_text(key, text) for text in texts]
+    return texts
 
 
 _READERS: dict[str, Callable[[Record, str], Document]] = {

@@ -195,7 +195,8 @@ class PreparedRecords:
         if isinstance(extra, str) and {"name", "text"} == record.keys():
             fields = parse_line(extra.encode(), name)
             text = record["text"] if fields.get("messages") is None else None
-            return Document(name, text, **fields)
+            captions = tuple(fields.pop("captions", ()))
+            return Document(name, text, captions=captions, **fields)
         if isinstance(record.get("messages"), str):  # ours as it was before 1.1.0
             is_chat = bool(record["messages"])
             record = {"messages" if is_chat else "text": record["messages" if is_chat else "text"]}
@@ -217,8 +218,8 @@ def _plain(value: Any) -> Any:
         return value.decode("utf-8")
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, list | np.ndarray):
+        return [_plain(item) for item in list(value)]
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -86,7 +86,7 @@ def test_the_format_or_two_columns_can_be_told():
     ({"conversations": "hello"}, "'conversations' is a string; give a list of messages"),
     ({"conversations": "[hello"}, "'conversations' is text that is no JSON"),
     ({"image": "1.png", "caption": "a", "captions": ["a"]}, "one of 'caption', 'captions'"),
-    ({"image": "1.png", "captions": []}, "'captions' is a list; give a text, or a list of them"),
+    ({"image": "1.png", "captions": []}, "'captions' is missing; it has 'image', 'captions'"),
     ({"image": "1.png", "captions": ["a", 3]}, "'captions' is a number; give a string"),
     ({"instruction": "q", "output": 3}, "'output' is a number; give a string"),
     ({"instruction": "q", "output": "a", "response": "b"}, "one of 'output', 'response'"),
