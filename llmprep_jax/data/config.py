@@ -27,7 +27,8 @@ class DataConfig:
       source: how to read the paths: the format of files, the column of a document.
       format: how a record (a JSON object, a row) holds a document: "text", "messages", "sharegpt",
         "alpaca" (instruction, input, output), "prompt" (and completion), "caption" (an image and
-        what is said of it); "auto": by its columns.
+        what is said of it), "question" (an image, a question and its answer); "auto": by its
+        columns.
       seq_len: T, input tokens of a row.
       batch_size: B, rows of a batch over all processes.
       packing: "packed" (whole documents together), "padded" (one a row), "stream" (end to end, cut

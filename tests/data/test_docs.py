@@ -14,7 +14,7 @@ QUESTION = {"role": "user", "content": "What is 6 * 7?"}
 
 def test_every_record_of_the_page_is_read():
     documents = [to_document(record, None, "docs/data.md") for record in RECORDS]
-    assert [document.answer for document in documents] == [None] * 4 + [7] + [None] * 6
+    assert [document.answer for document in documents] == [None] * 4 + [7] + [None] * 7
     assert documents[1].messages == [QUESTION, {"role": "assistant", "content": "42"}]
     assert documents[2].messages == [
         {"role": "system", "content": "Be brief."},
@@ -22,9 +22,10 @@ def test_every_record_of_the_page_is_read():
     ]
     assert documents[3].messages[0]["content"] == "Add the numbers.\n\n6, 7"
     assert documents[6].captions == ("a red disc on snow", "a red circle")
-    assert list(documents[7].fields) == ["tools"]
-    assert documents[8].messages[1]["train"] is False
-    assert documents[9].messages[0]["content"] == documents[10].messages[0]["content"]
+    assert documents[7].messages[1]["content"] == "red"
+    assert list(documents[8].fields) == ["tools"]
+    assert documents[9].messages[1]["train"] is False
+    assert documents[10].messages[0]["content"] == documents[11].messages[0]["content"]
 
 
 def test_the_table_of_the_page_is_read(tmp_path):
