@@ -15,9 +15,9 @@ counts query tokens and S key tokens; they differ as soon as there is a cache.
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 # what functions take: arrays come from either library, and go out as JAX's
 Array = jax.Array | np.ndarray
 
-__all__ = ["Array", "Bool", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int", "Shaped"]

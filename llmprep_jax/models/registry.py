@@ -19,6 +19,7 @@ from llmprep_jax.models import (
     deepseek_vl2,
     gemma3,
     gemma3_text,
+    janus,
     llama,
     llava,
     siglip,
@@ -30,7 +31,7 @@ from llmprep_jax.text.processor import Processor
 FAMILIES: tuple[Family, ...] = (
     *(llama, gemma3_text, deepseek),
     *(clip, siglip),
-    *(gemma3, llava, deepseek_vl, deepseek_vl2),
+    *(gemma3, llava, deepseek_vl, deepseek_vl2, janus),
 )
 
 

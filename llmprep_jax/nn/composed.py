@@ -100,6 +100,10 @@ class ComposedModel(BaseModel):
         """What the language model reads of each row's images, one after another."""
         raise AttributeError(f"{type(self).__name__} does not say what images become")
 
+    def read_drawn(self, **media: Array) -> dict[str, Array]:
+        """Media of a batch as they are embedded: families that draw replace pictures by codes."""
+        return media
+
     def feature_index(self, tokens: Int[Array, "B T"], **media: Array) -> Int[Array, "B T"]:
         """Which of its row's features an image token takes; -1 of other tokens."""
         return count_tokens(tokens == self.image_id)

@@ -1,5 +1,7 @@
-"""Convolutions of small kernels as one product: what each place of the kernel sees is laid side by
-side, so that dtypes, gradients and meshes are those of any other product.
+"""Convolutions of small kernels, where there are few places as one product: what each place of the
+kernel sees is laid side by side, so that dtypes, gradients and meshes are those of any other
+product. `WideConv` is for many places: of a picture of 384 x 384 with 128 channels that would be
+680 MB.
 
 Letters of this file: Y and X rows and columns, P and Q those of the kernel, C channels in.
 """
@@ -9,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmprep_jax.nn.linear import Projection
-from llmprep_jax.nn.param import Compute
+from llmprep_jax.nn.param import Compute, add_bias
+from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Float
 
 
@@ -44,3 +47,25 @@ class Conv(Projection):
             for p in range(self.width)
         ]
         return super().__call__(jnp.stack(rows, 3))
+
+
+class WideConv(Conv):
+    """The same over pictures of many places, without a copy for each place of the kernel.
+
+    A stride of 2 has its zeros beyond the right and lower edges alone.
+    """
+
+    @jax.named_scope("conv")
+    def __call__(self, x_BYXC: Float[Array, "B Y X C"]) -> Float[Array, "B V W D"]:
+        w, edge = self.w[...], self.width // 2
+        if has_mesh():  # whole on each device: rows are shared out, and nothing else
+            w = jax.reshard(w, jax.P(*[None] * w.ndim))
+            x_BYXC = jax.reshard(x_BYXC, spec("batch", None, None, None, shape=x_BYXC.shape))
+        y = jax.lax.conv_general_dilated(
+            x_BYXC.astype(self.dtype),
+            w.astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=[(edge if self.stride == 1 else 0, edge)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ).astype(x_BYXC.dtype)
+        return y if self.b is None else add_bias(y, self.b[...])

@@ -16,8 +16,9 @@ from llmprep_jax.nn.linear import Embed, Head
 from llmprep_jax.sharding import on_own_mesh
 from llmprep_jax.types import Array, Bool, Float, Int
 
-# (hidden states, targets, weights) -> the weighted sum of their cross-entropies
-SumLosses = Callable[[Array, Array, Array], Array]
+# (hidden states, targets, weights) -> the weighted sum of their cross-entropies, by the model's own
+# head or by another that is given as `head`
+SumLosses = Callable[..., Array]
 Terms = tuple[Array, Array, Mapping[str, Any] | None]  # total, count, statistics
 PLACES = ("positions", "segment_ids", "spans")  # of a batch, beside its tokens
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llmprep_jax.sharding import has_mesh, spec
-from llmprep_jax.types import Array, Bool, Float, Int
+from llmprep_jax.types import Array, Bool, Float, Int, Shaped
 
 
 def count_tokens(is_image_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -54,7 +54,7 @@ def _place(x_BTD: Array, index_BT: Array, features_BJD: Array) -> Array:
     return jnp.where(index_BT[..., None] >= 0, taken_BTD.astype(x_BTD.dtype), x_BTD)
 
 
-def merge_images(images: Float[Array, "B M ..."]) -> Float[Array, "N ..."]:
+def merge_images(images: Shaped[Array, "B M ..."]) -> Shaped[Array, "N ..."]:
     """[B, M, ...] to [B * M, ...], a row's images on the devices of the row."""
     shape = (images.shape[0] * images.shape[1], *images.shape[2:])
     if not has_mesh():
@@ -65,7 +65,7 @@ def merge_images(images: Float[Array, "B M ..."]) -> Float[Array, "N ..."]:
     return jax.lax.reshape(images, shape, out_sharding=jax.P(by_row, *rest[1:]))
 
 
-def split_rows(features_NID: Float[Array, "N I D"], rows: int) -> Float[Array, "B J D"]:
+def split_rows(features_NID: Shaped[Array, "N I D"], rows: int) -> Shaped[Array, "B J D"]:
     """[B * M, I, D] to [B, M * I, D], the inverse of `merge_images` with a row's images joined."""
     N, I, D = features_NID.shape
     shape = (rows, N // rows * I, D)

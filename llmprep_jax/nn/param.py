@@ -40,13 +40,18 @@ class Idle(Buffer):
     """
 
 
-def idle(module: nnx.Module) -> nnx.Module:
+class Frozen(Idle):
+    """A weight that is computed with and never trained: of a VQ, whose codes would change their
+    meaning."""
+
+
+def idle(module: nnx.Module, kind: type[Idle] = Idle) -> nnx.Module:
     """The same module, which is changed, with all its weights idle."""
     for name, child in list(nnx.iter_children(module)):
         if isinstance(child, Param):
-            setattr(module, name, Idle(child[...]))
+            setattr(module, name, kind(child[...]))
         elif isinstance(child, nnx.Module):
-            idle(child)
+            idle(child, kind)
     return module
 
 

@@ -20,10 +20,11 @@ KEYS = {
     **dict.fromkeys(("positions", "segment_ids", "mask"), ("rows", "tokens")),
     **dict.fromkeys(("images", "images_high"), ("rows", "images", "height", "width", "channels")),
     "image_mask": ("rows", "images"),
+    "drawn": ("rows", "images"),  # True of pictures that are to be drawn, not seen
     "grids": ("rows", "images", "sides"),  # in tiles, of the images that `images` are tiles of
     "doc_ids": ("rows", "documents"),
 }
-MEDIA = ("images", "images_high", "grids")  # what `embed_inputs` takes beside tokens
+MEDIA = ("images", "images_high", "grids", "drawn")  # what `embed_inputs` takes beside tokens
 HOST_ONLY = ("doc_ids",)  # for error messages; the devices never see them
 
 Triple = tuple[float, float, float]

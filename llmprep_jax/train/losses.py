@@ -77,7 +77,8 @@ def training_loss(
 ) -> LossSum:
     """What a model is trained by: `next_token_loss`, or `training_terms` of its own.
 
-    Of statistics, "parts" are sums that the metrics divide by count; "loads" the tokens of each
+    Of statistics, "parts" are sums that the metrics divide by count; "means", which some have,
+    pairs of a sum and what it is divided by; "loads" the tokens of each
     expert, by the paths of routers, which their biases follow (`train.step`); "dropped" the choices
     of experts that were not computed.
     """
@@ -89,9 +90,10 @@ def _inputs(model: Any, batch: Batch, pixels: Pixels | None) -> tuple[Array, Bat
     """What the decoder reads, and the batch with the runs of tokens that see each other."""
     media, spans_BT = media_of(batch, pixels), model.spans(batch["tokens"])
     if media:
-        media = model.by_row(batch["tokens"], media)
-    spans = {} if spans_BT is None else {"spans": spans_BT}
-    return model.embed_inputs(batch["tokens"], **media), {**batch, **spans}
+        media = model.read_drawn(**model.by_row(batch["tokens"], media))
+    more = {"spans": spans_BT, "codes": media.get("codes")}
+    more = {name: x for name, x in more.items() if x is not None}
+    return model.embed_inputs(batch["tokens"], **media), {**batch, **more}
 
 
 @jax.named_scope("loss")
@@ -101,8 +103,14 @@ def sum_losses(
     x_BTD: Float[Array, "B T D"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
+    head: Any = None,
 ) -> Float[Array, ""]:
-    """The weighted sum of cross-entropies of a decoder's final hidden states."""
+    """The weighted sum of cross-entropies of a decoder's final hidden states.
+
+    Args:
+      head: what unembeds them in the decoder's place.
+    """
+    model = model if head is None else head
     head = model.unembedding()
     if head is None:
         return _sum_by_positions(model, z_loss, x_BTD, targets_BT, weights_BT)

@@ -141,6 +141,8 @@ def _describe(loss, stats, tokens):
         return {"loss": loss}
     parts = {name: total / jnp.maximum(tokens, 1.0) for name, total in stats["parts"].items()}
     metrics = {"loss": parts.pop("next_token_loss"), "objective": loss, **parts}
+    for name, (total, count) in stats.get("means", {}).items():
+        metrics[name] = total / jnp.maximum(count, 1.0)
     if stats["loads"]:
         counts = [load.reshape(-1, load.shape[-1]) for load in stats["loads"].values()]
         metrics |= {**load_metrics(jnp.concatenate(counts)), "dropped": stats["dropped"]}

@@ -115,6 +115,37 @@ COMPOSED = {
         },
         {"image_token_id": st.integers(1, 60)},
     ),
+    "janus": (
+        "llama",
+        {
+            "vision_config": st.fixed_dictionaries(
+                {
+                    "image_size": st.sampled_from([16, 32]),
+                    "patch_size": st.just(4),
+                    "projection_dim": st.just(24),
+                    "hidden_size": st.just(24),
+                    "num_attention_heads": st.just(2),
+                },
+                optional={"mlp_ratio": st.sampled_from([2.0, 3, 59 / 24]), "depth": st.just(2)},
+            ),
+            "vq_config": st.fixed_dictionaries(
+                {
+                    "channel_multiplier": st.sampled_from([[1, 1, 2], [2, 1, 1]]),
+                    "projection_dim": st.just(24),
+                    "image_token_embed_dim": st.just(24),
+                },
+                optional={
+                    "base_channels": st.sampled_from([32, 64]),
+                    "num_res_blocks": st.integers(1, 3),
+                    "num_embeddings": st.integers(1, 9),
+                    "embed_dim": st.integers(1, 9),
+                    "latent_channels": st.integers(1, 9),
+                    "num_patches": st.integers(1, 99),  # which nothing reads
+                },
+            ),
+        },
+        {"image_token_id": st.integers(1, 60)},
+    ),
     "llava": (
         "llama",
         {"vision_config": st.just(_TOWER | {"model_type": "clip_vision_model"})},

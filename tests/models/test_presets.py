@@ -66,6 +66,8 @@ COUNTS = {
     "llava-1.5-7b": 7_063_427_072,
     "deepseek-vl-1.3b": 1_962_640_384,
     "deepseek-vl-7b": 7_331_390_721,
+    "janus-pro-1b": 2_076_636_811,
+    "janus-pro-7b": 7_407_773_323,
     "llava-1.5-13b": 13_351_494_656,
     "deepseek-v2-tiny": 14_888_320,
     "deepseek-v3-tiny": 15_649_376,

@@ -96,6 +96,30 @@ _SAM = dict(
     mlp_dim=40,
 )
 
+
+def janus(text: dict, tower: dict, vq: dict, **fields):
+    """transformers' Janus; what draws is in it too, and has a file of its own."""
+    width = text["hidden_size"]
+    patches = (tower["image_size"] // tower["patch_size"]) ** 2
+    cfg = transformers.JanusConfig(
+        text_config={**text, "model_type": "llama"},
+        vision_config={**tower, "projection_dim": width, "num_image_tokens": patches},
+        vq_config={**_VQ, "projection_dim": width, "image_token_embed_dim": width, **vq},
+        image_token_id=IMAGE,
+        **fields,
+    )
+    return transformers.JanusForConditionalGeneration(cfg), patches
+
+
+_VQ = dict(
+    base_channels=32,
+    channel_multiplier=[1, 2, 1],
+    num_res_blocks=1,
+    num_embeddings=40,
+    embed_dim=4,
+    latent_channels=20,
+)
+
 CASES = {
     "gemma3-4-tokens": lambda: gemma(_GEMMA, {**_PLAIN, "patch_size": 7}, 4),
     "gemma3-unused-pooling": lambda: gemma(
@@ -128,6 +152,14 @@ CASES = {
         {**_PLAIN, "patch_size": 9},
         {"window_size": 5, "global_attn_indexes": [0, 4], "qkv_bias": False},
         tie_word_embeddings=False,
+    ),
+    "janus": lambda: janus(
+        _TEXT, {**_TOWER, "patch_size": 4, "mlp_ratio": 40 / 24}, {}, tie_word_embeddings=False
+    ),
+    "janus-tied": lambda: janus(
+        {**_TEXT, "num_key_value_heads": 4},
+        {**_TOWER, "patch_size": 2, "image_size": 12, "layer_norm_eps": 1e-3},
+        {"channel_multiplier": [1, 2]},
     ),
     "llava-first-block": lambda: llava(
         {**_TEXT, "model_type": "llama", "tie_word_embeddings": True},
