@@ -112,8 +112,23 @@ class Drafts(Protocol):
 
 
 @runtime_checkable
+class Drawing(Protocol):
+    """What draws pictures with a decoder, code by code."""
+
+    def embed(self, codes: Int[Array, "B I"]) -> Float[Array, "B I D"]:
+        """What the decoder reads of codes that were drawn."""
+
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Hidden states to logits of the next code, float32."""
+
+
+@runtime_checkable
 class CausalModel(Weighted, Protocol):
     """What generates and is trained on tokens: a model of text, or a composed one."""
+
+    @property
+    def drawing(self) -> Drawing | None:
+        """Of a model that draws, which then has `decode_codes` and `tokens_per_image`."""
 
     @property
     def decoder(self) -> Decoder:
@@ -124,6 +139,9 @@ class CausalModel(Weighted, Protocol):
 
     def by_row(self, tokens: Int[Array, "B T"], media: Mapping[str, Any]) -> dict[str, Array]:
         """Media as they are given from outside, as those of whole rows, [B, M, ...]."""
+
+    def read_drawn(self, **media: Array) -> dict[str, Array]:
+        """Media of whole rows as they are embedded, and targets where pictures are to be drawn."""
 
     def spans(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
         """Numbers of runs whose tokens see each other, 0 elsewhere; None: all is causal."""

@@ -50,12 +50,13 @@ class LanguageModel(BaseModel):
 
     Attributes:
       embed, head: the table of embeddings, and the output head; None where that is the table.
-      drafts: modules that predict further tokens, see `models.protocol`.
+      drafts, drawing: modules that predict further tokens, and that draw, see `models.protocol`.
     """
 
     embed: Any
     head: Any
     drafts: Any = None
+    drawing: Any = None
 
     @on_own_mesh
     def __call__(
@@ -103,6 +104,10 @@ class LanguageModel(BaseModel):
         if any(x is not None for x in media.values()):
             raise ValueError(f"this model reads text only; leave {', '.join(media)} out")
         return {}
+
+    def read_drawn(self, **media: Array) -> dict[str, Array]:
+        """Nothing is drawn."""
+        return media
 
     def spans(self, tokens: Int[Array, "B T"]) -> Int[Array, "B T"] | None:
         """None: no token sees a later one."""

@@ -85,7 +85,9 @@ def test_pictures_that_are_drawn_are_learnt_by_their_codes():
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     parts = {path[0] for path, x in nnx.to_flat_state(grads) if np.abs(x[...]).max() > 1e-6}
     seen_and_said = {"language", "vision", "aligner"}
-    assert parts == seen_and_said | {"codes", "code_aligner", "code_head"}
+    assert parts == seen_and_said | {"drawing"}
+    drawn = {path[1] for path, x in nnx.to_flat_state(grads) if path[0] == "drawing"}
+    assert drawn == {"codes", "aligner", "up", "down"}
     kinds = {type(x) for _, x in nnx.to_flat_state(nnx.state(model().vq))}
     assert kinds == {Frozen}
 
@@ -105,7 +107,7 @@ def test_a_drawn_picture_is_read_by_codes_of_its_own_row():
     x = ours.embed_inputs(batch["tokens"], images=batch["images"], codes=codes)
     place = begins[1] + 1
     np.testing.assert_allclose(
-        x[0, place : place + EACH], ours.embed_codes(codes[:1, EACH:])[0], atol=1e-6
+        x[0, place : place + EACH], ours.drawing.embed(codes[:1, EACH:])[0], atol=1e-6
     )
 
 
@@ -129,10 +131,10 @@ def test_a_picture_at_the_end_of_a_row_has_all_its_codes():
 
 def test_a_code_depends_on_those_before_it_alone():
     codes = jnp.zeros((1, EACH), jnp.int32)
-    x_BID = model().embed_codes(codes)
+    x_BID = model().drawing.embed(codes)
 
     def logit(x_BID, place):
-        return jnp.sum(model().code_head.unembed(model().language.features(x_BID)[0])[0, place])
+        return jnp.sum(model().drawing.unembed(model().language.features(x_BID)[0])[0, place])
 
     moved = np.abs(jax.jit(jax.grad(logit))(x_BID, 5)).max(axis=(0, 2))
     np.testing.assert_array_equal(moved > 0, np.arange(EACH) < 6)

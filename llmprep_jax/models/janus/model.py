@@ -51,16 +51,24 @@ class Aligner(nnx.Module):
         return self.down(_gelu(self.up(x_NID)))
 
 
-class CodeHead(nnx.Module):
-    """Final hidden states to logits of the next code, by two layers."""
+class Drawing(nnx.Module):
+    """Codes to what the language model reads, and its final hidden states to logits of the next
+    code, by two layers each; see `models.protocol.Drawing`."""
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         width, codes = cfg.language.dim, cfg.vq.num_codes
-        make = functools.partial(Einsum, bias=True, compute=cfg.compute, rngs=rngs)
+        kind = dict(compute=cfg.compute, rngs=rngs)
+        self.codes = Embed(codes, cfg.vq.code_dim, std=1.0, **kind)
+        self.aligner = Aligner(cfg.vq.code_dim, cfg, rngs=rngs)
+        make = functools.partial(Einsum, bias=True, **kind)
         out_axes = ("batch", "seq", "act_embed")
         self.up = make("BTD,DE->BTE", (width, width), ("embed", None), out_axes)
         out_axes = ("batch", "seq", "vocab")
         self.down = make("BTD,DV->BTV", (width, codes), ("embed", "vocab"), out_axes)
+
+    def embed(self, codes: Int[Array, "B I"]) -> Float[Array, "B I D"]:
+        """What the language model reads of codes that were drawn."""
+        return self.aligner(self.codes(codes))
 
     @jax.named_scope("code_head")
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -74,7 +82,7 @@ class CodeHead(nnx.Module):
 class Model(ComposedModel):
     """Tokens and images [N, H, W, 3] to logits, and codes [B, I] to those of further codes."""
 
-    stacks = ("language.layers", "vision.layers")
+    stacks, projectors = ("language.layers", "vision.layers"), ("aligner",)
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg, self.source = cfg, Source()
@@ -82,10 +90,7 @@ class Model(ComposedModel):
         self.vision = siglip.VisionTower(cfg.vision, rngs=rngs)
         self.aligner = Aligner(cfg.vision.dim, cfg, rngs=rngs)
         self.vq = idle(VQ(cfg.vq, rngs=rngs), Frozen)
-        kind = dict(compute=cfg.compute, rngs=rngs)
-        self.codes = Embed(cfg.vq.num_codes, cfg.vq.code_dim, std=1.0, **kind)
-        self.code_aligner = Aligner(cfg.vq.code_dim, cfg, rngs=rngs)
-        self.code_head = CodeHead(cfg, rngs=rngs)
+        self.drawing = Drawing(cfg, rngs=rngs)
 
     @property
     def weights(self) -> Table:
@@ -105,7 +110,7 @@ class Model(ComposedModel):
         x_BJD = split_rows(self.aligner(self.vision.features(merge_images(images))), len(images))
         if codes is None:
             return x_BJD
-        drawn_BJD = self.embed_codes(jnp.maximum(codes, 0))
+        drawn_BJD = self.drawing.embed(jnp.maximum(codes, 0))
         return jnp.where(codes[..., None] >= 0, drawn_BJD, x_BJD)
 
     def by_row(self, tokens: Int[Array, "B T"], media: dict[str, Any]) -> dict[str, Array]:
@@ -127,10 +132,6 @@ class Model(ComposedModel):
         codes_NI = jnp.where(merge_images(drawn)[:, None], codes_NI, -1)
         return {"images": images, "codes": split_rows(codes_NI[..., None], len(images))[..., 0]}
 
-    def embed_codes(self, codes: Int[Array, "B I"]) -> Float[Array, "B I D"]:
-        """What the language model reads of codes that were drawn."""
-        return self.code_aligner(self.codes(codes))
-
     @on_own_mesh
     def image_logits(self, codes: Int[Array, "B I"]) -> Float[Array, "B I V"]:
         """Logits of the code after each, given those before it and no text before them; float32.
@@ -139,8 +140,8 @@ class Model(ComposedModel):
           ValueError: codes that the codebook has not.
         """
         check_ids(codes, self.cfg.vq.num_codes)
-        x_BID, _ = self.language.features(self.embed_codes(codes))
-        return self.code_head.unembed(x_BID)
+        x_BID, _ = self.language.features(self.drawing.embed(codes))
+        return self.drawing.unembed(x_BID)
 
     @on_own_mesh
     def encode_codes(self, images: Float[Array, "B H W 3"]) -> Int[Array, "B I"]:
@@ -206,7 +207,7 @@ class Model(ComposedModel):
         codes_BT = next_codes(batch, self.image_id)
         is_code_BT = (codes_BT >= 0).astype(jnp.float32)
         of_words = sum_losses(x_BTD, batch["targets"], words_BT)
-        of_codes = sum_losses(x_BTD, jnp.maximum(codes_BT, 0), is_code_BT, head=self.code_head)
+        of_codes = sum_losses(x_BTD, jnp.maximum(codes_BT, 0), is_code_BT, head=self.drawing)
         counts = jnp.sum(words_BT), jnp.sum(is_code_BT)
         means = {"text_loss": (of_words, counts[0]), "code_loss": (of_codes, counts[1])}
         total = of_words + of_codes

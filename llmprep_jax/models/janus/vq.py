@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llmprep_jax.kernels.flash_attention import attention
 from llmprep_jax.models.janus.config import GROUPS, VQConfig
+from llmprep_jax.nn.attention import Tokens, attend
 from llmprep_jax.nn.conv import WideConv
 from llmprep_jax.nn.linear import look_up
 from llmprep_jax.nn.media import of_rows
@@ -77,7 +77,9 @@ class Attention(nnx.Module):
         _, Y, X, C = x_NYXC.shape
         h_NYXC = self.norm(x_NYXC)
         qkv = [of_rows(project(h_NYXC), (Y * X, 1, C)) for project in (self.q, self.k, self.v)]
-        return x_NYXC + self.o(of_rows(attention(*qkv, causal=False), (Y, X, C)))
+        places_NT = jnp.broadcast_to(jnp.arange(Y * X), (len(x_NYXC), Y * X))
+        places = Tokens(places_NT, in_order=True, is_counted=True)
+        return x_NYXC + self.o(of_rows(attend(*qkv, places, causal=False), (Y, X, C)))
 
 
 class Middle(nnx.Module):

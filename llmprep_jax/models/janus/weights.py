@@ -19,11 +19,11 @@ _BESIDE = Table(
     {
         **_linear("aligner.up", "model.aligner.fc1"),
         **_linear("aligner.down", "model.aligner.hidden_layers.0"),
-        "codes.w": ("model.generation_embeddings.weight", "v z -> v z"),
-        **_linear("code_aligner.up", "model.generation_aligner.fc1"),
-        **_linear("code_aligner.down", "model.generation_aligner.hidden_layers.0"),
-        **_linear("code_head.up", "model.generation_head.proj_out"),
-        **_linear("code_head.down", "model.generation_head.vision_head"),
+        "drawing.codes.w": ("model.generation_embeddings.weight", "v z -> v z"),
+        **_linear("drawing.aligner.up", "model.generation_aligner.fc1"),
+        **_linear("drawing.aligner.down", "model.generation_aligner.hidden_layers.0"),
+        **_linear("drawing.up", "model.generation_head.proj_out"),
+        **_linear("drawing.down", "model.generation_head.vision_head"),
     }
 )
 
