@@ -5,6 +5,7 @@
 
 from llmprep_jax import peft, quant, train
 from llmprep_jax.generate.decoding import generate_tokens, stream_tokens
+from llmprep_jax.generate.images import generate_images
 from llmprep_jax.generate.prompt_cache import PromptCache
 from llmprep_jax.generate.text import Scored, generate
 from llmprep_jax.pretrained import load_model, load_processor, save_model
@@ -14,6 +15,7 @@ __all__ = [
     "PromptCache",
     "Scored",
     "generate",
+    "generate_images",
     "generate_tokens",
     "load_data",
     "load_model",

@@ -1,7 +1,7 @@
 """Answers on a terminal as they are said, and a chat of them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import rich.console
@@ -16,8 +16,12 @@ from llmprep_jax.text.processor import Processor
 console = rich.console.Console(highlight=False)
 
 
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
+def user(text: str, images: Sequence[str] = ()) -> dict[str, Any]:
+    """A turn of the user's, with files of images before the text."""
+    if not images:
+        return {"role": "user", "content": text}
+    parts = [{"type": "image", "image": name} for name in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
 def say(
@@ -52,8 +56,14 @@ def say(
     return answer
 
 
-def chat(model: nnx.Module, processor: Processor, **settings: Any) -> None:
-    """Turns of a conversation until /quit or the end of the input; Ctrl-C ends an answer."""
+def chat(
+    model: nnx.Module, processor: Processor, images: Sequence[str] = (), **settings: Any
+) -> None:
+    """Turns of a conversation until /quit or the end of the input; Ctrl-C ends an answer.
+
+    Args:
+      images: files that go with the first turn, and with the first after /reset.
+    """
     console.print("[dim]/reset begins anew, /system TEXT sets the system message, /quit ends[/]")
     if settings.get("draft") is None:
         settings["prompt_cache"] = lp.PromptCache()
@@ -74,7 +84,8 @@ def chat(model: nnx.Module, processor: Processor, **settings: Any) -> None:
         elif text.startswith("/"):
             print(f"unknown command {command}; there are /reset, /system TEXT, /quit")
         elif text:
-            turns = _answer(model, processor, system, [*turns, user(text)], settings)
+            turn = user(text, () if turns else images)
+            turns = _answer(model, processor, system, [*turns, turn], settings)
 
 
 def _answer(

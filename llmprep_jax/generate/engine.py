@@ -83,7 +83,7 @@ class Engine:
         self.cfg, self._mesh = model.decoder.cfg, mesh_of(model)
         devices = leaves[0].devices()
         is_one_cpu = len(devices) == 1 and next(iter(devices)).platform == "cpu"
-        self._on_cpu = is_one_cpu and self._mesh is None
+        self.is_on_cpu = is_one_cpu and self._mesh is None
 
     def attach(self, model: nnx.Module) -> None:
         """Takes a model of the very weights of this engine."""
@@ -125,9 +125,9 @@ class Engine:
 
     @functools.cached_property
     def _has_layouts(self) -> bool:
-        return self._on_cpu and not (self._is_packed and not layout.can_unpack(self.decoder))
+        return self.is_on_cpu and not (self._is_packed and not layout.can_unpack(self.decoder))
 
-    def _model_for(self, num_tokens: int) -> nnx.Module:
+    def model_for(self, num_tokens: int) -> nnx.Module:
         """The layout that is fastest for so many tokens at once.
 
         SmolLM2 in milliseconds, scanned, listed, row-wise: one token 28, 23, 19 in float32 and 50,
@@ -180,7 +180,7 @@ class Engine:
             prompt = (tokens_BT, mask_BT, media)
             cache, logits_BV, num_slots = self._read(*prompt, max_new_tokens, kept)
             seen = padded if sampling.switches.penalises else None
-            stepper = self._stepper(len(tokens_BT) * num_samples)
+            stepper = self.stepper(len(tokens_BT) * num_samples)
             return _begin(stepper, cache, logits_BV, seen, *draws, num_slots, num_samples)
 
     def _take(
@@ -217,16 +217,16 @@ class Engine:
             new = [pad(x_BT[:, num_known:], width) for x_BT in (tokens_BT, mask_BT)]
             block = block_size(length, width)
         needed = max(width, length + max_new_tokens)
-        reader = self._model_for(len(tokens_BT) * width)
+        reader = self.model_for(len(tokens_BT) * width)
         if cache is not None:
             num_slots, num_used = room(cache)
             needed += num_used
-            num_slots = max(num_slots, self._num_slots(needed))
+            num_slots = max(num_slots, self.num_slots(needed))
             cache = _refit(reader, cache, num_slots)
         cache, logits_BV = _prefill(reader, *new, cache, inputs, block)
-        return cache, logits_BV, num_slots if kept else self._num_slots(needed)
+        return cache, logits_BV, num_slots if kept else self.num_slots(needed)
 
-    def _num_slots(self, needed: int) -> int:
+    def num_slots(self, needed: int) -> int:
         """A power of two, or what the model's context can need."""
         return min(bucket(needed, MIN_SLOTS), max(needed, self.cfg.max_seq_len))
 
@@ -250,7 +250,7 @@ class Engine:
             block = block_size(length, width)
         needed = speculative.num_slots(self.decoder, length, max_new_tokens)
         num_slots = bucket(max(needed, tokens_BT.shape[1]), MIN_SLOTS)
-        reader, limit = self._model_for(tokens_BT.size), np.int32(max_new_tokens)
+        reader, limit = self.model_for(tokens_BT.size), np.int32(max_new_tokens)
         prompt = (tokens_BT, mask_BT, key, pad_id, limit)
         return speculative.prefill(reader, *prompt, sampling, num_slots, block, inputs)
 
@@ -268,16 +268,16 @@ class Engine:
           ended_B: rows that are done for other reasons than a stop id.
         """
         is_plain = isinstance(state, State)
-        stepper = self._stepper(len(state.done_B), 0 if is_plain else state.drafts_BM.size)
+        stepper = self.stepper(len(state.done_B), 0 if is_plain else state.drafts_BM.size)
         # few shapes, and never an empty one: each compiles anew
         stops = np.full(bucket(len(stop_ids), MIN_STOPS), -1, np.int32)
         stops[: len(stop_ids)] = stop_ids
         ended_B = np.zeros(len(state.done_B), bool) if ended_B is None else ended_B
         with on_mesh_of(self.model):
-            decode = _compiled(_decode if is_plain else speculative.decode, self._on_cpu)
+            decode = _compiled(_decode if is_plain else speculative.decode, self.is_on_cpu)
             return decode(stepper, state, np.int32(until), stops, ended_B, sampling)
 
-    def _stepper(self, num_rows: int, num_drafts: int = 0) -> nnx.Module:
+    def stepper(self, num_rows: int, num_drafts: int = 0) -> nnx.Module:
         """The layout that is fastest for a step.
 
         One row with a draft, 81 M of DeepSeek-V3's kind in milliseconds, scanned, listed, row-wise:
@@ -286,7 +286,7 @@ class Engine:
         is_float32 = self.cfg.compute.operand_dtype == jnp.float32
         if num_rows == 1 and self._has_layouts and is_float32:
             return self._row_wise
-        return self._model_for(num_rows + num_drafts)
+        return self.model_for(num_rows + num_drafts)
 
 
 @functools.partial(jax.jit, static_argnames="block", donate_argnames="cache")
@@ -298,14 +298,15 @@ def _prefill(model, tokens_BT, mask_BT, cache, inputs, block) -> tuple[Any, Arra
     return cache, everywhere(model.unembed(by_row(x_B1D))[:, 0])
 
 
-def _fit(cache: Any, empty: Any) -> Any:
+def fit(cache: Any, empty: Any) -> Any:
+    """A cache's tokens in an empty one's slots and rows, see `nn.cache.KVCache.fit`."""
     return jax.tree.map(KVCache.fit, cache, empty, is_leaf=is_cache)
 
 
 @functools.partial(jax.jit, static_argnames="num_slots")
 def _refit(model, cache, num_slots) -> Any:
     """One row's cache with so many slots."""
-    return _fit(cache, model.init_cache(1, num_slots))
+    return fit(cache, model.init_cache(1, num_slots))
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots", "num_samples"))
@@ -323,7 +324,7 @@ def _begin(model, cache, logits_BV, seen, key, pad_id, sampling, num_slots, num_
         ids_BT = jnp.repeat(jnp.where(seen[1], seen[0], V), num_samples, axis=0)
         seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], ids_BT].set(True, mode="drop")
     return State(
-        _fit(cache, model.init_cache(B, num_slots)),
+        fit(cache, model.init_cache(B, num_slots)),
         logits_BV,
         jnp.int32(0),
         jnp.zeros(B, bool),

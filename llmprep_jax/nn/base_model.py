@@ -30,6 +30,7 @@ class BaseModel(nnx.Module):
       cfg: its Config. source: of the weights.
       weights: the table of its tensors' names (`weights.rows`).
       stacks: paths of its stacks of layers. extras: of what transformers' model has not.
+      drawing: what draws, see `models.protocol`; None: the model does not.
     """
 
     cfg: Any
@@ -37,6 +38,7 @@ class BaseModel(nnx.Module):
     weights: Any
     stacks: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
+    drawing: Any = None
 
     def weights_among(self, names: Sequence[str]) -> Any:
         """The table for files that hold tensors of these names, in whichever form that is."""

@@ -25,14 +25,12 @@ class ComposedModel(BaseModel):
 
     Attributes:
       language: the language model.
-      drawing: what draws, see `models.protocol`; None: the model does not.
       towers, projectors: paths of what images pass through, and of what makes features words.
     """
 
     language: LanguageModel
     towers: tuple[str, ...] = ("vision",)
     projectors: tuple[str, ...] = ("projector",)
-    drawing: Any = None
 
     @on_own_mesh
     def __call__(

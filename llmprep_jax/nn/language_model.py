@@ -50,13 +50,12 @@ class LanguageModel(BaseModel):
 
     Attributes:
       embed, head: the table of embeddings, and the output head; None where that is the table.
-      drafts, drawing: modules that predict further tokens, and that draw, see `models.protocol`.
+      drafts: modules that predict further tokens, see `models.protocol`.
     """
 
     embed: Any
     head: Any
     drafts: Any = None
-    drawing: Any = None
 
     @on_own_mesh
     def __call__(

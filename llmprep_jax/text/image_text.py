@@ -59,11 +59,17 @@ class ImageTextProcessor(Processor):
     A family says what its files are (`from_path`), how many tokens an image has (`count_tokens`)
     and what the model is given (`media`).
 
+    Attributes:
+      draws: whether its model draws the images of the assistant, so that `for_drawing` makes
+        prompts of pictures.
+
     Args:
       images: the image processor, see `vision.processor`.
       marker: what stands for an image in texts, a special token.
       image_token: which token is repeated for an image; None: the marker.
     """
+
+    draws = False
 
     def __init__(
         self,

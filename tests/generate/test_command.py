@@ -4,7 +4,9 @@ import io
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 import llmprep_jax as lp
@@ -12,14 +14,16 @@ from experiments import generate as command
 from experiments.command import chat
 from llmprep_jax import cli
 from llmprep_jax.text import Reply
+from llmprep_jax.text.image_text import ImageTextProcessor
 
 TOKENIZER = SimpleNamespace(check_vocab=lambda size: None)
 
 
-def stand_in(drafts=None):
+def stand_in(drafts=None, drawing=None):
     """What the command looks at of a model."""
     decoder = SimpleNamespace(cfg=SimpleNamespace(vocab_size=1), drafts=drafts)
-    return SimpleNamespace(decoder=decoder)
+    cfg = SimpleNamespace(model_type="llama")
+    return SimpleNamespace(decoder=decoder, drawing=drawing, cfg=cfg)
 
 
 @pytest.fixture
@@ -161,6 +165,11 @@ def test_a_draft_is_asked_for_and_its_acceptance_said(monkeypatch, capsys, asked
         (("model", "mesh.fsdp=3"), "mesh: a mesh of {'fsdp': 3} does not fit 8 devices"),
         (("model", "raw=true"), "raw=true is for a prompt"),
         (("model", "draft=eagle"), "draft=eagle: wanted mtp"),
+        (("model", "hi", "image=nowhere.png"), "image nowhere.png is no file"),
+        (("model", "hi", "out=picture.txt"), "no kind of picture ends so; write out=picture.png"),
+        (("model", "hi", f"image={__file__}", "out=a.png"), "give one of them"),
+        (("model", "out=a.png"), "out is for a prompt"),
+        (("model", "hi", "raw=true", "out=a.png"), "out is for a prompt"),
     ],
     ids=str,
 )
@@ -224,3 +233,56 @@ def test_a_model_without_a_chat_template_is_refused_before_it_is_loaded(monkeypa
     monkeypatch.setattr(lp, "load_processor", lambda path: Bare())
     assert run(monkeypatch, "model", "hi") == 1
     assert capsys.readouterr().err == "error: model: no chat template\n"
+
+
+class Seeing(ImageTextProcessor):
+    """A stand-in for the processor of a model that sees."""
+
+    def __init__(self):
+        self.tokenizer = TOKENIZER
+
+    chat = None
+
+
+def test_images_go_with_the_prompt_and_with_the_first_turn_of_a_chat(
+    monkeypatch, capsys, asked, tmp_path
+):
+    names = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for name in names:
+        Image.new("RGB", (4, 4)).save(name)
+    parts = [{"type": "image", "image": name} for name in names]
+    assert run(monkeypatch, "model", "hi", f"image={names[0]}") == 1  # it reads text
+    assert "model reads text only; leave image out" in capsys.readouterr().err
+    monkeypatch.setattr(lp, "load_processor", lambda path: Seeing())
+    assert run(monkeypatch, "model", "What?", f"image={','.join(names)}") == 0
+    assert asked[-1] == [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+    typed = "What?\nSure?\n/reset\nAnd now?\n"
+    assert run(monkeypatch, "model", f"image={','.join(names)}", typed=typed) == 0
+    texts = [[message["content"] for message in prompt] for prompt in asked[-3:]]
+    with_images = lambda text: [*parts, {"type": "text", "text": text}]  # noqa: E731
+    assert texts == [
+        [with_images("What?")],
+        [with_images("What?"), "answer 2", "Sure?"],
+        [with_images("And now?")],
+    ]
+
+
+def test_a_picture_is_drawn_to_the_file_that_is_named(monkeypatch, capsys, asked, tmp_path):
+    given = []
+
+    def draw(model, processor, prompt, *, report, **settings):
+        report(3, 9)
+        given.append((prompt, settings))
+        return np.full((1, 4, 6, 3), 9, np.uint8)
+
+    monkeypatch.setattr(lp, "generate_images", draw)
+    path = tmp_path / "new" / "house.png"
+    assert run(monkeypatch, "model", "a house", f"out={path}") == 1
+    assert "does not draw; give a Janus model" in capsys.readouterr().err
+    model = stand_in(drawing=object())
+    monkeypatch.setattr(lp, "load_model", lambda path, **settings: model)
+    assert run(monkeypatch, "model", "a house", f"out={path}", "guidance=3", "top_k=9") == 0
+    settings = dict(temperature=1.0, guidance=3.0, seed=0, top_k=9, top_p=None, min_p=None)
+    assert given == [("a house", settings)]
+    assert np.asarray(Image.open(path)).tolist() == np.full((4, 6, 3), 9).tolist()
+    assert str(path) in capsys.readouterr().out.replace("\n", "")

@@ -65,8 +65,8 @@ def test_greedy_decoding_is_the_argmax_of_full_forwards(name):
 def in_layout(model, tokens, is_laid_out=True, new=NEW):
     """Greedy tokens and log-probabilities, laid out for this CPU or as the model is."""
     engine = Engine(model)
-    assert engine._on_cpu
-    engine._on_cpu = is_laid_out
+    assert engine.is_on_cpu
+    engine.is_on_cpu = is_laid_out
     state = engine.start(tokens, None, Sampling(), NEW, 0, 0)
     state = engine.advance(state, new, (), Sampling())
     return np.asarray(state.tokens_BT)[:, :new], np.asarray(state.logprobs_BT)[:, :new]

@@ -1,4 +1,5 @@
-"""Janus' way of drawing against transformers: codes of pictures and back, logits of codes."""
+"""Janus' way of drawing against transformers: codes of pictures and back, logits of codes, and
+pictures that are drawn with guidance."""
 
 import functools
 
@@ -6,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 
+from llmprep_jax.generate.images import decode, generate_codes
 from llmprep_jax.nn.param import Param
 from llmprep_jax.train.losses import cross_entropy
 from llmprep_jax.weights import table
-from tests.parity.test_seeing import make
+from tests.parity.test_seeing import BEGIN, make
 
 CASES = ("janus", "janus-tied")
 
@@ -105,3 +108,35 @@ def test_codes_of_pictures_agree(pair):
     found = np.asarray(ours.encode_codes(images))
     np.testing.assert_array_equal(found, encoded.image_tokens.reshape(4, -1))
     assert len(np.unique(found)) > 5
+
+
+BOS, PAD = 1, 2
+
+
+@pytest.mark.parametrize("guidance", [1.5, 5.0])
+def test_pictures_drawn_with_guidance_agree_code_by_code(pair, guidance):
+    theirs, ours = pair
+    rows = [[BOS, 9, 17, 33, 5, BEGIN], [BOS, 40, BEGIN], [BOS, 8, 8, 60, BEGIN]]
+    width = max(map(len, rows))
+    tokens = np.array([[PAD] * (width - len(row)) + row for row in rows])
+    mask = np.array([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    config = transformers.GenerationConfig(
+        bos_token_id=BOS, pad_token_id=PAD, eos_token_id=None, do_sample=False
+    )
+    config.generation_kwargs = {"boi_token_id": BEGIN}
+    config.guidance_scale = guidance
+    expected = theirs.generate(
+        torch.tensor(tokens).long(),
+        attention_mask=torch.tensor(mask).long(),
+        generation_mode="image",
+        generation_config=config,
+    )
+    settings = dict(pad_id=PAD, guidance=guidance, temperature=0.0)
+    found = generate_codes(ours, tokens, mask, **settings)
+    np.testing.assert_array_equal(found, expected)
+    assert len({tuple(row) for row in np.asarray(found).tolist()}) >= 2
+    with torch.no_grad():
+        pictures = theirs.decode_image_tokens(expected)
+    # theirs by its image processor: mean and std of a half
+    bytes_of = np.clip((pictures.numpy() * 0.5 + 0.5) * 255, 0, 255).astype(np.uint8)
+    assert np.abs(decode(ours, found).astype(int) - bytes_of.astype(int)).max() <= 1

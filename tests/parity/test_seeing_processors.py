@@ -76,12 +76,23 @@ def deepseek_vl(name: str, **sizes):
     return getattr(transformers, f"{name}Processor")(images, words, num_image_tokens=5), marker
 
 
+def janus(has_system: bool):
+    names = ["<begin_of_image>", "<end_of_image>", "<image_placeholder>"]
+    extra = dict(zip(("boi_token", "eoi_token", "image_token"), names, strict=True))
+    images = transformers.JanusImageProcessorPil(size=SMALL, image_mean=[0.5] * 3)
+    words = tokenizer(names, names[2], **extra)
+    kind = dict(use_default_system_prompt=has_system, num_image_tokens=5)
+    return transformers.JanusProcessor(images, words, **kind), names[2]
+
+
 SMALL, LARGE = {"height": 28, "width": 28}, {"height": 42, "width": 42}
 CASES = {
     "gemma3": ("gemma3", lambda: gemma3(False)),
     "gemma3-pan-and-scan": ("gemma3", lambda: gemma3(True)),
     "llava": ("llava", llava),
     "deepseek-vl": ("deepseek_vl", lambda: deepseek_vl("DeepseekVL", size=SMALL)),
+    "janus": ("janus", lambda: janus(False)),
+    "janus-system-sentence": ("janus", lambda: janus(True)),
     "deepseek-vl-hybrid": (
         "deepseek_vl_hybrid",
         lambda: deepseek_vl("DeepseekVLHybrid", size=SMALL, high_res_size=LARGE),
@@ -159,12 +170,34 @@ def test_conversations_with_images_agree(pair, opening):
     ]
     kind = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np")
     found = ours(chat)
-    if not _pans(ours):  # which theirs takes back
+    # which theirs takes back, or puts before BOS
+    if not _pans(ours) and not (opening and getattr(ours, "system", "")):
         compare(theirs.apply_chat_template(chat, chat_template=template, **kind), found)
     assert (found["tokens"][found["mask"]] == ours.tokenizer.bos_id).sum() == 1
     # the template shows nothing of a text that is no part
     plain = [chat[0], {"role": "assistant", "content": "A dog."}, chat[2]]
     np.testing.assert_array_equal(ours(plain)["tokens"], found["tokens"])
+
+
+@pytest.mark.parametrize("has_system", [False, True])
+def test_prompts_of_pictures_agree(tmp_path, has_system):
+    theirs, _ = janus(has_system)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "janus"}))
+    ours = lp.load_processor(tmp_path)
+    template = TEMPLATE.replace("MARKER", "x").replace("{{ bos_token }}", "")
+    (tmp_path / "other.jinja").write_text(template)
+    ours.tokenizer.read_chat_template(tmp_path / "other.jinja")
+    prompts = ["a red house", "a cat,\n\nasleep"]
+    turns = [[{"role": "user", "content": [{"type": "text", "text": x}]}] for x in prompts]
+    kind = dict(chat_template=template, add_generation_prompt=True)
+    texts = [theirs.apply_chat_template(turn, **kind) for turn in turns]
+    expected = theirs(text=texts, generation_mode="image", padding=True, return_tensors="np")
+    for given in (prompts, turns):
+        compare(expected, ours.for_drawing(given))
+    assert theirs.decode(expected["input_ids"][0]).endswith("<turn>model\n<begin_of_image>")
+    with pytest.raises(ValueError, match="prompt 1 holds an image"):
+        ours.for_drawing(["a cat", "like <image_placeholder>"])
 
 
 def test_a_saved_processor_is_read_by_both_as_it_was(pair, tmp_path):

@@ -135,7 +135,7 @@ def test_packed_layers_are_unpacked_for_a_cpu_if_memory_has_room(
     state = engine.advance(state, NEW, (), Sampling())
     assert len(warned) == 1
     np.testing.assert_array_equal(np.asarray(state.tokens_BT)[:, :NEW], generated[:1])
-    stepper = engine._stepper(1)
+    stepper = engine.stepper(1)
     assert bool(layout.packed_layers(stepper)) == (stepper is packed) == (free < 10**9)
 
 

@@ -93,6 +93,10 @@ class Model(ComposedModel):
         self.drawing = Drawing(cfg, rngs=rngs)
 
     @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        return {**super().parts, "drawing": ("drawing",)}
+
+    @property
     def weights(self) -> Table:
         """The table of tensor names."""
         return table(self.cfg)
