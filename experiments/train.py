@@ -99,25 +99,25 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
     for change in changes:
         console.print(f"changed since the run began: {change}", markup=False, soft_wrap=True)
     model, method = build_model(cfg, mesh, lambda words: console.print(words, markup=False))
-    processor.tokenizer.check_vocab(model.decoder.cfg.vocab_size)
+    processor.tokenizer.check_vocab((model.cfg.decoder or model.cfg).vocab_size)
     processes.by_one(lambda: remote.write_folder(cfg.out / "tokenizer", processor.save))
     batches, evaluate = open_data(cfg, processor)
     trainer = make_trainer(cfg, model, processor)
     describe(cfg, model, trainer)
-    parts = trainer.split
     result = fit(
         trainer,
         batches,
         out=cfg.out,
         evaluate=evaluate,
         meta=describe_model(cfg, model, method),
-        flops=count_flops(model.cfg, parts.params, parts.frozen, cfg.data.seq_len),
+        flops=count_flops(model.cfg, trainer.split.params, trainer.split.frozen, cfg.data.seq_len),
         console=console,
         locked=True,
     )
     if processes.is_writer():
         trained = count_trained(cfg.out / METRICS_FILE, cfg.data.batch_size * cfg.data.seq_len)
-        console.print(describe_data(batches.report(), trained), soft_wrap=True, highlight=False)
+        words = describe_data(batches.report(), trained, of_pairs=model.cfg.decoder is None)
+        console.print(words, soft_wrap=True, highlight=False)
     return result
 
 
@@ -133,9 +133,10 @@ def settle_steps(cfg: RunConfig, processor: Processor) -> RunConfig:
 
 def describe(cfg: RunConfig, model: nnx.Module, trainer: Trainer) -> None:
     """Says what a step is, what is trained and what memory that takes."""
-    rows, micro = cfg.data.batch_size, cfg.data.batch_size // cfg.accumulate
-    parts = f", in {cfg.accumulate} microbatches of {micro}" if cfg.accumulate > 1 else ""
-    console.print(f"a step: {rows} rows of {cfg.data.seq_len} tokens{parts}")
+    rows, cut = cfg.data.batch_size, cfg.accumulate
+    parts = f", in {cut} microbatches of {rows // cut}" if cut > 1 else ""
+    of_text = f"rows of {cfg.data.seq_len} tokens"
+    console.print(f"a step: {rows} {of_text if model.cfg.decoder else 'pairs'}{parts}")
     counts = lp.peft.count(model)  # packed weights by what they stand for
     total = counts.trainable + counts.frozen
     trained = count(trainer.split.params) if cfg.adapter is None else counts.trainable

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 import typing
@@ -14,16 +15,20 @@ import jax
 from flax import nnx
 
 from llmprep_jax import data, peft, quant
+from llmprep_jax.evaluate.contrast import contrast
 from llmprep_jax.evaluate.perplexity import perplexity
 from llmprep_jax.models import registry
+from llmprep_jax.models.tower_processor import TowerProcessor
 from llmprep_jax.nn.param import Idle
 from llmprep_jax.peft import AnyMethod
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.pretrained import adapter_of_run, load_base, load_processor, training_settings
 from llmprep_jax.remote import fetch
+from llmprep_jax.sharding import batch_shards
 from llmprep_jax.text.image_text import ImageTextProcessor
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.batches import Pixels, own_rows
+from llmprep_jax.train.contrastive import ContrastiveLoss
 from llmprep_jax.train.freezing import leave_out, trained_weights
 from llmprep_jax.train.loop import Evaluate
 from llmprep_jax.train.run import RunConfig, make_meta
@@ -148,12 +153,18 @@ def load_data(
 
 def open_data(cfg: RunConfig, processor: Processor) -> "tuple[data.Batches, Evaluate | None]":
     """The training batches, and a function that evaluates a model on the held-out ones."""
+    if isinstance(processor, TowerProcessor):
+        return _open_pairs(cfg, processor)
+    if cfg.data.random_crop is not None or cfg.data.random_flip:
+        raise ValueError(
+            "data.random_crop and data.random_flip are for models of two towers; leave them out"
+        )
     tokenizer = processor.tokenizer
     encoders = cfg.data.encoders(tokenizer, processor)
     batches = data.build(cfg.data, **encoders, rows=own_rows(cfg.data.batch_size, cfg.accumulate))
     if cfg.eval_data is None and not cfg.data.holdout:
         return batches, None
-    eval_data, split = cfg.eval_data or cfg.data, "heldout" if cfg.eval_data is None else "all"
+    eval_data, split = _held_out(cfg)
     held_out = data.evaluation_batches(
         eval_data,
         **eval_data.encoders(tokenizer, processor),
@@ -170,9 +181,49 @@ def open_data(cfg: RunConfig, processor: Processor) -> "tuple[data.Batches, Eval
     return batches, evaluate
 
 
+def _held_out(cfg: RunConfig) -> tuple[data.DataConfig, str]:
+    """What is evaluated on."""
+    return (cfg.data, "heldout") if cfg.eval_data is None else (cfg.eval_data, "all")
+
+
+def _open_pairs(
+    cfg: RunConfig, processor: TowerProcessor
+) -> "tuple[data.Batches, Evaluate | None]":
+    """The same of pairs of images and captions."""
+    pairing = _pairing(processor)
+    batches = data.build_pairs(cfg.data, pairing, rows=own_rows(cfg.data.batch_size))
+    if cfg.eval_data is None and not cfg.data.holdout:
+        return batches, None
+    (eval_data, split), shards = _held_out(cfg), batch_shards().count
+    held = data.HeldOutPairs(eval_data, pairing, split, shards, own_rows, cfg.eval_batches)
+    loss = contrastive_loss(cfg, processor)
+
+    def evaluate(model: nnx.Module) -> dict[str, float]:
+        result = contrast(model, held, loss)
+        both = {"image_to_text": result.image_to_text, "text_to_image": result.text_to_image}
+        recalls = {f"eval_{name}_r1": value for name, value in both.items()}
+        return {"eval_loss": result.loss, **recalls}
+
+    return batches, evaluate
+
+
+def _pairing(processor: TowerProcessor) -> "data.Pairing":
+    encode = functools.partial(processor.encode, width=processor.max_len)
+    return data.Pairing(encode, processor.images)
+
+
+def contrastive_loss(cfg: RunConfig, processor: TowerProcessor) -> ContrastiveLoss:
+    """The loss of a run of two towers."""
+    how, pixels = cfg.contrastive, processor.images.normalization
+    scaled = dict(mean=pixels.mean, std=pixels.std, scale=pixels.scale)
+    return ContrastiveLoss(how.kind, how.form, how.chunk, **scaled)
+
+
 def count_steps(cfg: RunConfig, processor: Processor) -> int:
     """How many batches the run's epochs are."""
     once = dataclasses.replace(cfg.data, prefetch=0)
+    if isinstance(processor, TowerProcessor):
+        return max(sum(1 for _ in data.build_pairs(once, _pairing(processor), rows=())), 1)
     batches = data.build(once, **once.encoders(processor.tokenizer, processor), rows=())
     return max(sum(1 for _ in batches), 1)
 
@@ -192,6 +243,8 @@ def make_trainer(cfg: RunConfig, model: nnx.Module, processor: Processor | None 
       processor: says how images are normalised; None: there are none.
     """
     loss_fn = make_loss(cfg.z_loss, pixels_of(processor))
+    if isinstance(processor, TowerProcessor):
+        loss_fn = contrastive_loss(cfg, processor)
     # of an adapter all that there is: it is put around nothing that is frozen
     trainable = None if cfg.adapter is not None else trained_weights(model, cfg.freeze)
     return Trainer(model, trainable, cfg, loss_fn)

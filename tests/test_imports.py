@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "pretrained": {"models", "nn", "peft", "quant", "text", "train", "weights", "config", *BASE},
     "runs": {
         *{"models", "nn", "peft", "quant", "text", "train", "data", "evaluate", "pretrained"},
-        *{"config", "remote"},
+        *{"config", "remote", "sharding"},
     },
     "__init__": {"peft", "quant", "generate", "pretrained", "train", "runs"},
 }

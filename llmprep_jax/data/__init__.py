@@ -3,6 +3,7 @@
 Grain is imported when a pipeline is asked for: models load, generate and train on arrays without.
 """
 
+import importlib
 from typing import Any
 
 from llmprep_jax.data.config import DataConfig
@@ -12,8 +13,11 @@ __all__ = [
     "Batches",
     "DataConfig",
     "EvaluationBatches",
+    "HeldOutPairs",
+    "Pairing",
     "SourceOptions",
     "build",
+    "build_pairs",
     "evaluation_batches",
     "open_source",
 ]
@@ -22,6 +26,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from llmprep_jax.data import pipeline
-
-    return getattr(pipeline, name)
+    module = "pairs" if name in ("HeldOutPairs", "Pairing", "build_pairs") else "pipeline"
+    return getattr(importlib.import_module(f"llmprep_jax.data.{module}"), name)

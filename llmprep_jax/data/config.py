@@ -29,13 +29,17 @@ class DataConfig:
         "alpaca" (instruction, input, output), "prompt" (and completion), "caption" (an image and
         what is said of it), "question" (an image, a question and its answer); "auto": by its
         columns.
-      seq_len: T, input tokens of a row.
+      seq_len: T, input tokens of a row; captions have as many as their processor says.
       batch_size: B, rows of a batch over all processes.
       packing: "packed" (whole documents together), "padded" (one a row), "stream" (end to end, cut
         anywhere).
       pack_window: rows that are packed together; more leave less padding.
       max_images: M, pictures of a row: of images, or of the tiles that they are cut into. The tower
         sees so many of each row, padding too, so that one program serves all batches.
+      random_crop: of pairs of images and captions, the least and the most share of a picture's area
+        that is looked at, anywhere in it, as "0.5,1"; None: all of it.
+      random_flip: whether every other picture of a pair is mirrored, which is wrong for captions
+        that say left or right.
       mask: what counts for the loss in conversations: "answers" or "all". Plain text always counts.
       special_tokens: where text that spells a special token becomes that token: "chat", in
         conversations, as in transformers, and not in plain text; "everywhere"; or "template", only
@@ -67,6 +71,8 @@ class DataConfig:
     packing: Literal["packed", "padded", "stream"] = "packed"
     pack_window: int = 64
     max_images: int = 8
+    random_crop: tuple[float, float] | None = None
+    random_flip: bool = False
     mask: Literal["answers", "all"] = "answers"
     special_tokens: SpecialTokens = "chat"
     date: str | None = None
@@ -90,6 +96,10 @@ class DataConfig:
         for name in ("prefetch", "threads", "decoders", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.random_crop is not None and not 0 < self.random_crop[0] <= self.random_crop[1] <= 1:
+            raise ValueError(
+                f"random_crop are two shares in (0, 1], least and most, not {self.random_crop}"
+            )
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout must be in [0, 1), not {self.holdout}")
         if self.weights is not None and not callable(self.paths):  # by `config.look_up`

@@ -14,16 +14,20 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from llmprep_jax.data.refs import Ref
+from llmprep_jax.vision.open import open_rgb
 from llmprep_jax.vision.processor import ImageProcessor, Pixels
+from llmprep_jax.vision.views import View
 
 _own: list[ImageProcessor] = []  # of a worker
 
 
 class Picture(NamedTuple):
-    """An image, and of how many images in its conversation it is one."""
+    """An image, of how many images in its conversation it is one, and the part of it that is looked
+    at; None: all."""
 
     ref: Ref
     num_images: int
+    view: View | None = None
 
 
 class Decoder:
@@ -74,5 +78,8 @@ def _decode_here(picture: Picture) -> Pixels:
 
 
 def _decode(images: ImageProcessor, picture: Picture) -> Pixels:
-    ref = picture.ref
-    return images(ref.content(), [ref.title], num_images=picture.num_images)
+    ref, content = picture.ref, picture.ref.content()
+    if picture.view is not None:
+        whole = open_rgb(content, name=ref.title, max_pixels=images.max_pixels)
+        content = picture.view.of(whole)
+    return images(content, [ref.title], num_images=picture.num_images)

@@ -18,6 +18,7 @@ from llmprep_jax.data.refs import Ref, read_ref
 from llmprep_jax.text.chat import Edit
 from llmprep_jax.text.image_text import ImageTextProcessor, expand_markers, replace_markers
 from llmprep_jax.vision.open import image_size
+from llmprep_jax.vision.views import View
 
 MARKER = "<image>"  # in LLaVA's conversations
 _SOURCES = ("image", "path")  # keys of a part that names its image
@@ -32,6 +33,7 @@ class Run:
       start, length: the first, and how many there are.
       pictures: what the tower sees of it, the whole and its tiles.
       ref: the image. num_images: how many its conversation has.
+      view: the part of it that is looked at; None: all.
     """
 
     start: int
@@ -39,6 +41,7 @@ class Run:
     pictures: int
     ref: Ref
     num_images: int
+    view: View | None = None
 
     @property
     def stop(self) -> int:

@@ -207,16 +207,13 @@ def build(
     )
     packs = []
     for number, documents in enumerate(groups):
-        order = grain.MapDataset.source(documents)
-        if cfg.shuffle:
-            order = order.shuffle(seed=_seed_of(cfg.seed, number))
-        order = order.repeat(cfg.num_epochs)
+        order = ordered(cfg, documents, number)
         check_answers(encoder, documents, documents.title, template, CHECK_SECONDS)
-        seed = _seed_of(cfg.seed, number) if cfg.shuffle else None
+        seed = seed_of(cfg.seed, number) if cfg.shuffle else None
         packs.append(_pack(cfg, order.map(encoder), documents, template, seed))
     packed = grain.IterDataset.mix(packs, cfg.weights) if cfg.weights else packs[0]
-    dataset = _prefetched(cfg, _batched(cfg, packed, pad_id, rows, encoder.images))
-    return Batches(dataset, packs, groups, _identify(cfg, groups, split, encoder.images))
+    dataset = prefetched(cfg, _batched(cfg, packed, pad_id, rows, encoder.images))
+    return Batches(dataset, packs, groups, identify(cfg, groups, split, encoder.images))
 
 
 def _batched(
@@ -234,7 +231,15 @@ def _batched(
     return packed.batch(size, batch_fn=finish)
 
 
-def _seed_of(seed: int, number: int) -> int:
+def ordered(cfg: DataConfig, documents: Documents, number: int) -> grain.MapDataset:
+    """The documents of a path, the `number`-th, as often as they are read."""
+    order = grain.MapDataset.source(documents)
+    if cfg.shuffle:
+        order = order.shuffle(seed=seed_of(cfg.seed, number))
+    return order.repeat(cfg.num_epochs)
+
+
+def seed_of(seed: int, number: int) -> int:
     """32 bits that are no neighbours for neighbouring seeds: Grain adds the epoch to them."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
@@ -280,14 +285,15 @@ def _pack(
     return Packed(*of_rows, window=window, seed=seed, max_images=cfg.max_images)
 
 
-def _prefetched(cfg: DataConfig, dataset: grain.IterDataset) -> grain.IterDataset:
+def prefetched(cfg: DataConfig, dataset: grain.IterDataset) -> grain.IterDataset:
+    """The batches, prepared ahead."""
     if not cfg.prefetch:
         return dataset
     return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=cfg.prefetch)
 
 
-def _identify(
-    cfg: DataConfig, groups: Sequence[Documents], split: Split, images: ImageReader | None
+def identify(
+    cfg: DataConfig, groups: Sequence[Documents], split: Split, images: ImageReader | None = None
 ) -> dict[str, Any]:
     """What a place in the data depends on; not the paths: folders move, typos are corrected."""
     keys = ("weights", "seq_len", "batch_size", "packing", "pack_window", "mask", "overlong")
@@ -343,13 +349,13 @@ def evaluation_batches(
     )
     for documents in groups:
         check_answers(encoder, documents, documents.title, template, CHECK_SECONDS)
-    identity = _identify(cfg, groups, split, encoder.images)
+    identity = identify(cfg, groups, split, encoder.images)
 
     def make() -> Batches:
         (documents,) = groups
         encoded = grain.MapDataset.source(documents).map(encoder)
         pack = _pack(cfg, encoded, documents, template, None)
-        dataset = _prefetched(cfg, _batched(cfg, pack, pad_id, rows, encoder.images))
+        dataset = prefetched(cfg, _batched(cfg, pack, pad_id, rows, encoder.images))
         return Batches(dataset, [pack], groups, identity)
 
     return EvaluationBatches(make)

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llmprep_jax.config import settle
 from llmprep_jax.peft.training import train_mode
 from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.train.batches import normalize_images
@@ -36,12 +37,36 @@ HALF = (0.5, 0.5, 0.5)
 
 
 class Pairs(NamedTuple):
-    """What a loss over all pairs is of: unit vectors [B, E], and two scalars; float32."""
+    """What a loss over all pairs is of: unit vectors [B, E], and two scalars; float32.
+
+    A model without a bias has None.
+    """
 
     images: Array
     texts: Array
     factor: Array
-    bias: Array
+    bias: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveConfig:
+    """The loss of a run that trains two towers.
+
+    Attributes:
+      kind: "softmax" (CLIP) or "sigmoid" (SigLIP); None: as the model's family has it.
+      form: "gather" brings all texts to each device, "ring" passes them on: less memory, more
+        messages. chunk: texts that the ring holds against a device's images at once; None: all that
+        arrive.
+    """
+
+    kind: Kind | None = None
+    form: Form = "gather"
+    chunk: int | None = None
+
+    def __post_init__(self):
+        settle(self)
+        if self.chunk is not None and (self.chunk < 1 or self.form != "ring"):
+            raise ValueError(f"chunk={self.chunk} with form={self.form}; texts at a time of a ring")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +80,7 @@ class ContrastiveLoss:
       kind: "softmax" or "sigmoid"; None: "sigmoid" where the model has a bias.
       form: "gather" or "ring". chunk: texts that the ring holds against a device's images at once;
         None: all that arrive.
-      mean, std: of the images' normalisation, as the model's processor has it.
+      mean, std, scale: of the images' normalisation, as the model's processor has it.
       most_scale: the log of the factor is held to at most this in softmax; None: it is not.
     """
 
@@ -65,17 +90,27 @@ class ContrastiveLoss:
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
     most_scale: float | None = MOST_SCALE
+    scale: float = 1 / 255
 
     def __call__(self, model: Any, batch: Mapping[str, Array], key: jax.Array) -> LossSum:
-        model, images = train_mode(model, key), batch["images"]
-        images_BE = model.encode_image(normalize_images(_one_each(images), self.mean, self.std))
+        pairs = self.encode(train_mode(model, key), batch)
+        return LossSum(self.total(pairs), jnp.float32(len(pairs.images)))
+
+    def encode(self, model: Any, batch: Mapping[str, Array]) -> Pairs:
+        """What a model makes of a batch."""
+        how = self.mean, self.std, self.scale
+        images = normalize_images(_one_each(batch["images"]), *how)
         texts_BE = model.encode_text(batch["tokens"], batch.get("mask"))
-        factor, bias = model.similarity()
-        kind = self.kind or ("softmax" if bias is None else "sigmoid")
+        return Pairs(model.encode_image(images), texts_BE, *model.similarity())
+
+    def total(self, pairs: Pairs) -> Float[Array, ""]:
+        """B times the loss."""
+        factor = pairs.factor
+        kind = self.kind or ("softmax" if pairs.bias is None else "sigmoid")
         if kind == "softmax" and self.most_scale is not None:
             factor = jnp.exp(hold(jnp.log(factor), self.most_scale))
-        total = sum_pairs(images_BE, texts_BE, factor, bias, kind, self.form, self.chunk)
-        return LossSum(total, jnp.float32(len(images_BE)))
+        vectors = pairs.images, pairs.texts
+        return sum_pairs(*vectors, factor, pairs.bias, kind, self.form, self.chunk)
 
 
 def make_loss(**options: Any) -> ContrastiveLoss:

@@ -65,8 +65,8 @@ class Flops:
         return 4 * self.frozen + 6 * self.trained + 12 * self.attention * self.context
 
 
-def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops:
-    """The FLOPs of a model from its Config and its weights, trained and frozen.
+def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops | None:
+    """The FLOPs of a model from its Config and its weights, trained and frozen; None of towers.
 
     Layers with a sliding window count as full ones. Of a composed model what its language model
     computes counts alone: towers compute for images, of which tokens are no measure.
@@ -77,6 +77,9 @@ def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops:
       params, frozen: trees of arrays or shapes; the tables are the leaves below "embed".
       seq_len: T.
     """
+
+    if cfg.decoder is None:
+        return None
 
     def sizes(tree):
         flat = jax.tree_util.tree_flatten_with_path(tree)[0]

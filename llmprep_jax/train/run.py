@@ -23,6 +23,7 @@ from llmprep_jax.processes import Processes
 from llmprep_jax.remote import AnyPath, write_text
 from llmprep_jax.sharding import MeshSizes
 from llmprep_jax.train.checkpoint import all_steps
+from llmprep_jax.train.contrastive import ContrastiveConfig
 from llmprep_jax.train.metrics import read_jsonl
 from llmprep_jax.train.optim import OptimConfig, make_schedule
 from llmprep_jax.train.trainer import FitConfig
@@ -34,7 +35,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 FREE = ("out", "steps", "schedule_steps", "epochs", "accumulate", "log_every", "skip_nonfinite")
 FREE = (*FREE, "eval_every", "eval_batches", "eval_data", "checkpoint", "mesh", "peak_flops")
 FREE = (*FREE, "compute.remat", "compute.offload", "compute.unroll", "optim")
-FREE = (*FREE, "data.paths", "data.prefetch", "data.threads", "data.decoders", "data.num_epochs")
+FREE = (
+    *FREE,
+    "contrastive.form",
+    "contrastive.chunk",
+    "data.paths",
+    "data.prefetch",
+    "data.threads",
+    "data.decoders",
+    "data.num_epochs",
+)
 FIXED = ("optim.optimizer", "optim.moment_dtype")  # by them the moments are other arrays
 OURS = ("run.json", "run.tmp", "metrics.jsonl", "metrics.tmp", "tensorboard", "tokenizer")
 OURS = (*OURS, "checkpoints", "adapter", "adapter_ema")
@@ -65,6 +75,7 @@ class RunConfig(FitConfig):
         bf16 for `dtype="bfloat16", param_dtype="float32"`.
       mesh: a name in configs/meshes.py, or sizes, as `mesh.fsdp=4 mesh.tensor=2`; None: one device.
       z_loss: weight of the squared logsumexp.
+      contrastive: the loss of models of two towers (CLIP, SigLIP).
       processes: where this process stands among several; not saved with the run.
       out: the run's folder.
     """
@@ -82,6 +93,7 @@ class RunConfig(FitConfig):
     compute: Compute = dataclasses.field(default_factory=Compute)
     mesh: str | MeshSizes | None = None
     z_loss: float = 0.0
+    contrastive: ContrastiveConfig = dataclasses.field(default_factory=ContrastiveConfig)
     processes: Processes = dataclasses.field(default_factory=Processes)
     out: AnyPath
 
@@ -266,13 +278,19 @@ def count_trained(metrics: AnyPath, tokens_per_step: int) -> Trained | None:
     return Trained(tokens, targets, 1 - tokens / (len(records) * tokens_per_step))
 
 
-def describe_data(report: Mapping[str, Any], trained: Trained | None) -> str:
+def describe_data(
+    report: Mapping[str, Any], trained: Trained | None, *, of_pairs: bool = False
+) -> str:
     """What was trained on, and what became of the documents that were read, in one line.
 
     Args:
       report: of `Batches.report`; its documents run ahead of the batches by a packing window.
       trained: of the whole run; None: nothing was.
+      of_pairs: whether a document is an image with captions for two towers.
     """
+    if of_pairs:
+        pairs = 0 if trained is None else trained.targets
+        return f"data: trained on {pairs:,} pairs; read ahead up to {report['documents']:,}"
     cut = {name: report[name] for name in ("split", "truncated", "dropped") if report[name]}
     long = ", ".join(f"{number:,} {name}" for name, number in cut.items()) or "none"
     lost = f" ({report['lost']:,} targets lost)" if report["lost"] else ""
