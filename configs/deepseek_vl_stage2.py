@@ -5,22 +5,17 @@ forget it; `data.weights` are shares of rows. See deepseek_vl_stages.py. Hardwar
 GiB, two minutes.
 """
 
-from configs.data.shapes import find_shapes
+from configs.data.shapes import FILE
 from configs.data.shipped import DATA
 from configs.deepseek_vl_stages import stage
 from llmprep_jax.train.run import RunConfig
-
-
-def find_mixture() -> tuple[str, ...]:
-    """Pictures of shapes, and The Devil's Dictionary."""
-    return (*find_shapes(), str(DATA))
 
 
 def get_config() -> RunConfig:
     return stage(
         2,
         model="runs/deepseek_vl_stage1",
-        data=dict(paths=find_mixture, weights=(1.0, 2.0), format="auto"),
+        data=dict(paths=(str(FILE), str(DATA)), weights=(1.0, 2.0)),
         optim=dict(lr=3e-3, warmup_steps=20, weight_decay=0.0),
         steps=300,
     )

@@ -17,7 +17,7 @@ third stage freezes nothing (`freeze=`).
 
 from typing import Any
 
-from configs.data.shapes import find_shapes, find_tokenizer
+from configs.data.shapes import FILE, find_tokenizer
 from llmprep_jax.data import DataConfig
 from llmprep_jax.models import deepseek_vl, llama, sam, siglip
 from llmprep_jax.train.checkpoint import CheckpointConfig
@@ -71,5 +71,5 @@ def stage(number: int, **settings: Any) -> RunConfig:
         out=f"runs/deepseek_vl_stage{number}",
     )
     own |= settings
-    own["data"] = DataConfig(**{"paths": find_shapes, **data, **own.pop("data", {})})
+    own["data"] = DataConfig(**{"paths": (str(FILE),), **data, **own.pop("data", {})})
     return RunConfig(optim=OptimConfig(**own.pop("optim")), **own)

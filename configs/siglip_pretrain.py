@@ -1,10 +1,12 @@
 """SigLIP from random weights, of 0.9 M parameters, on pictures of coloured shapes.
 
-Hardware: two CPU cores, 1 GiB. The same pictures, captions and settings as clip_pretrain.py, which
-says what to change; the loss is of sigmoids, and a text is read at its last place, padding or not.
+Hardware: two CPU cores, 1 GiB, 200 s of CPU time; recall among 92 held-out pictures is 93 % both
+ways (chance: 1 %): with 64 pairs a batch sigmoids learn more slowly than CLIP's loss. Pictures,
+captions and what may be changed are as in clip_pretrain.py; a text is read at its last place,
+padding or not.
 """
 
-from configs.data.shapes import find_shapes, find_tokenizer
+from configs.data.shapes import FILE, find_tokenizer
 from llmprep_jax.data import DataConfig
 from llmprep_jax.models import siglip
 from llmprep_jax.train.checkpoint import CheckpointConfig
@@ -28,9 +30,9 @@ def get_config() -> RunConfig:
             vision=siglip.VisionConfig(96, 384, 3, 4, image_size=32, patch_size=8),
         ),
         tokenizer=find_processor,
-        data=DataConfig(paths=find_shapes, batch_size=64, holdout=0.1),
+        data=DataConfig(paths=(str(FILE),), batch_size=64, holdout=0.1),
         optim=OptimConfig(lr=1e-3, warmup_steps=20, weight_decay=0.2, betas=(0.9, 0.95)),
-        steps=400,
+        steps=800,
         eval_every=100,
         checkpoint=CheckpointConfig(every=100, keep_last=2),
         out="runs/siglip_pretrain",

@@ -1,4 +1,4 @@
-"""Pictures of coloured shapes with captions, drawn when a config first asks for them.
+"""Pictures of coloured shapes with captions, drawn when a config first asks for their tokenizer.
 
 960 pictures of 64 pixels, one of each combination of four shapes, six colours, two sizes, five
 places and four grounds, in runs/data/shapes: `shapes.jsonl` has an image and two captions a line. A
@@ -19,6 +19,7 @@ import tokenizers
 from PIL import Image, ImageDraw
 
 FOLDER = pathlib.Path("runs/data/shapes")
+FILE = FOLDER / "shapes.jsonl"
 SIDE = 64
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
@@ -53,21 +54,16 @@ TEMPLATE = (
 )
 
 
-def find_shapes() -> tuple[str, ...]:
-    """The file of captions; the pictures are drawn where there is none."""
-    path = FOLDER / "shapes.jsonl"
-    if not path.is_file():
-        _write_whole(path.parent, _write_pictures)
-    return (str(path),)
-
-
 def find_tokenizer(name: str, fields: Mapping[str, Any], **config: Any) -> str:
-    """The folder of a tokenizer of the captions and of an image processor.
+    """The folder of a tokenizer of the captions and of an image processor; the pictures are drawn
+    too, where there are none.
 
     Args:
       name: of the folder, beside the pictures. fields: of preprocessor_config.json.
       config: more of tokenizer_config.json.
     """
+    if not FILE.is_file():
+        _write_whole(FOLDER, _write_pictures)
     folder = FOLDER.parent / f"shapes-{name}"
     if not (folder / "tokenizer.json").is_file():
         _write_whole(folder, lambda aside: _write_tokenizer(aside, fields, config))

@@ -102,7 +102,7 @@ class DataConfig:
             )
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout must be in [0, 1), not {self.holdout}")
-        if self.weights is not None and not callable(self.paths):  # by `config.look_up`
+        if self.weights is not None:
             _check_weights(self.weights, len(self.paths))
         if self.date is not None:
             _parse_date(self.date)

@@ -2,7 +2,9 @@
 the same one wherever the reading goes on and however many processes there are."""
 
 import functools
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -157,6 +159,19 @@ def test_fewer_pairs_than_a_batch_are_a_smaller_one(tmp_path):
     assert (held(path).size, held(path, shards=2).size) == (3, 2)
     with pytest.raises(ValueError, match="3 pairs are held out, fewer than the 4 shards"):
         held(path, shards=4)
+
+
+def test_pairs_in_a_tar_are_those_in_files(tmp_path):
+    path = write(tmp_path, range(100, 104), captions=1)
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        for line in (tmp_path / "data.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            shard.add(tmp_path / record["image"], f"{record['image'][7:10]}.png")
+            text = tarfile.TarInfo(f"{record['image'][7:10]}.txt")
+            text.size = len(record["captions"][0])
+            shard.addfile(text, io.BytesIO(record["captions"][0].encode()))
+    of_files, of_tar = (next(pairs(str(p), shuffle=False)) for p in (path, tmp_path / "shard.tar"))
+    assert all(np.array_equal(of_files[name], of_tar[name]) for name in ("tokens", "images"))
 
 
 def test_what_is_no_pair_is_refused_by_its_line(tmp_path):
