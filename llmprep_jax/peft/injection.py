@@ -27,6 +27,7 @@ from llmprep_jax.peft.targets import (
     is_table,
     linear_layers,
     modules,
+    offered,
     select,
     stacked,
     words,
@@ -45,11 +46,12 @@ def inject(
 ) -> nnx.Module:
     """A model with `method` around its targeted layers; the given model is unchanged.
 
-    Targets are "all-linear" (every linear layer but the output head), names, or one regex for whole
-    paths. A name is ours ("attn.q") or Hugging Face's ("q_proj"), matched as PEFT does: the path
-    equals it or ends with "." and it. Routed experts and multi-token prediction modules, which PEFT
-    does not see, are taken by targets alone that say "experts" or "mtp". Modules that are trained
-    whole are no targets.
+    Targets are "all-linear" (every linear layer but the output head), "language" (those of the
+    language model or text tower), "vision" (those of other towers and of projectors), names, or one
+    regex for whole paths. A name is ours ("attn.q") or Hugging Face's ("q_proj"), matched as PEFT
+    does: the path equals it or ends with "." and it. Routed experts and multi-token prediction
+    modules, which PEFT does not see, are taken by targets alone that say "experts" or "mtp".
+    Modules that are trained whole are no targets.
 
     Args:
       seed: of what is drawn.
@@ -111,10 +113,8 @@ def _chosen(
       whole: what is trained whole.
     """
     refuse_head(model, method.targets)
-    of_model, offered = bases(model), layers
-    if method.targets == "all-linear":
-        offered = {path: names for path, names in layers.items() if not is_table(of_model[path])}
-    targeted = select(method.targets, offered, needed=words(model))
+    targets, among = offered(model, method.targets, layers)
+    targeted = select(targets, among, needed=words(model))
     excluded = []
     if method.exclude_modules:
         excluded = select(method.exclude_modules, layers, label="module to exclude")

@@ -30,7 +30,8 @@ class Method(abc.ABC):
     """Settings that every method has.
 
     Attributes:
-      targets: which layers, see `adapter.inject`.
+      targets: which layers, see `injection.inject`: "all-linear", "language", "vision", names or a
+        regex.
       exclude_modules: of the targets, those that are none, matched alike.
       layers_to_transform: numbers of the only layers that are adapted; None: all. layers_pattern:
         regexes of what the layers are numbered in; (): anything.

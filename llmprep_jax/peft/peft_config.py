@@ -31,7 +31,7 @@ from llmprep_jax.peft.targets import (
 )
 from llmprep_jax.peft.tied import is_tied
 from llmprep_jax.peft.tokens import trained_ids
-from llmprep_jax.peft.tuned import saved_names, tuned
+from llmprep_jax.peft.tuned import owners, saved_names, tuned
 from llmprep_jax.weights.safetensors import quoted
 
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -93,8 +93,9 @@ class AdapterConfig:
     tied: bool = False
 
     def trains(self, module: str) -> bool:
-        """Whether PEFT trains a module of this name whole; it looks at the end of the name."""
-        return module.endswith(self.saved)
+        """Whether PEFT trains a module of this name whole, or one that it is in; it looks at the
+        ends of names."""
+        return any(name.endswith(self.saved) for name in owners(module))
 
     def is_in_saved(self, module: str) -> bool:
         """Whether a module is one that is trained whole, or in one: such are not adapted."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from flax import nnx
 
+from llmprep_jax.nn.base_model import BaseModel
 from llmprep_jax.nn.linear import Einsum, Embed, Head
 from llmprep_jax.nn.moe import ExpertWeights
 from llmprep_jax.nn.param import Idle
@@ -28,6 +29,8 @@ Number = float | int
 Pattern = tuple[tuple[str, Number], ...] | Mapping[str, Number]
 Place = tuple[int, ...]  # in a stack; () for a layer of its own
 Names = tuple[str, ...]  # what one layer goes by
+# every linear layer, or those below parts of a model by the names of `BaseModel.parts`
+PRESETS = {"all-linear": (), "language": ("language", "text"), "vision": ("vision", "projector")}
 
 
 def bases(model: nnx.Module) -> dict[str, Einsum]:
@@ -134,6 +137,34 @@ def linear_layers(model: nnx.Module) -> dict[str, list[Names]]:
     return {
         path: [(*own, name) for name in theirs[path].values()] if path in theirs else [own]
         for path, own in ours.items()
+    }
+
+
+def offered(
+    model: nnx.Module, targets: Targets, layers: Mapping[str, Sequence[Names]]
+) -> tuple[Targets, dict[str, Sequence[Names]]]:
+    """(targets as `select` takes them, the layers that they are looked for among).
+
+    "language" is every linear layer of the language model, or of a text tower; all of a model that
+    reads text alone. "vision" is every one of what images pass through, projectors too.
+
+    Raises:
+      ValueError: "vision" of a model that sees nothing.
+    """
+    if not isinstance(targets, str) or targets not in PRESETS:
+        return targets, dict(layers)
+    of_model, parts = bases(model), model.parts if isinstance(model, BaseModel) else {}
+    paths = [path for name in PRESETS[targets] for path in parts.get(name, ())]
+    if targets == "vision" and not paths:
+        raise ValueError(
+            'targets are "vision", but the model has no part that sees; "all-linear" takes every'
+            " linear layer"
+        )
+    within = tuple(f"{path}." for path in paths) or ("",)
+    return "all-linear", {
+        path: names
+        for path, names in layers.items()
+        if f"{path}.".startswith(within) and not is_table(of_model[path])
     }
 
 
@@ -248,7 +279,7 @@ def check_layers(targets: Targets, numbers: Any, within: Sequence[str]) -> None:
         return
     if not numbers or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"layers_to_transform is {numbers!r}; it must hold layers' numbers")
-    if isinstance(targets, str) and targets != "all-linear":
+    if isinstance(targets, str) and targets not in PRESETS:
         raise ValueError(
             f"layers_to_transform is for targets by name; put the numbers into {targets!r}"
         )

@@ -93,7 +93,8 @@ def theirs(rows: Mapping[str, Entry]) -> dict[Place, str]:
 
 
 def choose(model: nnx.Module, names: Targets) -> list[str]:
-    """The paths of the modules that go by `names`, which are matched as targets are.
+    """The paths of the modules that go by `names`, which are matched as targets are, or are in one
+    that does: a projector's name takes all that it is made of.
 
     Raises:
       ValueError: a name matches no module, some layers of a stack alone, a packed one, or the head
@@ -103,7 +104,7 @@ def choose(model: nnx.Module, names: Targets) -> list[str]:
         return []
     modules = modules_of(model)
     known: dict[str, list[Names]] = {
-        path: [(path, plain(path), name) for name in theirs(rows).values()]
+        path: [owners(path, plain(path), name) for name in theirs(rows).values()]
         for path, rows in modules.items()
     }
     refuse_head(model, names)
@@ -112,6 +113,13 @@ def choose(model: nnx.Module, names: Targets) -> list[str]:
         if "w" not in modules[path] and "scale" not in modules[path]:
             raise ValueError(f"{path} is packed, and cannot be trained whole; target it instead")
     return paths
+
+
+def owners(*names: str) -> Names:
+    """The names of a module, then those of the modules that it is in."""
+    parts = [name.split(".") for name in names]
+    around = [".".join(part[:end]) for part in parts for end in range(len(part) - 1, 0, -1)]
+    return tuple(dict.fromkeys((*names, *around)))
 
 
 def tune(model: nnx.Module, paths: list[str], dtype: str) -> nnx.Module:
@@ -142,14 +150,16 @@ def saved_names(model: nnx.Module) -> list[str]:
     """What `modules_to_save` is in PEFT's config, which goes by the ends of names."""
     modules = modules_of(model)
     chosen = {name for path in tuned(model) for name in theirs(modules[path]).values()}
-    every = {name for rows in modules.values() for name in theirs(rows).values()}
+    named = (name for rows in modules.values() for name in theirs(rows).values())
+    every = {around for name in named for around in owners(name)}
 
     def shortest(name: str) -> str:
         leaf = name.rsplit(".", 1)[-1]
         is_taken = all(other in chosen for other in every if other.endswith(leaf))
         return leaf if is_taken and not leaf.isdigit() else name
 
-    return sorted({shortest(name) for name in chosen})
+    # what is in a module that is saved goes with it
+    return sorted({shortest(name) for name in chosen if chosen.isdisjoint(owners(name)[1:])})
 
 
 def table(model: nnx.Module, prefix: str) -> dict[str, Row]:

@@ -83,13 +83,13 @@ def test_captions_that_are_all_alike_share_a_rank(tmp_path):
 
 
 def test_a_folder_of_classes_is_read(tmp_path):
-    for name in ("red_fox/1.png", "red_fox/2.JPG", "cat/3.png", "cat/notes.txt"):
+    for name in ("red_fox/1.png", "red_fox/2.JPG", "cat/3.png", "cat/4.png", "cat/notes.txt"):
         if name.endswith("txt"):
             (tmp_path / name).write_text("no picture")
         else:
             draw(tmp_path / name.lower(), 10)
     pictures = read_labelled(tmp_path)
-    assert [p.texts for p in pictures] == [("cat",), ("red fox",), ("red fox",)]
+    assert [p.texts for p in pictures] == [("cat",)] * 2 + [("red fox",)] * 2
     assert pictures[0].name == "cat/3.png"
     assert [p.texts for p in read_labelled(tmp_path, limit=2)] == [("cat",), ("red fox",)]
     (tmp_path / "cat/3.png").write_bytes(b"broken picture")

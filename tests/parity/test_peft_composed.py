@@ -1,4 +1,8 @@
-"""LoRAs of a composed model, of layers that files have as one too, both ways with PEFT."""
+"""LoRAs of a composed model, of layers that files have as one too, both ways with PEFT; and by
+presets, of the live models that see."""
+
+import copy
+import json
 
 import numpy as np
 import peft
@@ -10,6 +14,7 @@ import llmprep_jax as lp
 from llmprep_jax.peft import LoRA
 from llmprep_jax.weights import table
 from tests.models import composed
+from tests.parity import test_seeing, test_towers
 from tests.peft.test_methods import scattered
 
 pytestmark = pytest.mark.parity
@@ -78,3 +83,83 @@ def test_loras_go_both_ways(tmp_path, targets, bias):
     lp.peft.save(model, tmp_path / "ours", base_model="org/base")
     theirs = peft.PeftModel.from_pretrained(stub(exported(base)), tmp_path / "ours")
     assert_merged_alike(exported(lp.peft.merge(model)), theirs.merge_and_unload(), targets[0])
+
+
+SEEING = ("gemma3-4-tokens", "llava", "deepseek-vl-hybrid")
+SAVED = {"gemma3": "multi_modal_projector", "llava": "multi_modal_projector"}
+
+
+@pytest.fixture(scope="module", params=SEEING)
+def seeing(request, tmp_path_factory):
+    return test_seeing.make(request.param, str(tmp_path_factory.getbasetemp() / request.param))
+
+
+def logits_of(theirs, tokens, mask, images):
+    given = test_seeing.their_inputs(theirs, tokens, mask, images)
+    with torch.no_grad():
+        return theirs(**given).logits.numpy()[mask]
+
+
+@pytest.mark.parametrize("preset", ["language", "vision"])
+def test_presets_go_both_ways_with_a_projector_trained_whole(seeing, preset, tmp_path):
+    theirs, ours, tokens, mask, images = seeing
+    saved = SAVED.get(ours.cfg.model_type, "aligner")
+    whole = {"modules_to_save": (saved,)} if preset == "language" else {}
+    method = LoRA(rank=3, alpha=6, targets=preset, **whole)
+    model = scattered(lp.peft.inject(ours, method))
+    lp.peft.save(model, tmp_path / "ours")
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    found = np.asarray(model(tokens, **images, mask=mask).logits)[mask]
+    np.testing.assert_allclose(found, logits_of(wrapped, tokens, mask, images), atol=1e-4)
+    plain = np.asarray(ours(tokens, **images, mask=mask).logits)[mask]
+    assert np.abs(found - plain).max() > 1e-2
+
+    is_language = [".language_model." in name for name, _ in adapted_by(wrapped, "lora_A")]
+    assert len(is_language) > 7
+    assert set(is_language) == {preset == "language"}
+    trained = {name for name, _ in adapted_by(wrapped, "modules_to_save")}
+    assert bool(trained) == (preset == "language")
+    assert all(f".{saved}." in name for name in trained)
+
+    config = json.loads((tmp_path / "ours/adapter_config.json").read_text())
+    if whole:  # as users of PEFT name it
+        config = peft.LoraConfig(
+            r=3, lora_alpha=6, target_modules=config["target_modules"], modules_to_save=[saved]
+        )
+        wrapped = peft.get_peft_model(copy.deepcopy(theirs), config).eval()
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    again = lp.peft.load(ours, tmp_path / "theirs")
+    found = np.asarray(again(tokens, **images, mask=mask).logits)[mask]
+    np.testing.assert_allclose(found, logits_of(wrapped, tokens, mask, images), atol=1e-4)
+    merged = lp.peft.merge(again)
+    np.testing.assert_allclose(
+        np.asarray(merged(tokens, **images, mask=mask).logits)[mask], found, atol=1e-4
+    )
+
+
+def adapted_by(wrapped, word):
+    return [(name, p) for name, p in wrapped.named_parameters() if f".{word}." in name]
+
+
+@pytest.mark.parametrize(("preset", "tower"), [("language", "text"), ("vision", "vision")])
+def test_presets_of_two_towers_go_both_ways(preset, tower, tmp_path):
+    name = "clip-openclip"
+    given = test_towers.inputs(name)
+    del given["mask"]
+    test_towers.make(name).save_pretrained(tmp_path / "base")
+    base = lp.load_model(tmp_path / "base")
+    model = scattered(lp.peft.inject(base, LoRA(rank=2, alpha=4, targets=preset)))
+    lp.peft.save(model, tmp_path / "ours")
+    wrapped = peft.PeftModel.from_pretrained(test_towers.make(name), tmp_path / "ours").eval()
+    with torch.no_grad():
+        expected = test_towers.theirs_of(wrapped, **given).logits_per_image.numpy()
+    np.testing.assert_allclose(model(**given).logits_per_image, expected, atol=1e-4)
+    ends = (f".{tower}_model.", ".text_projection." if tower == "text" else ".visual_projection.")
+    names = [name for name, _ in adapted_by(wrapped, "lora_A")]
+    assert all(any(end in name for end in ends) for name in names)
+    layers = {"text": 3, "vision": 2}[tower]
+    assert len(names) == 6 * layers + 1

@@ -14,14 +14,17 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import llmprep_jax as lp
+from llmprep_jax.models import registry
 from llmprep_jax.nn.param import Idle
 from llmprep_jax.peft import IA3, LoRA
 from llmprep_jax.peft.adapter import adapters
 from llmprep_jax.peft.peft_fields import shortest
 from llmprep_jax.peft.targets import bases
+from llmprep_jax.peft.tuned import saved_names, tuned
 from llmprep_jax.weights import table
 from llmprep_jax.weights.rows import Table
-from tests.models import composed
+from tests.models import composed, test_seeing
+from tests.models.towers import CONFIGS
 from tests.peft.test_methods import scattered
 
 PREFIX = "base_model.model."
@@ -74,6 +77,62 @@ def test_all_linear_takes_towers_and_projector_and_no_idle_layer(base, tmp_path)
         + [f"{x}_proj" for x in "koqv"]
         + [f"model.vision_tower.blocks.{i}.attn.{x}" for i in (0, 1) for x in ("proj", "qkv")]
     )
+
+
+LANGUAGE = {f"language.layers.attn.{x}" for x in "qkvo"}
+LANGUAGE |= {f"language.layers.mlp.{x}" for x in ("gate", "up", "down")}
+
+
+def test_presets_take_the_linear_layers_of_a_part(base, tmp_path):
+    model = adapted(base, targets="language", layers_to_transform=0)
+    assert adapters(model).keys() == LANGUAGE
+    _, config = saved(model, tmp_path / "language")
+    names = ["down", "gate", "k", "o", "q", "up", "v"]
+    assert config["target_modules"] == [f"{name}_proj" for name in names]
+    model = adapted(base, targets="vision", exclude_modules=("patch_embed",))
+    assert adapters(model).keys() == {"projector", *(f"vision.blocks.{x}" for x in "qkvo")}
+    text = composed.alone(base)
+    kinds = [adapters(adapted(text, targets=t)).keys() for t in ("language", "all-linear")]
+    assert kinds[0] == kinds[1] == {path.removeprefix("language.") for path in LANGUAGE}
+    with pytest.raises(ValueError, match='targets are "vision", but the model has no part that'):
+        adapted(text, targets="vision")
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_presets_of_two_towers_are_a_tower_each(name):
+    model = registry.abstract(CONFIGS[name])
+    language, vision, every = [
+        adapters(
+            jax.eval_shape(lambda model, t=t: lp.peft.inject(model, LoRA(rank=2, targets=t)), model)
+        ).keys()
+        for t in ("language", "vision", "all-linear")
+    ]
+    assert {path.split(".")[0].split("_")[0] for path in language} == {"text"}
+    assert {path.split(".")[0].split("_")[0] for path in vision} == {"vision"}
+    assert language | vision == every
+
+
+def test_a_module_that_is_trained_whole_takes_all_that_is_in_it(base, tmp_path):
+    model = adapted(base, targets="language", modules_to_save=("vision.blocks", "projector"))
+    assert tuned(model).keys() == {"projector", *(f"vision.blocks.{x}" for x in "qkvo")}
+    _, config = saved(model, tmp_path / "adapter")
+    # "proj" alone would be every q_proj too
+    proj = [f"model.vision_tower.blocks.{i}.attn.proj" for i in (0, 1)]
+    assert config["modules_to_save"] == ["linear", *proj, "qkv"]
+    config["modules_to_save"] = ["multi_modal_projector", *proj, "qkv"]  # as PEFT's users say it
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    again = lp.peft.load(base, tmp_path / "adapter")
+    assert tuned(again).keys() == tuned(model).keys()
+    np.testing.assert_allclose(again(WORDS).logits, model(WORDS).logits, atol=1e-5)
+
+
+def test_what_is_in_a_module_that_is_saved_is_not_named_beside_it():
+    """Gemma 3's projector is a module with a matrix of its own and a norm in it."""
+    model = registry.abstract(test_seeing.CONFIGS["gemma3"])
+    method = LoRA(rank=2, targets="language", modules_to_save=("projector",))
+    model = jax.eval_shape(lambda model: lp.peft.inject(model, method), model)
+    assert tuned(model).keys() == {"projector.norm", "projector.proj"}
+    assert saved_names(model) == ["multi_modal_projector"]
 
 
 def test_a_lora_of_a_fused_layer_has_one_a_and_is_the_three_of_ours(base, tmp_path):
