@@ -34,7 +34,7 @@ def answer(
     texts: list[str] = []
     for batch in shown(batches(questions, batch_size), len(questions), "asking", console):
         messages = [q.blind() if blind else q.messages for q in batch]
-        images = [list(q.images) or None for q in batch]
+        images = [[ref.content() for ref in q.images] or None for q in batch]
         images = None if blind or not any(images) else images
         try:
             said = generate(model, processor, messages, images, max_new_tokens=max_new_tokens)

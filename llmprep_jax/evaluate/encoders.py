@@ -3,13 +3,13 @@
 Letters: I pictures, C texts, D width.
 """
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import rich.console
 
+from llmprep_jax.data.refs import Ref
 from llmprep_jax.evaluate.answers import batches, shown
 from llmprep_jax.evaluate.page import Example
 from llmprep_jax.evaluate.pictures import Picture
@@ -51,9 +51,9 @@ class Embedder:
         self._model, self._processor = model, processor
         self._batch_size, self._console = batch_size, console
 
-    def images(self, files: Sequence[pathlib.Path]) -> Float[np.ndarray, "I D"]:
+    def images(self, refs: Sequence[Ref]) -> Float[np.ndarray, "I D"]:
         """Unit vectors of pictures."""
-        return self._run(self._encode_images, files, "looking")
+        return self._run(self._encode_images, refs, "looking")
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "C D"]:
         """Unit vectors of texts."""
@@ -65,8 +65,9 @@ class Embedder:
         rows = shown(batches(items, self._batch_size), len(items), word, self._console)
         return np.concatenate([np.asarray(encode(batch)) for batch in rows])[: len(items)]
 
-    def _encode_images(self, files: list[pathlib.Path]) -> Any:
-        return self._model.encode_image(self._processor(images=files)["images"])
+    def _encode_images(self, refs: list[Ref]) -> Any:
+        pictures = [ref.content() for ref in refs]
+        return self._model.encode_image(self._processor(images=pictures)["images"])
 
     def _encode_texts(self, texts: list[str]) -> Any:
         return self._model.encode_text(self._processor(texts)["tokens"])
@@ -85,7 +86,7 @@ def classify(
         raise ValueError(f"the pictures are all of the class {names[0]!r}; give two or more")
     right_I = np.array([names.index(picture.texts[0]) for picture in pictures])
     classes_CD = class_vectors(embedder.texts, names, templates)
-    images_ID = embedder.images([picture.file for picture in pictures]).astype(np.float64)
+    images_ID = embedder.images([picture.image for picture in pictures]).astype(np.float64)
     above_I, tied_I = ranks(images_ID, classes_CD, right_I)
     top = {k: chance(above_I, tied_I, np.ones_like(tied_I), k) for k in (1, 5) if k < len(names)}
     numbers = {f"top_{k}": float(scores.mean()) for k, scores in top.items()}
@@ -96,7 +97,7 @@ def classify(
             answers=picture.texts,
             prediction=names[nearest],
             score=float(score),
-            images=(picture.file,),
+            images=(picture.image,),
             category=picture.texts[0],
             name=picture.name,
         )
@@ -111,7 +112,7 @@ def retrieve(embedder: Embedder, pictures: Sequence[Picture]) -> Outcome:
     """Recall both ways; a case is a picture, and its score 1 / the rank of its best caption."""
     captions = [text for picture in pictures for text in picture.texts]
     owner_C = np.repeat(np.arange(len(pictures)), [len(picture.texts) for picture in pictures])
-    images_ID = embedder.images([picture.file for picture in pictures])
+    images_ID = embedder.images([picture.image for picture in pictures])
     texts_CD = embedder.texts(captions)
     found = recall(images_ID, texts_CD, owner_C)
     ways = {"image_to_text": found.image_to_text, "text_to_image": found.text_to_image}
@@ -130,7 +131,7 @@ def retrieve(embedder: Embedder, pictures: Sequence[Picture]) -> Outcome:
             answers=picture.texts,
             prediction=captions[nearest],
             score=score,
-            images=(picture.file,),
+            images=(picture.image,),
             name=picture.name,
         )
         for picture, nearest, score in zip(pictures, nearest_I, scores, strict=True)

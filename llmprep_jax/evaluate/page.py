@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from llmprep_jax.data.refs import Ref
 from llmprep_jax.evaluate.tasks import Report
 from llmprep_jax.remote import AnyPath, write_text
 from llmprep_jax.vision.open import open_rgb
@@ -26,7 +27,7 @@ class Example:
     """A question about pictures and what a model said.
 
     Attributes:
-      images: files, Pillow images, arrays: what `vision.open_image` takes.
+      images: files, Pillow images, arrays: what `vision.open_image` takes; or `data.refs.Ref`s.
       score: in [0, 1].
       name: where it is from, as "line 12 of test.jsonl"; None: its number is shown.
     """
@@ -107,8 +108,10 @@ def _case(number: int, example: Example) -> dict[str, object]:
 def _picture(image: Any) -> dict[str, str]:
     is_path = isinstance(image, str | os.PathLike)
     name = os.path.basename(os.fspath(image)) if is_path else "picture"
+    name = os.path.basename(image.title) if isinstance(image, Ref) else name
     try:
-        return {"name": name, "uri": thumbnail(image)}
+        content = image.content() if isinstance(image, Ref) else image
+        return {"name": name, "uri": thumbnail(content)}
     except (OSError, ValueError, ImportError) as error:
         return {"name": name, "fault": f"not shown: {error}"}
 

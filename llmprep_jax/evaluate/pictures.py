@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmprep_jax.data.json_files import read_records
+from llmprep_jax.data.refs import Ref
 from llmprep_jax.evaluate.questions import find_picture
 from llmprep_jax.vision.open import image_size
 
@@ -26,7 +27,7 @@ class Picture:
     """
 
     name: str
-    file: pathlib.Path
+    image: Ref
     texts: tuple[str, ...]
 
 
@@ -50,7 +51,7 @@ def read_labelled(path: str | pathlib.Path, limit: int | None = None) -> list[Pi
         for file in files[:each]:
             image_size(file)
             name = file.relative_to(path).as_posix()
-            pictures.append(Picture(name, file, (folder.name.replace("_", " "),)))
+            pictures.append(Picture(name, Ref(str(path), name), (folder.name.replace("_", " "),)))
     if not pictures:
         raise ValueError(f"{path}: has no folders with pictures in them, one a class")
     return pictures[:limit]

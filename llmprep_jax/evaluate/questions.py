@@ -13,6 +13,7 @@ from typing import Any
 from llmprep_jax.data.images import MARKER, name_parts, split_images
 from llmprep_jax.data.json_files import read_records
 from llmprep_jax.data.records import CONVERSATIONS, to_document
+from llmprep_jax.data.refs import Ref, read_ref
 from llmprep_jax.evaluate.tasks import Task
 from llmprep_jax.vision.open import image_size
 
@@ -28,13 +29,13 @@ class Question:
 
     Attributes:
       name: file and line. messages: the last is the user's; image parts are bare.
-      images: files, in the order of the parts. text: the question as it stands in the data.
-      answers: what is right. splits: what it counts among, the metric's own category first.
+      images: where they are, in the order of the parts.
+      text: the question as it stands in the data. answers: what is right. splits: what it counts among, the metric's own category first.
     """
 
     name: str
     messages: Messages
-    images: tuple[pathlib.Path, ...]
+    images: tuple[Ref, ...]
     text: str
     answers: tuple[str, ...]
     splits: tuple[str, ...] = ()
@@ -83,20 +84,20 @@ def read_questions(
     return questions
 
 
-def find_picture(name: Any, folder: pathlib.Path) -> pathlib.Path:
-    """The file of a picture that a record of a file in `folder` names.
+def find_picture(value: Any, folder: pathlib.Path) -> Ref:
+    """The picture that a record of a file in `folder` names, its header read.
 
     Raises:
       ValueError: it names none, one that does not lie beside the file, or what is no picture.
     """
-    _, refs = split_images([{"content": [{"type": "image", "image": name}]}], str(folder))
-    return _checked(refs[0].path)
+    return _checked(read_ref(value, str(folder)))
 
 
-def _checked(picture: pathlib.Path) -> pathlib.Path:
-    if not picture.is_file():
-        raise ValueError(f"no picture {picture}; paths begin in the folder of the data file")
-    image_size(picture)
+def _checked(picture: Ref) -> Ref:
+    content = picture.content()
+    if isinstance(content, pathlib.Path) and not content.is_file():
+        raise ValueError(f"no picture {content}; paths begin in the folder of the data file")
+    image_size(content, name=picture.title)
     return picture
 
 
@@ -127,9 +128,7 @@ def _question(
         own = tuple(_splits(record, task, splits))
         extra = (own[0] if own else None,) if task.by_category else ()
         task.metric("", answers, *extra)  # refuses answers that nothing could be right by
-        return Question(
-            name, messages, tuple(_checked(ref.path) for ref in refs), text, answers, own
-        )
+        return Question(name, messages, tuple(map(_checked, refs)), text, answers, own)
     except (ValueError, OSError) as error:
         reason = str(error).removeprefix(f"{name}: ")
         raise ValueError(f"{name}: {reason}") from None

@@ -11,6 +11,7 @@ from flax import nnx
 import llmprep_jax as lp
 from experiments import evaluate
 from llmprep_jax.cli import run
+from llmprep_jax.data.refs import Ref
 from llmprep_jax.evaluate import answers
 from llmprep_jax.evaluate.questions import Question
 from llmprep_jax.models import registry, siglip
@@ -22,7 +23,8 @@ from tests.random_modules import fill
 from tests.text.samples import train_sentencepiece
 from tests.train.test_seeing_command import make_files
 
-PAGE = pathlib.Path("x.png")
+PAGE = Ref("folder", "x.png")
+PATH = pathlib.Path("folder/x.png")
 SIDES = {"height": 9, "width": 9}
 
 
@@ -199,7 +201,7 @@ def test_batches_are_filled_up_and_pictures_go_with_their_questions(monkeypatch)
         nnx.Module(), None, [pictured, plain, pictured], max_new_tokens=9, batch_size=2
     )
     assert texts == ["a 0", "a 1", "a 0"]
-    assert [images for _, images in calls] == [[[PAGE], None], [[PAGE], [PAGE]]]
+    assert [images for _, images in calls] == [[[PATH], None], [[PATH], [PATH]]]
     assert calls[0][0] == [pictured.messages, plain.messages]
     texts = answers.answer(nnx.Module(), None, [pictured, plain], max_new_tokens=9, blind=True)
     assert calls[2] == ([plain.messages, plain.messages], None)

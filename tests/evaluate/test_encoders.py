@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from llmprep_jax.data.refs import Ref
 from llmprep_jax.evaluate.encoders import Embedder, classify, retrieve
 from llmprep_jax.evaluate.pictures import Picture, read_captioned, read_labelled
 from llmprep_jax.vision.open import open_image
@@ -40,7 +41,7 @@ def drawn(folder, *named):
     pictures = []
     for number, (shade, *texts) in enumerate(named):
         draw(folder / f"{number}.png", shade)
-        pictures.append(Picture(f"p{number}", folder / f"{number}.png", tuple(texts)))
+        pictures.append(Picture(f"p{number}", Ref(str(folder), f"{number}.png"), tuple(texts)))
     return pictures
 
 
@@ -54,7 +55,7 @@ def test_a_class_is_the_nearest_of_its_names(tmp_path):
     assert outcome.report.by_split["10"].score == 0.5
     wrong = outcome.examples[2]
     assert (wrong.answers, wrong.prediction, wrong.name) == (("10",), "100", "p2")
-    assert wrong.images == (tmp_path / "2.png",)
+    assert wrong.images == (Ref(str(tmp_path), "2.png"),)
     assert shades.rows == [4, 4, 4, 4]  # filled up: 6 prompts and 5 pictures
 
 

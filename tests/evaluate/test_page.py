@@ -7,6 +7,7 @@ import io
 import pytest
 from PIL import Image
 
+from llmprep_jax.data.refs import Ref
 from llmprep_jax.evaluate.page import Example, render, thumbnail, write_page
 from llmprep_jax.evaluate.tasks import score
 
@@ -52,6 +53,16 @@ def decoded(uri: str) -> Image.Image:
     head, data = uri.split(",")
     assert head == "data:image/jpeg;base64"
     return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def test_a_picture_is_shown_from_where_a_document_has_it(tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    images = [Ref(str(tmp_path), name) for name in ("a.png", "b.png")]
+    page = Reader(render([example(0.0, images=images)], title="t"))
+    assert page.attributes("img", "alt") == ["a.png"]
+    assert decoded(*page.attributes("img", "src")).size == (30, 20)
+    (fault,) = [text for text in page.of("none") if "not shown" in text]
+    assert "b.png" in fault
 
 
 def test_the_worst_come_first_and_the_rest_are_left_out():

@@ -1,10 +1,12 @@
 """Questions about pictures are read from whatever holds them, and refused by file and line."""
 
 import json
+import tarfile
 
 import pytest
 
 from llmprep_jax.data import synthetic_documents
+from llmprep_jax.data.refs import Ref
 from llmprep_jax.evaluate.ocrbench import FORMULAS
 from llmprep_jax.evaluate.questions import read_questions
 from llmprep_jax.evaluate.tasks import get_task
@@ -81,7 +83,7 @@ def test_a_record_is_asked_as_the_task_does(folder, record, content):
     assert question.answers == ("x",)
     parts = content if isinstance(content, list) else [words(content)]
     names = ["a", "b"][: parts.count(PICTURE)]
-    assert question.images == tuple(folder / f"images/{name}.png" for name in names)
+    assert question.images == tuple(Ref(str(folder), f"images/{name}.png") for name in names)
     blind = question.blind()[-1]["content"]
     blind = blind if isinstance(blind, list) else [words(blind)]
     assert blind == [part for part in parts if part != PICTURE]
@@ -165,6 +167,22 @@ def test_what_holds_no_questions_is_refused(folder):
         read_questions(folder / "nowhere.jsonl", get_task("exact"))
 
 
+def test_a_picture_may_lie_in_an_archive(folder):
+    with tarfile.open(folder / "pages.tar", "w") as archive:
+        archive.add(folder / "images/a.png", "a.png")
+    with tarfile.open(folder / "pages.tar") as archive:
+        member = archive.getmember("a.png")
+    image = {"archive": "pages.tar", "name": "a.png"}
+    image |= {"offset": member.offset_data, "size": member.size}
+    content = [{"type": "image", "image": image}, words("who?")]
+    record = {"messages": [{"role": "user", "content": content}], "answers": ["x"]}
+    (question,) = read(folder, record)
+    assert question.images[0].content() == (folder / "images/a.png").read_bytes()
+    image["size"] = 20
+    with pytest.raises(ValueError, match=r"q\.jsonl:1: .*pages\.tar: a\.png: "):
+        read(folder, record)
+
+
 def test_textvqa_needs_answers_of_several_people(folder):
     with pytest.raises(ValueError, match=r"q\.jsonl:1: 1 reference answers"):
         read(folder, {"question": "who?", "answers": ["x"]}, task="textvqa")
@@ -184,7 +202,7 @@ def test_generated_documents_are_read_by_question_and_by_document(tmp_path):
         for question in read_questions(tmp_path / f"made/{side}.jsonl", task)
     ]
     assert len(by_question) == len(by_document) > 3
-    key = lambda q: (q.images, q.text)  # noqa: E731
+    key = lambda q: (str(q.images), q.text)  # noqa: E731
     for one, other in zip(sorted(by_document, key=key), sorted(by_question, key=key), strict=True):
         assert (one.messages, one.answers, one.splits) == (
             other.messages,
