@@ -30,7 +30,8 @@ class Question:
     Attributes:
       name: file and line. messages: the last is the user's; image parts are bare.
       images: where they are, in the order of the parts.
-      text: the question as it stands in the data. answers: what is right. splits: what it counts among, the metric's own category first.
+      text: the question as it stands in the data. answers: what is right.
+      splits: what it counts among, the metric's own category first.
     """
 
     name: str
