@@ -40,6 +40,8 @@ class DataConfig:
         that is looked at, anywhere in it, as "0.5,1"; None: all of it.
       random_flip: whether every other picture of a pair is mirrored, which is wrong for captions
         that say left or right.
+      drop_prompts: how often a picture that is to be drawn has no prompt, for guidance: 0.1 as
+        Janus was trained; anew in every epoch, and never of held-out data.
       mask: what counts for the loss in conversations: "answers" or "all". Plain text always counts.
       special_tokens: where text that spells a special token becomes that token: "chat", in
         conversations, as in transformers, and not in plain text; "everywhere"; or "template", only
@@ -73,6 +75,7 @@ class DataConfig:
     max_images: int = 8
     random_crop: tuple[float, float] | None = None
     random_flip: bool = False
+    drop_prompts: float = 0.0
     mask: Literal["answers", "all"] = "answers"
     special_tokens: SpecialTokens = "chat"
     date: str | None = None
@@ -100,6 +103,8 @@ class DataConfig:
             raise ValueError(
                 f"random_crop are two shares in (0, 1], least and most, not {self.random_crop}"
             )
+        if not 0 <= self.drop_prompts <= 1:
+            raise ValueError(f"drop_prompts must be in [0, 1], not {self.drop_prompts}")
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout must be in [0, 1), not {self.holdout}")
         if self.weights is not None:

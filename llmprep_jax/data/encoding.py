@@ -80,6 +80,11 @@ class Piece:
         return tuple(run.moved(-start) for run in inside)
 
     @property
+    def num_targets(self) -> int:
+        """Words to be learnt, and codes of pictures that are drawn."""
+        return int(self.counts.sum()) + sum(run.length for run in self.runs if run.drawn)
+
+    @property
     def pictures(self) -> int:
         """That its images are."""
         return sum(run.pictures for run in self.runs)
@@ -115,6 +120,8 @@ class Encoder:
       overlong: what to do with a longer document; None: split plain text, truncate conversations.
       answers_only: only what the assistant says counts in conversations.
       images: reads those of conversations; None: there must be none.
+      drop_prompts: how often a picture is drawn of no prompt, for guidance: all but its first and
+        last token become padding.
     """
 
     encode: EncodeText
@@ -126,9 +133,15 @@ class Encoder:
     encode_part: EncodeText | None = None
     encode_completion: EncodeCompletion | None = None
     images: ImageReader | None = None
+    drop_prompts: float = 0.0
 
-    def __call__(self, numbered: tuple[int, Document]) -> Encoded:
+    def __call__(
+        self, numbered: tuple[int, Document], rng: np.random.Generator | None = None
+    ) -> Encoded:
         """The pieces of document (id, document).
+
+        Args:
+          rng: draws which prompts are dropped; None: none is.
 
         Raises:
           ValueError: the tokenizer refuses the document, or it is too long and the policy is
@@ -136,21 +149,40 @@ class Encoder:
         """
         doc_id, document = numbered
         ids, counts, runs = self.tokenize(document)
+        if rng is not None:
+            ids, counts = self._without_prompt(ids, counts, runs, rng)
         counted = dict.fromkeys(COUNTS, 0) | {"documents": 1}
         whole = Piece(doc_id, ids[:-1], ids[1:], counts[1:], runs=runs)
         if runs and runs[-1].stop > len(whole):  # nothing follows the last image
             whole = whole[: runs[-1].start]
         fitting = self._fit(document, whole, counted)
-        pieces = [piece for piece in fitting if piece.counts.any()]
+        pieces = [piece for piece in fitting if piece.num_targets]
         if pieces:  # the first of those that are left
             pieces[0] = dataclasses.replace(pieces[0], is_first=True)
         counted["tokens"] = sum(map(len, pieces))
-        counted["targets"] = sum(int(piece.counts.sum()) for piece in pieces)
+        counted["targets"] = sum(piece.num_targets for piece in pieces)
         counted["empty"] = int(not pieces and not counted["dropped"])
-        mark = _mark_of(counts) if self.answers_only and document.messages is not None else None
+        mark = (
+            _mark_of(counts, runs) if self.answers_only and document.messages is not None else None
+        )
         marks = tuple(int(name == mark) for name in MARKS)
         lost = len(runs) - sum(len(piece.runs) for piece in fitting)
         return Encoded(pieces, tuple(counted.values()), marks, lost)
+
+    def _without_prompt(
+        self,
+        ids: np.ndarray,
+        counts: np.ndarray,
+        runs: tuple[Run, ...],
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same, or with padding for the prompt of the one picture that is drawn."""
+        is_drawn = rng.random() < self.drop_prompts
+        if not is_drawn or [run.drawn for run in runs] != [True]:
+            return ids, counts
+        prompt, (ids, counts) = slice(1, runs[0].start - 1), (ids.copy(), counts.copy())
+        ids[prompt], counts[prompt] = self.images.processor.pad_id, False
+        return ids, counts
 
     def tokenize(self, document: Document) -> tuple[np.ndarray, np.ndarray, tuple[Run, ...]]:
         """The ids of a document and, for each, whether it is to be learnt; the runs of its images.
@@ -215,10 +247,13 @@ class Encoder:
                 "the conversation has images, for a model that sees, and rows that are not cut"
                 " anywhere: data.packing=packed or padded"
             )
-        edit = {} if self.images is None else {"edit": self.images.writer(refs)}
+        drawn = () if self.images is None else self.images.drawn(messages)
+        edit = {} if self.images is None else {"edit": self.images.writer(refs, drawn)}
         ids, answers = self.encode_chat(messages, document.fields, **edit)
         counts = answers if self.answers_only else [True] * len(ids)
-        return (ids, counts, ()) if self.images is None else self.images.place(ids, counts, refs)
+        if self.images is None:
+            return ids, counts, ()
+        return self.images.place(ids, counts, refs, drawn)
 
     def _fit(self, document: Document, whole: Piece, counted: dict[str, int]) -> list[Piece]:
         """The pieces of at most seq_len pairs, by the policy."""
@@ -287,9 +322,11 @@ class Encoder:
         return stop
 
 
-def _mark_of(counts: Bool[np.ndarray, " T"]) -> str:
+def _mark_of(counts: Bool[np.ndarray, " T"], runs: Sequence[Run] = ()) -> str:
     """How much of a conversation is learnt; the first token is no target."""
     targets = counts[1:]
+    if any(run.drawn for run in runs):
+        return "some"
     if not targets.any():
         return "none"
     return "all" if targets.all() else "some"
@@ -340,8 +377,8 @@ def check_answers(
             is_whole = False
             break
         if document.messages is not None:
-            _, counts, _ = encoder.tokenize(document)
-            marks[_mark_of(counts)] += 1
+            _, counts, runs = encoder.tokenize(document)
+            marks[_mark_of(counts, runs)] += 1
             if marks["some"] or (marks["all"] and marks["none"]):
                 return
     problem = _describe_marks(title, template, marks)

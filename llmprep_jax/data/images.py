@@ -7,7 +7,7 @@ packing needs, and pictures are decoded when a batch is made, of this process's 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Run:
       pictures: what the tower sees of it, the whole and its tiles.
       ref: the image. num_images: how many its conversation has.
       view: the part of it that is looked at; None: all.
+      drawn: whether the assistant says it, and the model learns to draw it.
     """
 
     start: int
@@ -42,6 +43,7 @@ class Run:
     ref: Ref
     num_images: int
     view: View | None = None
+    drawn: bool = False
 
     @property
     def stop(self) -> int:
@@ -72,8 +74,22 @@ class ImageReader:
             self._shapes["images_high"] = (max_images, *blank.high.shape[1:])
         self._has_grids = bool(blank.grids.any())
 
-    def writer(self, refs: Sequence[Ref]) -> Edit | None:
+    def drawn(self, messages: Messages) -> tuple[bool, ...]:
+        """Which images of a conversation are the assistant's, for a model that draws."""
+        draws = self.processor.draws
+        return tuple(
+            draws and message.get("role") == "assistant"
+            for message in messages
+            for part in _parts(message)
+            if _is_image(part)
+        )
+
+    def writer(self, refs: Sequence[Ref], drawn: Sequence[bool] = ()) -> Edit | None:
         """What rewrites a conversation's text around its images; None: nothing is written there.
+
+        Args:
+          drawn: which of them are drawn: these follow the header of their turn at once, as they do
+            where a picture is asked for, and nothing is put before the whole.
 
         Raises:
           ValueError: an image is to be seen in pieces, each with tokens of its own.
@@ -88,13 +104,26 @@ class ImageReader:
                 "do_pan_and_scan cuts an image into pieces whose tokens lie apart, which is not"
                 " trained on; set it to false in preprocessor_config.json and processor_config.json"
             )
-        marker = self.processor.marker
-        return lambda text, literals: replace_markers(text, marker, written, literals)
+        marker, opened = self.processor.marker, self.processor.opened
+
+        def edit(text: str, literals: Sequence[int]) -> tuple[str, Callable[[int], int]]:
+            text, moved = replace_markers(text, marker, written, literals, drawn)
+            if any(drawn):
+                return text, moved
+            text, added = opened(text)
+            return text, lambda place: moved(place) + added
+
+        return edit
 
     def place(
-        self, ids: Sequence[int], marks: Sequence[bool], refs: Sequence[Ref]
+        self,
+        ids: Sequence[int],
+        marks: Sequence[bool],
+        refs: Sequence[Ref],
+        drawn: Sequence[bool] = (),
     ) -> tuple[list[int], list[bool], tuple[Run, ...]]:
-        """Ids with each marker as many times as its image has tokens, which nobody learns to say.
+        """Ids with each marker as many times as its image has tokens, which nobody learns to say;
+        of those that are drawn neither what begins and ends them.
 
         Raises:
           FileNotFoundError, ValueError: other images than markers, or one that is no picture.
@@ -109,9 +138,15 @@ class ImageReader:
         for start, length in places:
             is_image[start : start + length] = True
         marks = [False if hidden else next(kept) for hidden in is_image]
+        drawn = tuple(drawn) or (False,) * len(refs)
+        for (start, length), is_drawn in zip(places, drawn, strict=True):
+            if is_drawn:
+                marks[start - 1] = marks[start + length] = False
         pictures = [self.processor.images.count_pictures(*size, len(refs)) for size in sizes]
-        runs = zip(places, pictures, refs, strict=True)
-        return expanded, marks, tuple(Run(*place, n, ref, len(refs)) for place, n, ref in runs)
+        runs = zip(places, pictures, refs, drawn, strict=True)
+        count = len(refs)
+        placed = tuple(Run(*place, n, ref, count, drawn=own) for place, n, ref, own in runs)
+        return expanded, marks, placed
 
     def refuse_marker(self, ids: np.ndarray, name: str) -> None:
         """Raises ValueError where a text without images has the token that stands for one."""
@@ -132,6 +167,8 @@ class ImageReader:
         out["image_mask"] = np.zeros((len(rows), M), bool)
         if self._has_grids:
             out["grids"] = np.zeros((len(rows), M, 2), np.int32)
+        if self.processor.draws:
+            out["drawn"] = np.zeros((len(rows), M), bool)
         pictures = [Picture(run.ref, run.num_images) for runs in rows for run in runs]
         decoded = self._decoder(pictures)
         for b, runs in enumerate(rows):
@@ -148,6 +185,8 @@ class ImageReader:
                     out["images_high"][part] = pixels.high
                 if self._has_grids:
                     out["grids"][b, n] = pixels.grids[0]
+                if run.drawn:
+                    out["drawn"][part] = True
                 at += run.pictures
         return out
 

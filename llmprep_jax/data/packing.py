@@ -123,7 +123,7 @@ class _RowIterator(grain.DatasetIterator):
         self._yielded = (
             documents + sum(piece.is_first for piece in row),
             tokens + sum(map(len, row)),
-            targets + sum(int(piece.counts.sum()) for piece in row),
+            targets + sum(piece.num_targets for piece in row),
         )
         return row
 

@@ -210,7 +210,10 @@ def build(
         order = ordered(cfg, documents, number)
         check_answers(encoder, documents, documents.title, template, CHECK_SECONDS)
         seed = seed_of(cfg.seed, number) if cfg.shuffle else None
-        packs.append(_pack(cfg, order.map(encoder), documents, template, seed))
+        encoded = order.map(encoder)
+        if cfg.drop_prompts:
+            encoded = order.random_map(encoder, seed=seed_of(cfg.seed + 1, number))
+        packs.append(_pack(cfg, encoded, documents, template, seed))
     packed = grain.IterDataset.mix(packs, cfg.weights) if cfg.weights else packs[0]
     dataset = prefetched(cfg, _batched(cfg, packed, pad_id, rows, encoder.images))
     return Batches(dataset, packs, groups, identify(cfg, groups, split, encoder.images))
@@ -264,6 +267,7 @@ def _make_encoder(
         encode_part=encode_part,
         encode_completion=encode_completion,
         images=None if cfg.packing == "stream" else images,
+        drop_prompts=cfg.drop_prompts,
     )
 
 
@@ -299,6 +303,7 @@ def identify(
     keys = ("weights", "seq_len", "batch_size", "packing", "pack_window", "mask", "overlong")
     keys = (*keys, "shuffle", "seed", "holdout", "special_tokens", "date", "format")
     keys = keys if images is None else (*keys, "max_images")
+    keys = (*keys, "drop_prompts") if cfg.drop_prompts else keys
     settings = {key: getattr(cfg, key) for key in keys}
     sizes = [[len(documents), len(documents.ids)] for documents in groups]
     return {"documents": sizes, **settings, "split": split}

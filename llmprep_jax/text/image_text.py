@@ -135,6 +135,10 @@ class ImageTextProcessor(Processor):
         """
         return None
 
+    def opened(self, text: str) -> tuple[str, int]:
+        """(a text with what comes before all that is said, how long that is)."""
+        return text, 0
+
     def _write_places(
         self, text: str, seen: Any, literals: Sequence[int] = ()
     ) -> tuple[str, list[int]]:
@@ -155,12 +159,17 @@ class ImageTextProcessor(Processor):
 
 
 def replace_markers(
-    text: str, marker: str, pieces: Sequence[str], literals: Sequence[int] = ()
+    text: str,
+    marker: str,
+    pieces: Sequence[str],
+    literals: Sequence[int] = (),
+    joined: Sequence[bool] = (),
 ) -> tuple[str, Callable[[int], int]]:
     """A text with its i-th marker replaced by `pieces[i]`, and where a place of it is now.
 
     Args:
       literals: places at which what looks like a marker is none.
+      joined: markers with which the spaces before them go; none of them: no spaces go.
 
     Raises:
       ValueError: there are more or fewer markers than pieces.
@@ -172,14 +181,23 @@ def replace_markers(
             f"there are {len(starts)} {marker} markers and {len(pieces)} images; give an image for"
             " each"
         )
+    spans = [(start, start + len(marker)) for start in starts]
+    for number, joins in enumerate(joined):
+        start, end = spans[number]
+        spans[number] = (len(text[:start].rstrip(" ")) if joins else start), end
     parts, end = [], 0
-    for start, piece in zip(starts, pieces, strict=True):
+    for (start, stop), piece in zip(spans, pieces, strict=True):
         parts += [text[end:start], piece]
-        end = start + len(marker)
+        end = stop
 
     def moved(place: int) -> int:
-        added = zip(starts, pieces, strict=True)
-        return place + sum(len(piece) - len(marker) for start, piece in added if start < place)
+        added = 0
+        for (start, stop), piece in zip(spans, pieces, strict=True):
+            if stop <= place:
+                added += len(piece) - (stop - start)
+            elif start < place:  # in the spaces that go, or where the marker began
+                added += start - place
+        return place + added
 
     return "".join([*parts, text[end:]]), moved
 

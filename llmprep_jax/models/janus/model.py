@@ -28,7 +28,7 @@ from llmprep_jax.nn.language_model import PLACES, SumLosses, Terms
 from llmprep_jax.nn.linear import Einsum, Embed, check_ids
 from llmprep_jax.nn.media import count_tokens, merge_images, split_rows
 from llmprep_jax.nn.param import Frozen, idle
-from llmprep_jax.sharding import on_own_mesh
+from llmprep_jax.sharding import has_mesh, on_own_mesh
 from llmprep_jax.types import Array, Bool, Float, Int
 from llmprep_jax.weights.rows import Table
 
@@ -132,7 +132,7 @@ class Model(ComposedModel):
         """
         if drawn is None:
             return {"images": images}
-        codes_NI = jax.lax.stop_gradient(self.vq.encode(merge_images(images)))
+        codes_NI = _encode_any(self.vq, merge_images(images), jnp.any(drawn))
         codes_NI = jnp.where(merge_images(drawn)[:, None], codes_NI, -1)
         return {"images": images, "codes": split_rows(codes_NI[..., None], len(images))[..., 0]}
 
@@ -191,18 +191,8 @@ class Model(ComposedModel):
     def next_token_terms(
         self, x_BTD: Float[Array, "B T D"], batch: Any, sum_losses: SumLosses
     ) -> Terms:
-        """Of words, and of codes where pictures are drawn; a code weighs as much as a word."""
-        return (*self._terms(x_BTD, batch, sum_losses)[:2], None)
-
-    def training_terms(
-        self, x_BTD: Float[Array, "B T D"], batch: Any, sum_losses: SumLosses
-    ) -> Terms:
-        """The same, with the losses of words and codes apart."""
-        if "codes" not in batch:
-            return super().training_terms(x_BTD, batch, sum_losses)
-        return self._terms(x_BTD, batch, sum_losses)
-
-    def _terms(self, x_BTD: Array, batch: Any, sum_losses: SumLosses) -> Terms:
+        """Of words, and of codes where pictures are drawn: a code weighs as much as a word, as
+        released. The metrics have the means of both too, text_loss and code_loss."""
         if "codes" not in batch:
             return self.language.next_token_terms(x_BTD, batch, sum_losses)
         places = {name: batch[name] for name in PLACES if name in batch}
@@ -218,6 +208,12 @@ class Model(ComposedModel):
         stats = dict(parts={"next_token_loss": total}, means=means, loads={})
         return total, sum(counts), {**stats, "dropped": jnp.zeros(())}
 
+    def training_terms(
+        self, x_BTD: Float[Array, "B T D"], batch: Any, sum_losses: SumLosses
+    ) -> Terms:
+        """Those of the next token: nothing else is learnt."""
+        return self.next_token_terms(x_BTD, batch, sum_losses)
+
 
 def next_codes(batch: Any, image_id: int) -> Int[Array, "B T"]:
     """The code after each token of a batch, -1 where what follows is none."""
@@ -231,6 +227,17 @@ def next_codes(batch: Any, image_id: int) -> Int[Array, "B T"]:
         follows_BT &= (segments_BT == later_BT) & (segments_BT > 0)
     taken_BT = jnp.take_along_axis(codes_BJ, jnp.maximum(index_BT, 0), axis=1, mode="clip")
     return jnp.where(follows_BT, taken_BT, -1)
+
+
+def _encode_any(vq: VQ, images_NHWC: Array, is_asked: Array) -> Int[Array, "N I"]:
+    """Codes of images, zeros where none is asked for: a batch that only sees encodes nothing."""
+    found = jax.eval_shape(vq.encode, images_NHWC)
+    sharding = found.sharding.spec if has_mesh() else None
+
+    def none(images_NHWC: Array) -> Array:
+        return jnp.zeros(found.shape, found.dtype, out_sharding=sharding)
+
+    return jax.lax.cond(is_asked, vq.encode, none, jax.lax.stop_gradient(images_NHWC))
 
 
 @jax.jit
