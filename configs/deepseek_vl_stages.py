@@ -64,7 +64,7 @@ def stage(number: int, **settings: Any) -> RunConfig:
     """
     data = dict(seq_len=96, batch_size=16, max_images=2, holdout=0.05)
     own = dict(
-        tokenizer=find_processor,
+        tokenizer=find_processor if number == 1 else None,  # later ones find it in the run before
         freeze=FREEZE[number],
         eval_every=100,
         checkpoint=CheckpointConfig(every=100, keep_last=2),
