@@ -23,7 +23,7 @@ DOCUMENTS = "data/documents"
 def get_config() -> RunConfig:
     return RunConfig(
         model="deepseek-ai/deepseek-vl2-tiny",
-        adapter=LoRA(rank=16, alpha=32.0, modules_to_save=r"projector\.(up|down)"),
+        adapter=LoRA(rank=16, alpha=32.0, modules_to_save="projector"),
         freeze=("vision",),
         data=DataConfig(
             paths=(f"{DOCUMENTS}/train.jsonl",),
