@@ -8,7 +8,7 @@ them.
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,11 @@ from llmprep_jax.weights.safetensors import SafetensorsFile
 PREFIX = "base_model.model."
 _SPELLINGS = ((r"(^|\.)_orig_mod\.", r"\1"), (r"\.modules_to_save(?=\.)", ""))
 _SPELLINGS = (*_SPELLINGS, (r"\.default(?=\.|$)", ""), (r"(magnitude_vector)\.weight$", r"\1"))
+# what a model that sees calls its language model's modules, and what that itself does
+_WHOLES = (
+    (r"^(model\.language_model\.(model\.)?|language_model\.model\.|language\.model\.)", "model."),
+    (r"^(model\.)?(language_model|language)\.lm_head\.", "lm_head."),
+)
 
 
 class AdapterFile(SafetensorsFile):
@@ -36,20 +41,19 @@ class AdapterFile(SafetensorsFile):
         super().__init__(path)
         self._stored: dict[str, str] = {}
         self._beginnings: dict[str, str] = {}  # of modules' names here, as they are in the file
-        foreign = []
+        idle = tuple(f"{module}." for module in idle)
+        foreign: list[str] = []
+        self._names = names = _Names(table, [_plain(name) for name in super().names])
         for stored in super().names:
-            name = stored
-            for pattern, replacement in _SPELLINGS:
-                name = re.sub(pattern, replacement, name)
-            name = name if name.startswith("base_model.") else PREFIX + name
+            name = _plain(stored)
             if ".original_module." in name:
                 continue  # as it was before it was trained whole
             inner = name.removeprefix(PREFIX)
-            if any(re.search(pattern, inner) for pattern in table.ignored):
+            ours = names.ours(inner)
+            if ours is None:
                 foreign.append(stored)
                 continue
-            ours = table.module_name(table.rename(inner))
-            if ours.startswith(tuple(f"{module}." for module in idle)):
+            if ours.startswith(idle):
                 continue
             if ours != inner:
                 self._beginnings |= [_beginnings(ours, inner)]
@@ -74,6 +78,11 @@ class AdapterFile(SafetensorsFile):
                 return (self._beginnings[ours] + f"{module}.".removeprefix(ours)).removesuffix(".")
         return module
 
+    def is_of(self, module: str) -> bool:
+        """Whether the adapter's own base has what is a module here, be it adapted or not: that of a
+        language model has no part that sees."""
+        return not self._names.is_of_text or self._names.is_language(module)
+
     @property
     def names(self) -> list[str]:
         return list(self._stored)
@@ -89,6 +98,72 @@ class AdapterFile(SafetensorsFile):
 
     def read(self, name: str) -> np.ndarray:
         return super().read(self._stored[name])
+
+
+class _Names:
+    """What tensors of an adapter are called here, whether it is of a language model or of a model
+    that sees and has one.
+
+    Args:
+      table: of the model. names: of all tensors.
+
+    Attributes:
+      is_of_whole: whether the adapter is of a model that sees, and this one is its language model.
+      is_of_text: the other way round.
+    """
+
+    def __init__(self, table: Table, names: Sequence[str]):
+        in_memory = table.in_memory()
+        self._table, stored = table, [row.name for row in in_memory.values()]
+        self._known = {_beginning(name) for name in stored}
+        embed, self._head = (
+            "" if path is None else in_memory[path].name for path in (table.embed, table.head)
+        )
+        body = embed.rsplit(".", 2)[0] + "."
+        self._body = body if body != "model." else ""  # nothing, of a model of text alone
+        inner = (name.removeprefix(body) for name in stored if name.startswith(body))
+        self._inner = {name.split(".")[0] for name in inner}
+        names = [name.removeprefix(PREFIX) for name in names]
+        self.is_of_whole = not self._body and any(in_language(name) != name for name in names)
+        self.is_of_text = bool(self._body) and any(map(self._is_of_text, names))
+
+    def ours(self, name: str) -> str | None:
+        """A tensor's name here; None: it is of a part that this model has not."""
+        if any(re.search(pattern, name) for pattern in self._table.ignored):
+            return None
+        if self._is_of_text(name):
+            return self._body + name.removeprefix("model.")
+        name = self._table.module_name(self._table.rename(name))
+        name = name if self._body else in_language(name)
+        return None if self.is_of_whole and _beginning(name) not in self._known else name
+
+    def is_language(self, module: str) -> bool:
+        """Whether a module here is of the language model."""
+        return module.startswith(self._body) or f"{module}.weight" == self._head
+
+    def _is_of_text(self, name: str) -> bool:
+        first, _, rest = name.partition(".")
+        is_other = bool(self._body) and _beginning(name) not in self._known
+        return is_other and first == "model" and rest.split(".")[0] in self._inner
+
+
+def in_language(name: str) -> str:
+    """A name of a model that sees as its language model alone has it; others stay."""
+    for pattern, replacement in _WHOLES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _beginning(name: str) -> str:
+    """A name's first two parts."""
+    return ".".join(name.split(".")[:2])
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what wrappers put into it."""
+    for pattern, replacement in _SPELLINGS:
+        name = re.sub(pattern, replacement, name)
+    return name if name.startswith("base_model.") else PREFIX + name
 
 
 def _beginnings(name: str, other: str) -> tuple[str, str]:

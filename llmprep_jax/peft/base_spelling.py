@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.nn.base_model import BaseModel
-from llmprep_jax.peft.adapter_file import PREFIX
+from llmprep_jax.peft.adapter_file import PREFIX, in_language
 from llmprep_jax.peft.targets import table_of
 from llmprep_jax.weights import hub
 from llmprep_jax.weights.folder import read_json
@@ -87,7 +87,7 @@ class BaseSpelling:
             return set()
         modules = set()
         for stored in hub.open_checkpoint(self._folder).names:
-            name = self._table.module_name(self._table.rename(stored))
+            name = in_language(self._table.module_name(self._table.rename(stored)))
             modules |= {name.rpartition(".")[0], f"{_BODY}{name.rpartition('.')[0]}"}
         return modules | {"lm_head"}
 

@@ -234,7 +234,9 @@ def _trains(
     Tables that were saved with the adapter (save_embedding_layers) are mostly those of the base.
     """
     changed = tied.changed_tables(model, file, _PREFIX)
-    return lambda module: config.trains(file.spelled(module)) or module in changed
+    return lambda module: (
+        module in changed or (file.is_of(module) and config.trains(file.spelled(module)))
+    )
 
 
 def read_method(folder: str | Path) -> Method:
@@ -308,7 +310,7 @@ def _layers(
         pattern = table[f"{plain(path)}.w"].pattern
         for place, module in modules_of_path.items():
             theirs = file.spelled(module)
-            if not config.adapts(theirs, parameter=path in of_experts):
+            if not file.is_of(module) or not config.adapts(theirs, parameter=path in of_experts):
                 continue
             if config.targets == "all-linear" and is_table(of_model[path]):
                 continue

@@ -198,17 +198,32 @@ def _check(
             for kind, lines in checkpoint.misfits(stored[name], shape).items():
                 faults[kind] = faults.get(kind, []) + lines
     problems = [f"{len(x)} {kind}: {_listed(x)}" for kind, x in faults.items() if x]
-    remedy = "use the config.json that came with them"
-    if len(problems) == 1 and table.head in rows and faults[MISSING] == [table[table.head].name]:
-        remedy = (
-            "a base model has no output head: save the whole one by AutoModelForCausalLM, or set"
-            " tie_word_embeddings to true in config.json if its head is the embedding"
-        )
     if problems:
         raise ValueError(
             f"{checkpoint.path}: the weights do not fit the model's config: {'; '.join(problems)};"
-            f" {remedy}"
+            f" {_remedy(faults, wanted, table, stored)}"
         )
+
+
+def _remedy(
+    faults: Mapping[str, Sequence[str]],
+    wanted: Mapping[str, Sequence[Entry]],
+    table: Table,
+    stored: Mapping[str, str],
+) -> str:
+    """What helps where tensors do not fit."""
+    if [kind for kind, lines in faults.items() if lines] == [MISSING]:
+        if table.head is not None and faults[MISSING] == [table[table.head].name]:
+            return (
+                "a base model has no output head: save the whole one by AutoModelForCausalLM, or"
+                " set tie_word_embeddings to true in config.json if its head is the embedding"
+            )
+        part, *inner = (table.embed or "").split(".")
+        there = {row.path.split(".")[0] for name in stored for row in wanted.get(name, ())}
+        lost = {row.path.split(".")[0] for name in faults[MISSING] for row in wanted[name]}
+        if len(inner) > 1 and there == {part} and part not in lost:
+            return f'{part} is all there: lp.load_model(path, only="{part}") reads it'
+    return "use the config.json that came with them"
 
 
 def _by_tensor(rows: Mapping[str, Entry]) -> dict[str, list[Entry]]:

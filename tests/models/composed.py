@@ -150,7 +150,6 @@ WEIGHTS = dataclasses.replace(
         (r"^model\.language_model\.", "language_model.model."),
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
         (r"^lm_head\.", "language_model.lm_head."),
-        (r"^model\.", "language_model.model."),  # of adapters of the language model alone
     ),
     modules=(
         ("language_model.model.", "model.language_model."),
@@ -169,8 +168,6 @@ class Language(Llama):
         """The table of tensor names."""
         return dataclasses.replace(
             LLAMA,
-            renames=((r"^model\.language_model\.", "model."),),
-            ignored=(r"^model\.(vision_tower|multi_modal_projector)\.",),
             within=(Whole("toy", "model.language_model.", ("vision_tower",)),),
         )
 

@@ -141,6 +141,24 @@ def test_presets_go_both_ways_with_a_projector_trained_whole(seeing, preset, tmp
     )
 
 
+def test_adapters_of_the_language_model_alone_are_saved_for_its_whole(seeing, tmp_path):
+    theirs, ours, tokens, *_ = seeing
+    text = lp.load_model(ours.source.path, only="language")
+    method = LoRA(rank=3, alpha=6, targets=("q_proj", "down_proj"), modules_to_save=("norm",))
+    model = scattered(lp.peft.inject(text, method))
+    lp.peft.save(model, tmp_path / "ours")
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    names = [name for name, _ in adapted_by(wrapped, "lora_A")]
+    assert names
+    assert all(".language_model." in name for name in names)
+    words = np.where(tokens[1:] >= test_seeing.IMAGE, 5, tokens[1:])
+    real = np.ones_like(words, bool)
+    expected = logits_of(wrapped, words, real, {})
+    np.testing.assert_allclose(model(words).logits.reshape(expected.shape), expected, atol=1e-4)
+    again = lp.peft.load(ours, tmp_path / "ours")
+    np.testing.assert_allclose(again(words).logits, model(words).logits, atol=1e-5)
+
+
 def adapted_by(wrapped, word):
     return [(name, p) for name, p in wrapped.named_parameters() if f".{word}." in name]
 

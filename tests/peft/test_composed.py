@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,11 @@ from llmprep_jax.peft.targets import bases
 from llmprep_jax.peft.tuned import saved_names, tuned
 from llmprep_jax.weights import table
 from llmprep_jax.weights.rows import Table
+from tests.grids import cases
 from tests.models import composed, test_seeing
 from tests.models.towers import CONFIGS
 from tests.peft.test_methods import scattered
+from tests.random_modules import fill
 
 PREFIX = "base_model.model."
 WORDS = jnp.asarray([[1, 2, 3]])
@@ -210,6 +213,40 @@ def test_an_adapter_of_the_language_model_alone_goes_onto_the_whole_and_back(bas
     assert f"{PREFIX}model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in tensors
     back = lp.peft.load(text, tmp_path / "whole")
     np.testing.assert_allclose(back(WORDS).logits, model(WORDS).logits, atol=1e-5)
+
+
+FAMILIES = cases(list(test_seeing.CONFIGS), fast=[])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapters_of_a_family_s_language_model_are_the_whole_s(name, tmp_path):
+    folder = tmp_path / "base"
+    base = fill(registry.abstract(test_seeing.CONFIGS[name]))
+    lp.save_model(base, folder)
+    base, text = lp.load_model(folder), lp.load_model(folder, only="language")
+    words = jnp.asarray([[1, 2, 3]])
+    # a tower has q_proj and norms too
+    model = adapted(text, targets=("q_proj", "down_proj"), modules_to_save=("norm",))
+    for path, place in ((tmp_path / "text", "org/base"), (tmp_path / "in its whole", None)):
+        lp.peft.save(model, path, base_model=place)
+        again = lp.peft.load(base, path)
+        np.testing.assert_allclose(again(words).logits, model(words).logits, atol=1e-5)
+        assert all(name.startswith("language.") for name in adapters(again))
+    names = load_file(path / "adapter_model.safetensors").keys()
+    assert all(f"{PREFIX}model.language_model." in name for name in names)
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert not re.fullmatch(config["exclude_modules"], "model.language_model.norm")
+    others = {row.name.rsplit(".", 1)[0] for row in base.weights.in_memory().values()}
+    others = {name for name in others if name.endswith(("q_proj", "down_proj"))}
+    towers = {name for name in others if "language_model" not in name}
+    assert towers
+    assert all(re.fullmatch(config["exclude_modules"], name) for name in towers)
+
+    model = adapted(base, targets="all-linear", exclude_modules=("up_proj",))
+    lp.peft.save(model, tmp_path / "whole", base_model="org/base")
+    with pytest.warns(UserWarning, match="tensors are of parts that this model has not"):
+        again = lp.peft.load(text, tmp_path / "whole")
+    np.testing.assert_allclose(again(words).logits, model(words).logits, atol=1e-5)
 
 
 def test_a_regex_of_the_whole_s_names_takes_its_language_model_s_layers(base, tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 
 import chex
 import jax
@@ -19,7 +20,9 @@ from llmprep_jax.weights import table
 from llmprep_jax.weights.folder import FolderCheckpoint
 from llmprep_jax.weights.safetensors import SafetensorsFile, write_folder
 from tests.models import tiny
+from tests.models.test_seeing import CONFIGS as SEEING
 from tests.models.tiny import CONFIGS, forward, make_tokens
+from tests.random_modules import fill
 
 make_model = functools.cache(tiny.make_model)
 
@@ -130,6 +133,24 @@ def test_older_spellings_of_gemma_load_by_part_and_its_vision_tower_is_left_alon
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded, tokens = lp.load_model(tmp_path, only="language"), make_tokens()
     np.testing.assert_array_equal(forward(loaded, tokens), forward(model, tokens))
+
+
+def test_a_folder_that_lost_its_tower_says_how_its_language_model_is_loaded(tmp_path):
+    whole = fill(registry.abstract(SEEING["gemma3"]))
+    tensors = list(table.export(whole, whole.weights))
+    language = [(name, x) for name, x in tensors if name.startswith("language_model.")]
+    (tmp_path / "config.json").write_text(json.dumps(registry.to_hf(whole.cfg)))
+    write_folder(tmp_path, language)
+    remedy = re.escape('language is all there: lp.load_model(path, only="language") reads it')
+    with pytest.raises(ValueError, match=f"missing: .* {remedy}$"):
+        lp.load_model(tmp_path)
+    tokens = make_tokens()
+    alone = lp.load_model(tmp_path, only="language")
+    np.testing.assert_array_equal(forward(alone, tokens), forward(whole.language, tokens))
+    for some in ([*language, tensors[-1]], language[1:]):  # one of the projector's, one less
+        write_folder(tmp_path, some)
+        with pytest.raises(ValueError, match=r"missing: .* use the config.json that came with"):
+            lp.load_model(tmp_path)
 
 
 def bare(name: str) -> str:

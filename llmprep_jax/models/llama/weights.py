@@ -6,9 +6,17 @@ has no parameter for (biases, norms of q and k, a head of its own) are not used.
 rotary halves as released; only GGUF files permute them.
 """
 
-from llmprep_jax.weights.rows import Table
+from llmprep_jax.weights.rows import Table, Whole
 
 _LAYER = "model.layers.{l}"
+_BODY, _SEES = "model.language_model.", ("vision_model", "aligner")
+# models that see by way of a Llama: adapters of the one are the other's
+_WITHIN = (
+    Whole("llava", _BODY, ("vision_tower", "multi_modal_projector")),
+    Whole("deepseek_vl", _BODY, _SEES),
+    Whole("deepseek_vl_hybrid", _BODY, (*_SEES, "high_res_vision_model", "high_res_vision_neck")),
+    Whole("janus", _BODY, (*_SEES, "vqmodel", "generation_aligner", "generation_head")),
+)
 
 WEIGHTS = Table(
     {
@@ -34,5 +42,6 @@ WEIGHTS = Table(
         "norm.scale": ("model.norm.weight", "d -> d"),
         "head.w": ("lm_head.weight", "v d -> d v"),
     },
+    within=_WITHIN,
     finds_prefix=True,
 )
