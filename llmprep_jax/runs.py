@@ -134,10 +134,11 @@ def open_adapter(adapter: AnyMethod | str | None) -> tuple[pathlib.Path | None, 
 def load_data(
     processor: Processor, paths: str | pathlib.Path | Sequence[str | pathlib.Path], **settings: Any
 ) -> "data.Batches":
-    """Batches of text and conversations for a training loop: numpy arrays [B, T] by name.
+    """Batches of text and conversations for a training loop: numpy arrays [B, T] by name; for two
+    towers of pairs, of images with captions.
 
     Args:
-      processor: whose tokenizer and chat template encode them.
+      processor: whose tokenizer, chat template and image processor encode them.
       paths: a file, a folder or a pattern, or several.
       settings: fields of `data.DataConfig`: seq_len, batch_size, num_epochs, ...
 
@@ -146,6 +147,8 @@ def load_data(
     """
     paths = (paths,) if isinstance(paths, (str, pathlib.Path)) else paths
     cfg = data.DataConfig(paths=tuple(map(str, paths)), **settings)
+    if isinstance(processor, TowerProcessor):
+        return data.build_pairs(cfg, _pairing(processor), rows=own_rows(cfg.batch_size))
     return data.build(
         cfg, **cfg.encoders(processor.tokenizer, processor), rows=own_rows(cfg.batch_size)
     )

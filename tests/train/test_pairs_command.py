@@ -14,6 +14,8 @@ from PIL import Image
 
 import llmprep_jax as lp
 from experiments import train
+from llmprep_jax.config import load_config
+from llmprep_jax.runs import open_data, open_processor
 from llmprep_jax.train.metrics import read_jsonl
 from tests.quick_compile import quick_compile
 from tests.train.runs import exit_of, losses
@@ -62,6 +64,14 @@ def test_a_clip_is_trained_and_its_folder_is_a_model_that_encodes(run, tmp_path,
     image = Image.open(tmp_path / "runs/data/shapes/images/000.png")
     out = model(**processor(["a small red circle", "a large blue square"], images=[image]))
     assert out.logits_per_image.shape == (1, 2)
+    batch = next(lp.load_data(processor, "runs/data/shapes/shapes.jsonl", batch_size=3))
+    assert (batch["tokens"].shape, batch["images"].shape) == ((3, 24), (3, 1, 32, 32, 3))
+
+
+def test_views_of_pictures_are_refused_where_tokens_stand_for_them(files):
+    cfg = load_config(files / "config.py", ["data.random_flip=true"])
+    with pytest.raises(ValueError, match=r"random_flip are for models of two towers"):
+        open_data(cfg, open_processor(cfg))
 
 
 @pytest.mark.slow  # three runs
