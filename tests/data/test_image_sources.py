@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import random
+import tarfile
 
 import numpy as np
 import pyarrow
@@ -109,7 +110,7 @@ def test_members_of_one_stem_are_one_sample_however_they_lie(tmp_path):
     ]
     said[0]["content"][1] = {"type": "text", "text": "b"}
     members = [
-        ("__notes__", "x"),
+        ("__notes__.txt", "x"),
         ("x/b.png", png(20)),
         ("x/a.txt", "of a\n"),
         ("x/chat.json", json.dumps({"messages": said})),
@@ -162,11 +163,20 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def lead_back(path):
+    """With a header whose size is negative, so that the next one would be before it."""
+    header = tarfile.TarInfo("3.png")
+    header.size = -2048
+    data = path.read_bytes()
+    path.write_bytes(data[:4096] + header.tobuf(tarfile.GNU_FORMAT) + data[4096:])
+
+
 SAMPLE = (("1.png", png(10)), ("1.txt", "t"), ("2.png", png(20)), ("2.txt", "u"))
 BROKEN_TARS = {
     "cut in a member": (lambda p: cut(p, 520), r"read, from 1.png on \(it is cut short\)"),
     "cut in a later one": (lambda p: cut(p, 2048 + 530), r"from 2.png on \(.*copy it again"),
     "cut behind one": (lambda p: cut(p, 2048), r"s.tar: is cut short behind 1.txt, without an end"),
+    "backwards": (lead_back, r"a header leads backwards|no tar that can be read"),
     "empty": (lambda p: cut(p, 0), "no tar that can be read, from its start on"),
     "a header": (
         lambda p: p.write_bytes(p.read_bytes()[:1100] + b"!" + p.read_bytes()[1101:]),
@@ -320,6 +330,17 @@ def test_records_of_tfds_name_classes_and_have_lists(tmp_path):
     source = open_source(prepare(tmp_path / "coco", features, [record]))
     assert source[0].captions == ("a", "b")
     assert shades(source[0]) == [3]
+
+
+def test_a_shard_that_shrinks_under_a_run_is_told_of(tmp_path):
+    path = write_tar(tmp_path / "s.tar", SAMPLE)
+    (ref,) = refs_of(open_source(path)[1])
+    cut(path, ref.offset + 9)
+    with pytest.raises(ValueError, match=r"s.tar: 2.png: the archive has become shorter"):
+        ref.content()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"s.tar"):
+        ref.content()
 
 
 BROKEN_REFS = {
