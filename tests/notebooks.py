@@ -1,0 +1,73 @@
+"""Runs the notebooks and writes them with what they show.
+
+python -m tests.notebooks [out=runs/notebooks] [NAME ...]
+
+A notebook is a percent script, `notebooks/NAME.py`, which Jupytext opens as one; beside it lies the
+same with outputs, `NAME.ipynb`, which `out=notebooks` writes anew. `tests/test_notebooks.py` holds
+the two together.
+"""
+
+import os
+import pathlib
+import sys
+import time
+
+import rich
+import rich.progress
+
+FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
+LONGEST = 600  # seconds of a cell, on a machine that does other work too
+
+
+def main(arguments: list[str]) -> None:
+    out = next((a.removeprefix("out=") for a in arguments if a.startswith("out=")), None)
+    out = pathlib.Path(out or "runs/notebooks")
+    names = [a for a in arguments if not a.startswith("out=")]
+    out.mkdir(parents=True, exist_ok=True)
+    # outputs are of any machine: no warnings with its paths, no file that is shown by its own
+    os.environ |= {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    for file in rich.progress.track(
+        [FOLDER / f"{n}.py" for n in names or all_names()], "notebooks"
+    ):
+        began = time.monotonic()
+        run(file, out / f"{file.stem}.ipynb")
+        rich.print(f"{file.stem}: {time.monotonic() - began:.0f} s")
+    rich.print(f"with their outputs: {out}")
+
+
+def all_names() -> list[str]:
+    """The notebooks there are."""
+    return sorted(file.stem for file in FOLDER.glob("*.py"))
+
+
+def run(file: pathlib.Path, out: pathlib.Path) -> None:
+    """Executes a percent script in a kernel of its own. Raises what a cell raises."""
+    import jupytext
+    import nbclient
+
+    notebook = jupytext.read(file)
+    own = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": own, "language_info": {"name": "python"}}
+    settings = dict(timeout=LONGEST, kernel_name="python3", record_timing=False)
+    resources = {"metadata": {"path": str(file.parent)}}
+    nbclient.NotebookClient(notebook, resources=resources, **settings).execute()
+    for i, cell in enumerate(notebook.cells):
+        cell["id"], cell["metadata"] = f"{file.stem}-{i}", {}  # the same at every run
+        if cell.cell_type == "code":
+            cell["outputs"] = joined(cell["outputs"])
+    jupytext.write(notebook, out, fmt="ipynb")
+
+
+def joined(outputs: list[dict]) -> list[dict]:
+    """What is printed comes in parts that differ from run to run; as one."""
+    whole: list[dict] = []
+    for output in outputs:
+        if whole and output["output_type"] == "stream" and whole[-1].get("name") == output["name"]:
+            whole[-1]["text"] += output["text"]
+        else:
+            whole.append(output)
+    return whole
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
