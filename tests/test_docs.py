@@ -15,8 +15,10 @@ import llmprep_jax as lp
 from llmprep_jax.config import load_config, override, split_arguments
 from llmprep_jax.data import DataConfig
 from llmprep_jax.models.deepseek_vl2.processor import Processor
+from llmprep_jax.models.janus.processor import Processor as JanusProcessor
 from llmprep_jax.models.llama.config import Config
 from llmprep_jax.models.llama.model import Model
+from tests.models import drawing
 from tests.models.test_deepseek_vl2 import load as load_vl2
 from tests.models.test_deepseek_vl2_processor import write_processor
 from tests.random_modules import random_module
@@ -88,6 +90,14 @@ def deepseek_vl2_page(folder: pathlib.Path, model: nnx.Module) -> None:
     Image.new("RGB", (120, 60), "red").save(folder / "page.png")
 
 
+def janus_page(folder: pathlib.Path, model: nnx.Module) -> None:
+    (folder / "files").mkdir()
+    drawing.write_processor(folder / "files")
+    processor = JanusProcessor.from_path(folder / "files")
+    lp.save_model(drawing.model(), folder / "janus-pro-1b", processor=processor)
+    Image.new("RGB", (120, 60), "red").save(folder / "page.png")
+
+
 # where a page's names lead to: folders of the tiny model, and other files
 MODELS = {
     "README.md": ["path/to/folder"],
@@ -101,6 +111,7 @@ MODELS = {
 GIVEN = {
     "adapters.md": adapters_page,
     "deepseek_vl2.md": deepseek_vl2_page,
+    "janus.md": janus_page,
     "quantisation.md": quantisation_page,
     "training.md": training_page,
 }
