@@ -21,7 +21,7 @@ from llmprep_jax.data.documents import Document
 from llmprep_jax.data.encoding import COUNTS, Encoded, Piece
 from llmprep_jax.data.images import Ref, Run, split_images
 from llmprep_jax.data.packing import Packed, Row
-from llmprep_jax.data.pipeline import Batches, identify, ordered, prefetched, seed_of
+from llmprep_jax.data.pipeline import Batches, identify, ordered, prefetched, reading, seed_of
 from llmprep_jax.data.split import Split, open_documents
 from llmprep_jax.vision.processor import ImageProcessor
 from llmprep_jax.vision.views import draw_view
@@ -102,7 +102,7 @@ def build_pairs(
         Packed(
             ordered(cfg, documents, number)
             .random_map(draw, seed=seed_of(cfg.seed, number))
-            .to_iter_dataset(),
+            .to_iter_dataset(reading(cfg)),
             *(1, len(documents), lambda marks: None),  # of rows that are one piece each
             window=0,
         )

@@ -278,15 +278,18 @@ def _pack(
     template: str,
     seed: int | None,
 ) -> Packed | Stream:
-    ahead = 16 * cfg.threads
-    options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=ahead)
-    documents = encoded.to_iter_dataset(options)
+    documents = encoded.to_iter_dataset(reading(cfg))
     check = functools.partial(refuse_marks, source.title, template)
     of_rows = documents, cfg.seq_len, len(source), check
     if cfg.packing == "stream":
         return Stream(*of_rows)
     window = cfg.pack_window if cfg.packing == "packed" else 0
     return Packed(*of_rows, window=window, seed=seed, max_images=cfg.max_images)
+
+
+def reading(cfg: DataConfig) -> grain.ReadOptions:
+    """How documents are read; Grain's default is 500 ahead, by 16 threads."""
+    return grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=16 * cfg.threads)
 
 
 def prefetched(cfg: DataConfig, dataset: grain.IterDataset) -> grain.IterDataset:
