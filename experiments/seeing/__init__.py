@@ -1,0 +1,1 @@
+"""The parts of `contrastive_study`, `document_study` and `demo_vision`."""
