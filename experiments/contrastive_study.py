@@ -38,7 +38,7 @@ class Settings:
     """Sizes of the study.
 
     Attributes:
-      kinds: the models. steps: of training each. rows: pairs of a batch.
+      kinds: the models. steps: of training each. rows: pairs of a batch. seeds: runs of each kind.
       least: R@1 that each run must reach both ways, as a multiple of chance; 0: none.
     """
 

@@ -87,8 +87,9 @@ class BaseSpelling:
             return set()
         modules = set()
         for stored in hub.open_checkpoint(self._folder).names:
-            name = in_language(self._table.module_name(self._table.rename(stored)))
-            modules |= {name.rpartition(".")[0], f"{_BODY}{name.rpartition('.')[0]}"}
+            name = self._table.module_name(self._table.rename(stored)).rpartition(".")[0]
+            inner = in_language(f"{name}.").removesuffix(".")
+            modules |= {name, inner, f"{_BODY}{inner}"}
         return modules | {"lm_head"}
 
 

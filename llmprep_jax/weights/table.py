@@ -220,8 +220,9 @@ def _remedy(
             )
         part, *inner = (table.embed or "").split(".")
         there = {row.path.split(".")[0] for name in stored for row in wanted.get(name, ())}
-        lost = {row.path.split(".")[0] for name in faults[MISSING] for row in wanted[name]}
-        if len(inner) > 1 and there == {part} and part not in lost:
+        rows = [wanted.get(name) for name in faults[MISSING]]  # None: of packed weights
+        lost = {row.path.split(".")[0] for parts in rows for row in parts or ()}
+        if len(inner) > 1 and there == {part} and part not in lost and None not in rows:
             return f'{part} is all there: lp.load_model(path, only="{part}") reads it'
     return "use the config.json that came with them"
 

@@ -292,6 +292,17 @@ def test_a_folder_that_is_loaded_and_saved_is_the_same_tensors_by_the_same_names
     assert deepseek_vl2.from_hf(config) == load(name).cfg
 
 
+def test_an_adapter_beside_its_base_names_the_bases_modules(tmp_path):
+    method = lp.peft.LoRA(rank=2, targets=("k_proj", "projector.layers.0"))
+    adapted = lp.peft.inject(lp.load_model(FOLDER / "mha_greedy"), method)
+    folder = lp.peft.save(adapted, tmp_path / "adapter")
+    names = SafetensorsFile(folder / "adapter_model.safetensors").names
+    begin = "base_model.model.language.model.layers.0.self_attn.k_proj"
+    assert {f"{begin}.lora_A.weight", "base_model.model.projector.layers.0.lora_B.weight"} <= {
+        *names
+    }
+
+
 def test_the_towers_pooling_is_kept_and_never_trained():
     pool = nnx.state(load().vision.pool)
     assert all(
