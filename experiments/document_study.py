@@ -46,6 +46,7 @@ class Settings:
       pages: that are generated, a seventh of them held out. kind, language: theirs.
       questions: to held-out pages that are asked.
       read_steps, read_lr: of training the base. ask_steps, ask_lr, rank: of LoRA.
+      seed: of the pages, the base's weights and the order of training.
       least: ANLS that the tuned model must reach. margin: by which it must exceed the others.
     """
 

@@ -28,14 +28,14 @@ class BaseModel(nnx.Module):
 
     Attributes:
       cfg: its Config. source: of the weights.
-      weights: the table of its tensors' names (`weights.rows`); None: no checkpoint holds it.
+      weights: the table of its tensors' names (`weights.rows`).
       stacks: paths of its stacks of layers. extras: of what transformers' model has not.
       drawing: what draws, see `models.protocol`; None: the model does not.
     """
 
     cfg: Any
     source: Source
-    weights: Any = None
+    weights: Any
     stacks: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     drawing: Any = None
@@ -47,8 +47,6 @@ class BaseModel(nnx.Module):
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
         """What parts of the model are called where a run freezes them, and the paths of each."""
-        if self.weights is None:
-            return {}
         tables = {"embed": self.weights.embed, "head": self.weights.head}
         return {name: (path.removesuffix(".w"),) for name, path in tables.items() if path}
 

@@ -153,7 +153,8 @@ def offered(
     """
     if not isinstance(targets, str) or targets not in PRESETS:
         return targets, dict(layers)
-    of_model, parts = bases(model), model.parts if isinstance(model, BaseModel) else {}
+    is_named = isinstance(model, BaseModel) and len(table_of(model)) > 0
+    of_model, parts = bases(model), model.parts if is_named else {}
     paths = [path for name in PRESETS[targets] for path in parts.get(name, ())]
     if targets == "vision" and not paths:
         raise ValueError(
