@@ -7,6 +7,7 @@ same with outputs, `NAME.ipynb`, which `out=notebooks` writes anew. `tests/test_
 the two together.
 """
 
+import concurrent.futures
 import os
 import pathlib
 import sys
@@ -26,12 +27,13 @@ def main(arguments: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     # outputs are of any machine: no warnings with its paths, no file that is shown by its own
     os.environ |= {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    for file in rich.progress.track(
-        [FOLDER / f"{n}.py" for n in names or all_names()], "notebooks"
-    ):
-        began = time.monotonic()
-        run(file, out / f"{file.stem}.ipynb")
-        rich.print(f"{file.stem}: {time.monotonic() - began:.0f} s")
+    files = [FOLDER / f"{n}.py" for n in names or all_names()]
+    # a kernel a core: most of a notebook's time is compiling, which uses one
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [pool.submit(run, file, out / f"{file.stem}.ipynb") for file in files]
+        done = concurrent.futures.as_completed(runs)
+        for one in rich.progress.track(done, "notebooks", len(runs)):
+            rich.print(one.result())
     rich.print(f"with their outputs: {out}")
 
 
@@ -40,11 +42,13 @@ def all_names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.py"))
 
 
-def run(file: pathlib.Path, out: pathlib.Path) -> None:
-    """Executes a percent script in a kernel of its own. Raises what a cell raises."""
+def run(file: pathlib.Path, out: pathlib.Path) -> str:
+    """Executes a percent script in a kernel of its own, and says how long that took. Raises what a
+    cell raises."""
     import jupytext
     import nbclient
 
+    began = time.monotonic()
     notebook = jupytext.read(file)
     own = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": own, "language_info": {"name": "python"}}
@@ -56,6 +60,7 @@ def run(file: pathlib.Path, out: pathlib.Path) -> None:
         if cell.cell_type == "code":
             cell["outputs"] = joined(cell["outputs"])
     jupytext.write(notebook, out, fmt="ipynb")
+    return f"{file.stem}: {time.monotonic() - began:.0f} s"
 
 
 def joined(outputs: list[dict]) -> list[dict]:

@@ -192,7 +192,11 @@ def test_cached_decoding_equals_one_device(name, mesh_name):
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh_name"), [("llama-tied", "fsdp8"), ("gemma3-1-kv-head", "fsdp4-tensor2")]
+    ("name", "mesh_name"),
+    [
+        ("llama-tied", "fsdp8"),
+        pytest.param("gemma3-1-kv-head", "fsdp4-tensor2", marks=pytest.mark.slow),
+    ],
 )
 def test_caches_in_pages_and_of_few_bits_decode_on_a_mesh_as_on_one_device(name, mesh_name):
     tokens, expected = make_batch()["tokens"], logits_alone(name)

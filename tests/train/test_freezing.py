@@ -141,6 +141,7 @@ def flops(trainer: Trainer, arrays: dict) -> float:
     return trainer.step.lower(state, trainer.split.frozen, arrays).cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_each_stage_of_deepseek_vl_moves_what_it_trains_and_goes_back_through_no_more():
     abstract = registry.abstract(TINY)
     before, spent = fill(abstract), {}

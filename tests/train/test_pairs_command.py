@@ -50,6 +50,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_clip_is_trained_and_its_folder_is_a_model_that_encodes(run, tmp_path, capsys):
     run("clip_pretrain", "out=run", "steps=2", "data.random_crop=0.5,1", "data.random_flip=true")
     text = " ".join(capsys.readouterr().out.split())
