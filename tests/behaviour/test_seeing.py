@@ -6,7 +6,7 @@ import pytest
 
 from experiments import contrastive_study, document_study
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.behaviour]
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
