@@ -29,8 +29,10 @@ demo-vision-short: $(VENV)/.demo-vision ## the same in a minute, which teaches n
 test: $(VENV)/.test           ## the fast suite
 	$(PYTEST) --ignore=tests/parity -m "not slow and not grid"
 
-# what depends on JAX's version most: transforms, sharding, checkpoints, compiled loops
-SMOKE := tests/test_imports.py tests/test_config.py tests/nn tests/kernels tests/sharding tests/models/test_golden.py \
+# what depends on JAX's version most: transforms, kernels, sharding, checkpoints, compiled loops
+SMOKE := tests/test_imports.py tests/test_config.py tests/nn tests/sharding tests/models/test_golden.py \
+  tests/kernels/flash_attention/test_attention.py tests/kernels/flash_attention/test_pallas_tpu.py \
+  tests/kernels/test_cross_entropy.py tests/kernels/test_grouped_matmul.py \
   tests/data/test_resume.py tests/train/test_step.py tests/train/test_checkpoint.py tests/train/test_loop.py \
   tests/generate/test_engine.py tests/peft/test_lora.py tests/quant/test_linear.py tests/weights/test_table.py
 test-smoke: $(VENV)/.test     ## a part of the fast suite, for a second version of Python

@@ -13,6 +13,7 @@ from torch import nn
 import llmprep_jax as lp
 from llmprep_jax.peft import LoRA
 from llmprep_jax.weights import table
+from tests.grids import cases
 from tests.models import composed
 from tests.parity import test_seeing, test_towers
 from tests.peft.test_methods import scattered
@@ -85,7 +86,10 @@ def test_loras_go_both_ways(tmp_path, targets, bias):
     assert_merged_alike(exported(lp.peft.merge(model)), theirs.merge_and_unload(), targets[0])
 
 
-SEEING = ("gemma3-4-tokens", "llava", "deepseek-vl-hybrid", "janus")
+SEEING = cases(
+    ["gemma3-4-tokens", "llava", "deepseek-vl-hybrid", "janus"],
+    fast=["gemma3-4-tokens", "deepseek-vl-hybrid", "janus"],
+)
 SAVED = {"gemma3": "multi_modal_projector", "llava": "multi_modal_projector"}
 
 
