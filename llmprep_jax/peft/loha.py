@@ -6,7 +6,6 @@ the model is unchanged until the first step.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -67,10 +66,11 @@ class LoHa(Added, LowRank):
         of_pairs = tokens * self.rank**2 * (num_ins + num_outs)
         if has_mesh() or of_pairs > (2 * self.rank + tokens) * num_ins * num_outs:
             return super().forward(params, base, x)
-        w1a, w1b, w2a, w2b = (params[f"hada_w{n}"].astype(base.dtype) for n in _FACTORS)
-        multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        pairs = multiply(f"{x_dims},{ins}r,{ins}s->{rows}rs", x.astype(base.dtype), w1b, w2b)
-        y = multiply(f"{rows}rs,r{outs},s{outs}->{y_dims}", pairs.astype(base.dtype), w1a, w2a)
+        # float32, as XLA's CPU compiler has no bf16 product for some of these inside a loop
+        w1a, w1b, w2a, w2b = (params[f"hada_w{n}"].astype(jnp.float32) for n in _FACTORS)
+        x_wide = x.astype(base.dtype).astype(jnp.float32)
+        pairs = jnp.einsum(f"{x_dims},{ins}r,{ins}s->{rows}rs", x_wide, w1b, w2b)
+        y = jnp.einsum(f"{rows}rs,r{outs},s{outs}->{y_dims}", pairs, w1a, w2a)
         return base(x) + (self.scale * y).astype(x.dtype)
 
     def delta(self, params: Mapping[str, Array], base: Einsum) -> Array:

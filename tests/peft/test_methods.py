@@ -1,6 +1,7 @@
 """The laws of every adapter method: identity at first, own leaves move, a merge says the same."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -417,3 +418,16 @@ def test_dora_merges_its_magnitude_exactly():
 def test_a_rank_above_the_dimensions_is_refused(method):
     with pytest.raises(ValueError, match=r"rank 33 exceeds the dimensions 32 x .* of the layer"):
         lp.peft.inject(base(), method)
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_loha_in_bf16_reads_a_token_or_a_few(rank):
+    cfg = dataclasses.replace(small().cfg, dim=96, num_heads=6, num_kv_heads=3, head_dim=16)
+    cfg = cfg.with_compute(Compute(dtype="bfloat16", param_dtype="bfloat16"))
+    model = random_module(lambda: registry.build(cfg, rngs=nnx.Rngs(0)))
+    adapted = scattered(lp.peft.inject(model, LoHa(rank=rank, alpha=8, targets="all-linear")))
+    merged = lp.peft.merge(adapted)
+    for tokens in ([[5]], [[5, 6, 7, 8, 9]]):
+        found, expected = (x(np.array(tokens)).logits for x in (adapted, merged))
+        scale = float(np.abs(expected).max())
+        np.testing.assert_allclose(found, expected, atol=0.05 * scale)
