@@ -20,7 +20,7 @@ demo: $(VENV)/.demo           ## real weights: evaluate, fine-tune, generate, ex
 demo-short: $(VENV)/.demo     ## the same in a minute and a half, for CI
 	$(BIN)/python -m experiments.demo out=$(DEMO)-short steps=12 eval_batches=8 optim.warmup_steps=2
 
-demo-vision: $(VENV)/.demo-vision ## photographs and pages: a small CLIP finds, a tiny DeepSeek-VL2 reads (about 7 minutes)
+demo-vision: $(VENV)/.demo-vision ## photographs and pages: a small CLIP finds, a tiny DeepSeek-VL2 reads (under ten minutes)
 	$(BIN)/python -m experiments.demo_vision out=$(DEMO)-vision
 
 demo-vision-short: $(VENV)/.demo-vision ## the same in a minute, which teaches nothing

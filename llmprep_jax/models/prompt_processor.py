@@ -34,3 +34,21 @@ class PromptProcessor(ImageTextProcessor):
     def open_images(cls, folder: Path) -> ImageProcessor:
         """The image processor of a folder."""
         return ImageProcessor.from_folder(folder, cls.model_type)
+
+
+def text_macro(image: str) -> str:
+    """A macro `text(content)` for chat templates: a string, or parts of which an image is `image`;
+    without spaces at both ends."""
+    return """\
+{%- macro text(content) -%}
+{%- set said = namespace(text='') -%}
+{%- if content is string -%}
+{%- set said.text = content -%}
+{%- else -%}
+{%- for part in content -%}
+{%- set said.text = said.text + ('IMAGE' if part['type'] == 'image' else part['text']) -%}
+{%- endfor -%}
+{%- endif -%}
+{{- said.text | trim -}}
+{%- endmacro -%}
+""".replace("IMAGE", image)

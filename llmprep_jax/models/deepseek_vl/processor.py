@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmprep_jax.models.deepseek_vl import released
-from llmprep_jax.models.prompt_processor import PromptProcessor
+from llmprep_jax.models.prompt_processor import PromptProcessor, text_macro
 from llmprep_jax.text.image_text import stack_rows
 from llmprep_jax.text.tokenizer import Tokenizer
 from llmprep_jax.vision.fields import read_files, read_object
@@ -23,18 +23,9 @@ SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content"
     " that the user provides, and assist the user with a variety of tasks using natural language."
 )
-TEMPLATE = """\
-{%- macro text(content) -%}
-{%- set said = namespace(text='') -%}
-{%- if content is string -%}
-{%- set said.text = content -%}
-{%- else -%}
-{%- for part in content -%}
-{%- set said.text = said.text + ('MARKER' if part['type'] == 'image' else part['text']) -%}
-{%- endfor -%}
-{%- endif -%}
-{{- said.text | trim -}}
-{%- endmacro -%}
+TEMPLATE = (
+    text_macro(MARKER)
+    + """\
 {%- if messages[0]['role'] != 'system' -%}
 {{- 'SYSTEM' -}}
 {%- endif -%}
@@ -54,7 +45,8 @@ TEMPLATE = """\
 {%- if add_generation_prompt -%}
 {{- 'Assistant:' -}}
 {%- endif -%}
-""".replace("MARKER", MARKER).replace("SYSTEM", SYSTEM)
+""".replace("SYSTEM", SYSTEM)
+)
 
 
 class Processor(PromptProcessor):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmprep_jax.models.deepseek_vl2.layout import count_tokens
-from llmprep_jax.models.prompt_processor import PromptProcessor
+from llmprep_jax.models.prompt_processor import PromptProcessor, text_macro
 from llmprep_jax.text.image_text import stack_rows
 from llmprep_jax.text.tokenizer import Tokenizer
 from llmprep_jax.vision.grounding import TOKENS
@@ -21,18 +21,9 @@ from llmprep_jax.vision.processor import ImageProcessor
 MARKER = "<image>"
 # in this order, where a tokenizer lacks them
 SPECIAL = (MARKER, *TOKENS, "<|User|>", "<|Assistant|>")
-TEMPLATE = """\
-{%- macro text(content) -%}
-{%- set said = namespace(text='') -%}
-{%- if content is string -%}
-{%- set said.text = content -%}
-{%- else -%}
-{%- for part in content -%}
-{%- set said.text = said.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
-{%- endfor -%}
-{%- endif -%}
-{{- said.text | trim -}}
-{%- endmacro -%}
+TEMPLATE = (
+    text_macro(MARKER + r"\n")
+    + """\
 {{- bos_token -}}
 {%- for message in messages -%}
 {%- if message['role'] == 'user' -%}
@@ -46,6 +37,7 @@ TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 """
+)
 
 
 class Processor(PromptProcessor):
