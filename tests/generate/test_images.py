@@ -59,6 +59,12 @@ def test_guidance_moves_away_from_what_is_drawn_of_no_prompt():
     np.testing.assert_allclose(guided(logits, None), logits)
 
 
+def test_each_code_of_a_picture_is_drawn_anew():
+    # so hot that all codes are as likely: nothing but the draws tells them apart
+    codes = np.asarray(draw_codes(model(), ROWS[:1], temperature=1e6, guidance=1.0))
+    assert len(set(codes[0].tolist())) > EACH // 4
+
+
 def test_a_picture_depends_on_its_seed_and_prompt_and_not_on_its_batch():
     draw = functools.partial(draw_codes, model(), temperature=1.0)
     whole, other = np.asarray(draw(ROWS, seed=3)), np.asarray(draw(ROWS, seed=4))
