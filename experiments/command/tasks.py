@@ -115,7 +115,7 @@ def _measure(
         return _measure_questions(settings, model, data, processor, load, console)
     read = read_labelled if settings.name == ZERO_SHOT else read_captioned
     pictures = read(data, settings.limit)
-    embedder = Embedder(load(), processor, settings.batch_size, console)
+    embedder = Embedder(load().frozen(), processor, settings.batch_size, console)
     if settings.name == ZERO_SHOT:
         return classify(embedder, pictures, settings.templates or TEMPLATES)
     return retrieve(embedder, pictures)

@@ -38,7 +38,7 @@ class Embedder:
     """Pictures and texts to vectors, a batch at a time.
 
     Args:
-      model: of two towers. processor: its own.
+      model: of two towers, or what it is `frozen`. processor: its own.
     """
 
     def __init__(

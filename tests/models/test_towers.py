@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from llmprep_jax.models import clip, registry, siglip
+from llmprep_jax.nn.stack import unstack
 from llmprep_jax.train.contrastive import sum_pairs
 from llmprep_jax.weights import table
 from tests.models.test_golden import load
@@ -99,13 +100,29 @@ def test_siglip_reads_a_text_at_its_last_place_and_sees_padding_unless_masked():
     np.testing.assert_allclose(hidden, model.encode_text(other, mask), atol=1e-6)
 
 
-def test_layers_in_lists_give_the_same():
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frozen_model_encodes_as_it_did_when_it_was_made(name):
+    model, images = model_of(name), make_images(2)
+    tokens, mask = np.array([[5, 6, END, 3]], np.int32), np.array([[True, True, True, False]])
+    frozen = model.frozen()
+    expected = [
+        model.encode_image(images),
+        model.encode_text(tokens),
+        model.encode_text(tokens, mask),
+    ]
+    found = [frozen.encode_image(images), frozen.encode_text(tokens)]
+    found.append(frozen.encode_text(tokens, mask))
+    for one, same in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, same, atol=1e-6)
+    with pytest.raises(ValueError, match="outside the vocabulary of 40"):
+        frozen.encode_text(np.array([[5, 40]], np.int32))
+
+
+def test_stacks_and_lists_of_layers_stop_at_the_same():
     model, images = model_of("siglip"), make_images(2)
-    listed = model.listed()
-    assert [len(tower.layers) for tower in (listed.text, listed.vision)] == [2, 2]
-    assert not isinstance(model.vision.layers, nnx.List)
-    expected = model.encode_image(images)
-    np.testing.assert_allclose(listed.encode_image(images), expected, atol=1e-6)
+    graph, state = nnx.split(model)
+    listed = nnx.merge(graph, state)
+    listed.vision.layers = unstack(model.vision.layers)
     some = model.vision.features(images, -1)
     np.testing.assert_allclose(listed.vision.features(images, -1), some, atol=1e-6)
 

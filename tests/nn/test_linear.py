@@ -111,6 +111,24 @@ def test_weights_begin_with_the_variance_of_their_fan_in(eqn, shape, fan_in, bia
     assert not np.any(layer.b[...])
 
 
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_a_layer_by_output_is_the_same_layer(num_rows):
+    layer = Einsum(
+        "BTD,DNH->BTNH",
+        (6, 2, 5),
+        ("embed", "heads", "head"),
+        ("batch", None, "heads", None),
+        bias=True,
+        compute=Compute(),
+        rngs=nnx.Rngs(0),
+    )
+    turned = layer.by_output()
+    assert (turned.eqn, turned.shape) == ("BTD,NHD->BTNH", (2, 5, 6))
+    assert (turned.layer_shape, turned.axes) == ((2, 5, 6), ("heads", "head", "embed"))
+    x = np.random.default_rng(0).normal(size=(1, num_rows, 6)).astype(np.float32)
+    np.testing.assert_allclose(turned(x), layer(x), atol=1e-6)
+
+
 def test_a_layer_adds_its_bias():
     layer = Einsum(
         "BTD,DF->BTF", (8, 4), (None,) * 2, (None,) * 3, bias=True, compute=Compute(),
