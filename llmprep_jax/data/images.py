@@ -75,14 +75,27 @@ class ImageReader:
         self._has_grids = bool(blank.grids.any())
 
     def drawn(self, messages: Messages) -> tuple[bool, ...]:
-        """Which images of a conversation are the assistant's, for a model that draws."""
+        """Which images of a conversation are the assistant's, for a model that draws.
+
+        Raises:
+          ValueError: there are such, and bytes do not become the values that codes are of.
+        """
         draws = self.processor.draws
-        return tuple(
+        drawn = tuple(
             draws and message.get("role") == "assistant"
             for message in messages
             for part in _parts(message)
             if _is_image(part)
         )
+        images = self.processor.images
+        if any(drawn) and not images.normalization.reaches_ones:
+            raise ValueError(
+                "pictures that are drawn have values from -1 to 1, which"
+                f" image_mean={list(images.mean)} and image_std={list(images.std)} do not make of"
+                " bytes; set both to [0.5, 0.5, 0.5] in preprocessor_config.json, as released, and"
+                " do_rescale and do_normalize to true"
+            )
+        return drawn
 
     def writer(self, refs: Sequence[Ref], drawn: Sequence[bool] = ()) -> Edit | None:
         """What rewrites a conversation's text around its images; None: nothing is written there.

@@ -30,6 +30,11 @@ class Normalization:
             out[..., channel] = self.table[channel].take(values[..., channel], mode="clip")
         return out
 
+    @property
+    def reaches_ones(self) -> bool:
+        """Whether bytes become values from -1 to 1, to a thousandth."""
+        return bool(np.abs(self.table[:, [0, 255]] - [-1, 1]).max() < 1e-3)
+
     @functools.cached_property
     def table(self) -> Float32[np.ndarray, "3 256"]:
         """What each byte of each channel becomes."""

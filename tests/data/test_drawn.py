@@ -5,6 +5,7 @@ import pytest
 
 from llmprep_jax.data import DataConfig, build
 from llmprep_jax.text.image_text import ImageTextProcessor, replace_markers
+from llmprep_jax.vision.kinds import Square
 from tests.data.pictured import asked, draw, make_processor, write
 from tests.models.seeing import EACH, IMAGE, SIDE
 
@@ -125,6 +126,24 @@ def test_spaces_before_a_marker_go_with_it_where_it_is_joined():
         same = before[place : place + 1] == after[moved(place) : moved(place) + 1]
         assert same or place in (2, 8), place
     assert (moved(2), moved(3), moved(4), moved(8)) == (2, 2, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"image_mean": [0.48, 0.45, 0.4]}, r"image_mean=\[0.48, 0.45, 0.4\] and image_std=\[0.5,"),
+        ({"image_std": [0.5, 0.5, 0.27]}, r"image_std=\[0.5, 0.5, 0.27\] do not make"),
+        ({"do_rescale": False}, "do_rescale and do_normalize to true"),
+        ({"do_normalize": False}, r"image_mean=\[0.0, 0.0, 0.0\]"),
+    ],
+)
+def test_pictures_are_drawn_of_the_values_that_codes_are_of(tmp_path, processor, fields, words):
+    images = Square({"size": {"height": SIDE, "width": SIDE}, **fields}, tokens=EACH)
+    other = Drawing(processor.tokenizer, images, "<image>")
+    path = write(tmp_path, [drawn("a", 10)])
+    with pytest.raises(ValueError, match=rf"^\S+data.jsonl:1: [^\n]*{words}[^\n]*$"):
+        batches(config(path), other)
+    assert batches(config(write(tmp_path, [asked("a", 10)])), other)  # seen, they may have others
 
 
 def test_a_file_of_no_picture_is_named(tmp_path, processor):
