@@ -8,6 +8,7 @@ numbers are compared for some, at 16,384 tokens; programs are read, which compil
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -141,7 +142,10 @@ def test_a_cpu_has_the_products_that_the_norms_of_dora_take_in_bf16():
     assert min(norms) > 0
 
 
-SUMS = ("reduce_sum", "scatter-add", "cumsum", "dot_general")
+# `reduce` is of a function that is not known as a sum; it may be one
+REDUCED = ("reduce_sum", "reduce")
+SUMS = (*REDUCED, "reduce_window", "reduce_window_sum", "cumsum", "scatter-add")
+SUMS += ("dot_general", "ragged_dot_general", "psum", "psum_invariant", "reduce_scatter")
 
 
 def narrow_sums(jaxpr: Any) -> set[str]:
@@ -152,10 +156,55 @@ def narrow_sums(jaxpr: Any) -> set[str]:
             continue
         out, operand = eqn.outvars[0].aval, eqn.invars[0].aval
         terms = math.prod(operand.shape) / max(math.prod(out.shape), 1)
-        is_few = eqn.primitive.name == "reduce_sum" and terms <= 4
+        is_few = eqn.primitive.name in REDUCED and terms <= 4
         if out.dtype == jnp.bfloat16 and not is_few:
             found.add(f"{eqn.primitive.name} {operand.shape} -> {out.shape}")
     return found
+
+
+def _sum_by(reduce: Callable[..., Any], add: Callable[..., Any], *where: Any) -> Callable[..., Any]:
+    return lambda x: reduce(x, np.zeros((), x.dtype), add, *where)
+
+
+def _across(collective: Callable[..., Any], out: jax.P) -> Callable[..., Any]:
+    def run(x):
+        with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+            sharded = jax.shard_map(collective, in_specs=jax.P("data"), out_specs=out)
+            return jax.make_jaxpr(lambda x: sharded(jax.reshard(x, jax.P("data"))))(x)
+
+    return run
+
+
+_WINDOWS = ((8, 1), (8, 1), "VALID")
+WAYS = {
+    "reduce_sum": _sum_by(jax.lax.reduce, jax.lax.add, (0,)),
+    "reduce": _sum_by(jax.lax.reduce, lambda a, b: a + b, (0,)),
+    "reduce_window_sum": _sum_by(jax.lax.reduce_window, jax.lax.add, *_WINDOWS),
+    "reduce_window": _sum_by(jax.lax.reduce_window, lambda a, b: a + b, *_WINDOWS),
+    "cumsum": jax.lax.cumsum,
+    "scatter-add": lambda x: jnp.zeros_like(x).at[jnp.zeros(8, int)].add(x),
+    "dot_general": lambda x: jnp.ones(8, x.dtype) @ x,
+    "ragged_dot_general": lambda x: jax.lax.ragged_dot(
+        x.T, jnp.ones((1, 8, 3), x.dtype), jnp.array([5], jnp.int32)
+    ),
+}
+COLLECTIVES = {
+    "psum_invariant": (lambda x: jax.lax.psum(x, "data"), jax.P()),
+    "reduce_scatter": (
+        lambda x: jax.lax.psum_scatter(x, "data", scatter_dimension=1, tiled=True),
+        jax.P(None, "data"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*WAYS, *COLLECTIVES])
+def test_every_way_to_sum_in_bf16_is_seen(name):
+    trace = jax.make_jaxpr(WAYS[name]) if name in WAYS else _across(*COLLECTIVES[name])
+    found, exact = [
+        narrow_sums(trace(jnp.ones((8, 8), dtype)).jaxpr) for dtype in ("bfloat16", "float32")
+    ]
+    assert [way.split()[0] for way in found] == [name]
+    assert not exact
 
 
 # variants that sum nothing which their sisters do not sum too
