@@ -173,16 +173,24 @@ def on_own_mesh(function: Function) -> Function:
     return run
 
 
+def _listed(axes: MeshAxes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def _mesh_axes() -> dict[str, tuple[str, ...]]:
+    """Of each logical axis, by the rules in force."""
+    return {name: _listed(axes) for name, axes in vars(_rules.value).items()}
+
+
 @contextlib.contextmanager
 def without_axes(axes: MeshAxes) -> Iterator[None]:
     """Keeps mesh axes out of all specs inside, where a dimension laid over them is mapped over."""
-    used = (axes,) if isinstance(axes, str) else axes or ()
-    rules = _rules.value
-    left = {}
-    for name, value in dataclasses.asdict(rules).items():
-        wanted = (value,) if isinstance(value, str) else value or ()
-        left[name] = tuple(axis for axis in wanted if axis not in used) or None
-    with _rules(dataclasses.replace(rules, **left)):
+    used = _listed(axes)
+    left = {
+        name: tuple(axis for axis in wanted if axis not in used) or None
+        for name, wanted in _mesh_axes().items()
+    }
+    with _rules(ShardingRules(**left)):
         yield
 
 
@@ -207,10 +215,9 @@ def spec(*axes: str | None, shape: Sequence[int] | None = None) -> jax.P | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return None
-    rules, free, dims = _rules.value, dict(mesh.shape), []
+    rules, free, dims = _mesh_axes(), dict(mesh.shape), []
     for dim, axis in enumerate(axes):
-        wanted = getattr(rules, axis) if axis is not None else None
-        wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
+        wanted = rules[axis] if axis is not None else ()
         taken = tuple(name for name in wanted if name in free)
         while taken and shape is not None and shape[dim] % math.prod(free[n] for n in taken):
             taken = taken[:-1]
