@@ -8,11 +8,9 @@ from released weights by `model=FOLDER architecture=none tokenizer=none`. On man
 `contrastive.form=ring` never holds all pairs at once; `freeze=vision` locks a tower (LiT).
 """
 
-from configs.data.shapes import FILE, find_tokenizer
-from llmprep_jax.data import DataConfig
+from configs.data.shapes import find_tokenizer
+from configs.towers_pretrain import TEXT, VISION, learn_shapes
 from llmprep_jax.models import clip
-from llmprep_jax.train.checkpoint import CheckpointConfig
-from llmprep_jax.train.optim import OptimConfig
 from llmprep_jax.train.run import RunConfig
 
 
@@ -27,17 +25,11 @@ def find_processor() -> str:
 
 
 def get_config() -> RunConfig:
-    return RunConfig(
-        architecture=clip.Config(
-            text=clip.TextConfig(384, 96, 384, 3, 4, max_seq_len=24, eos_id=359),
-            vision=clip.VisionConfig(96, 384, 3, 4, image_size=32, patch_size=8),
-            projection_dim=64,
-        ),
+    text = clip.TextConfig(**TEXT, eos_id=359)
+    return learn_shapes(
+        "clip_pretrain",
+        architecture=clip.Config(text, clip.VisionConfig(**VISION), projection_dim=64),
         tokenizer=find_processor,
-        data=DataConfig(paths=(str(FILE),), batch_size=64, holdout=0.1),
-        optim=OptimConfig(lr=1e-3, warmup_steps=20, weight_decay=0.2, betas=(0.9, 0.98)),
+        beta2=0.98,
         steps=300,
-        eval_every=100,
-        checkpoint=CheckpointConfig(every=100, keep_last=2),
-        out="runs/clip_pretrain",
     )

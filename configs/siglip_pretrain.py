@@ -6,11 +6,9 @@ captions and what may be changed are as in clip_pretrain.py; a text is read at i
 padding or not.
 """
 
-from configs.data.shapes import FILE, find_tokenizer
-from llmprep_jax.data import DataConfig
+from configs.data.shapes import find_tokenizer
+from configs.towers_pretrain import TEXT, VISION, learn_shapes
 from llmprep_jax.models import siglip
-from llmprep_jax.train.checkpoint import CheckpointConfig
-from llmprep_jax.train.optim import OptimConfig
 from llmprep_jax.train.run import RunConfig
 
 
@@ -24,16 +22,11 @@ def find_processor() -> str:
 
 
 def get_config() -> RunConfig:
-    return RunConfig(
-        architecture=siglip.Config(
-            text=siglip.TextConfig(384, 96, 384, 3, 4, max_seq_len=24),
-            vision=siglip.VisionConfig(96, 384, 3, 4, image_size=32, patch_size=8),
-        ),
+    text, vision = siglip.TextConfig(**TEXT), siglip.VisionConfig(**VISION)
+    return learn_shapes(
+        "siglip_pretrain",
+        architecture=siglip.Config(text, vision),
         tokenizer=find_processor,
-        data=DataConfig(paths=(str(FILE),), batch_size=64, holdout=0.1),
-        optim=OptimConfig(lr=1e-3, warmup_steps=20, weight_decay=0.2, betas=(0.9, 0.95)),
+        beta2=0.95,
         steps=800,
-        eval_every=100,
-        checkpoint=CheckpointConfig(every=100, keep_last=2),
-        out="runs/siglip_pretrain",
     )
