@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmprep_jax.models import llama, siglip
+from llmprep_jax.models.deepseek_parts import LANGUAGE, SIGLIP, read_language, write_language
 from llmprep_jax.models.hf_config import refuse_unsupported, require
 from llmprep_jax.models.model_config import UNSAVED, ComposedConfig, ModelConfig
 from llmprep_jax.nn.param import Compute
 
 GROUPS = 32  # of channels, that the VQ's norms are over
+IMAGE_ID = 100581
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Config(ComposedConfig):
     language: llama.Config
     vision: siglip.VisionConfig
     vq: VQConfig = VQConfig()
-    image_id: int = 100581
+    image_id: int = IMAGE_ID
     model_type: str = "janus"
 
     def __post_init__(self):
@@ -104,9 +106,6 @@ _VQ = {
     "base_channels": "base_dim",
     "num_res_blocks": "num_blocks",
 }
-_SIGLIP = siglip.VisionConfig(
-    1024, 4096, 24, 16, image_size=384, patch_size=16, act="gelu", has_pool=False
-)
 
 
 def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config:
@@ -118,14 +117,8 @@ def from_hf(hf: Mapping[str, Any], names: Sequence[str] | None = None) -> Config
     Raises:
       ValueError: a field is missing, or asks for something that this family does not compute.
     """
-    refuse_unsupported(hf)
-    text = {"model_type": "llama", **(hf.get("text_config") or {})}
-    refuse_unsupported(text, model_type=llama.MODEL_TYPES)
-    text["tie_word_embeddings"] = hf.get("tie_word_embeddings", True)
-    language = llama.from_hf(text)
+    language, image_id = read_language(hf, IMAGE_ID)
     vision = _read_vision(hf.get("vision_config") or {}, language.dim)
-    image_id = hf.get("image_token_id", 100581)
-    require({"image_token_id": image_id}, "image_token_id")
     return Config(language, vision, _read_vq(hf.get("vq_config") or {}, language.dim), image_id)
 
 
@@ -142,8 +135,8 @@ def _read_vision(hf: Mapping[str, Any], width: int) -> siglip.VisionConfig:
     )
     require(hf, *[name for name in _VISION if name in hf and name != "layer_norm_eps"])
     changes = {ours: hf[theirs] for theirs, ours in _VISION.items() if theirs in hf}
-    dim = changes.get("dim", _SIGLIP.dim)
-    vision = dataclasses.replace(_SIGLIP, **changes, mlp_dim=int(dim * hf.get("mlp_ratio", 4.0)))
+    dim = changes.get("dim", SIGLIP.dim)
+    vision = dataclasses.replace(SIGLIP, **changes, mlp_dim=int(dim * hf.get("mlp_ratio", 4.0)))
     tokens = hf.get("num_image_tokens", vision.num_tokens)
     if tokens != vision.num_tokens:
         raise ValueError(
@@ -181,15 +174,14 @@ def _given(hf: Any, name: str) -> dict[str, Any]:
 
 def to_hf(cfg: Config) -> dict[str, Any]:
     """The config.json that transformers reads back as the same model."""
-    text, vision, width = llama.to_hf(cfg.language), cfg.vision, cfg.language.dim
-    text.pop("architectures")
+    vision, width = cfg.vision, cfg.language.dim
     ratio = vision.mlp_dim / vision.dim
     if int(vision.dim * ratio) < vision.mlp_dim:
         ratio = math.nextafter(ratio, math.inf)
     return {
         "architectures": ["JanusForConditionalGeneration"],
         "model_type": "janus",
-        "text_config": text,
+        **write_language(cfg.language, cfg.image_id),
         "vision_config": {
             "model_type": "janus_vision_model",
             **{theirs: getattr(vision, ours) for theirs, ours in _VISION.items()},
@@ -210,32 +202,10 @@ def to_hf(cfg: Config) -> dict[str, Any]:
             "num_hidden_layers": 2,
             "hidden_act": "gelu",
         },
-        "image_token_id": cfg.image_id,
-        **{
-            name: text[name]
-            for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-        },
     }
 
 
-_TEXT = dict(
-    vocab_size=102400,
-    head_dim=128,
-    max_seq_len=16384,
-    norm_eps=1e-6,
-    bos_id=100000,
-    eos_ids=(100001,),
-)
-
 PRESETS: dict[str, Config] = {
-    "janus-pro-1b": Config(
-        llama.Config(dim=2048, mlp_dim=5632, num_layers=24, num_heads=16, num_kv_heads=16, **_TEXT),
-        _SIGLIP,
-    ),
-    "janus-pro-7b": Config(
-        llama.Config(
-            dim=4096, mlp_dim=11008, num_layers=30, num_heads=32, num_kv_heads=32, **_TEXT
-        ),
-        _SIGLIP,
-    ),
+    "janus-pro-1b": Config(LANGUAGE["1.3b"], SIGLIP),
+    "janus-pro-7b": Config(LANGUAGE["7b"], SIGLIP),
 }
