@@ -41,8 +41,8 @@ from llmprep_jax.runs import (
 from llmprep_jax.sharding import use_mesh
 from llmprep_jax.text.processor import Processor
 from llmprep_jax.train.batches import own_rows
+from llmprep_jax.train.flops import count_flops
 from llmprep_jax.train.loop import FitResult, fit, lock_folder
-from llmprep_jax.train.metrics import count_flops
 from llmprep_jax.train.monitor import METRICS_FILE
 from llmprep_jax.train.run import RunConfig, claim_folder, count_trained, describe_data, saved_steps
 from llmprep_jax.train.state import count
@@ -61,8 +61,7 @@ def main(arguments: list[str]) -> Outputs:
     processes.start(cfg.processes)
     console.quiet = not processes.is_writer()
     print_config(cfg, console)
-    mesh = get_mesh(cfg.mesh)
-    processes.refuse_apart(mesh)
+    processes.refuse_apart(mesh := get_mesh(cfg.mesh))
     with lock_folder(cfg.out), use_mesh(mesh):
         result = train(cfg, mesh)
         if result.stopped == "SIGINT":
@@ -104,13 +103,14 @@ def train(cfg: RunConfig, mesh: jax.sharding.Mesh | None) -> FitResult:
     batches, evaluate = open_data(cfg, processor)
     trainer = make_trainer(cfg, model, processor)
     describe(cfg, model, trainer)
+    weights = trainer.split.params, trainer.split.frozen
     result = fit(
         trainer,
         batches,
         out=cfg.out,
         evaluate=evaluate,
         meta=describe_model(cfg, model, method),
-        flops=count_flops(model.cfg, trainer.split.params, trainer.split.frozen, cfg.data.seq_len),
+        flops=count_flops(model.cfg, *weights, cfg.data.seq_len, model.image_work),
         console=console,
         locked=True,
     )

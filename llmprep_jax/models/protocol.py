@@ -14,6 +14,7 @@ from llmprep_jax.models.model_config import ModelConfig
 from llmprep_jax.nn.attention import Tokens
 from llmprep_jax.nn.base_model import Source
 from llmprep_jax.nn.language_model import Output, SumLosses, Terms, Unembedding
+from llmprep_jax.nn.work import Work
 from llmprep_jax.types import Array, Bool, Float, Int
 
 
@@ -46,6 +47,10 @@ class Weighted(Protocol):
     @property
     def parts(self) -> Mapping[str, tuple[str, ...]]:
         """Paths of what it is made of, by the names that a run freezes them by."""
+
+    @property
+    def image_work(self) -> Mapping[str, Work]:
+        """What an image passes through, in that order, by paths: how its FLOPs are counted."""
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from llmprep_jax.nn.work import Work
 from llmprep_jax.types import Array
 
 
@@ -49,6 +50,11 @@ class BaseModel(nnx.Module):
         """What parts of the model are called where a run freezes them, and the paths of each."""
         tables = {"embed": self.weights.embed, "head": self.weights.head}
         return {name: (path.removesuffix(".w"),) for name, path in tables.items() if path}
+
+    @property
+    def image_work(self) -> dict[str, Work]:
+        """What an image passes through, in that order, by paths: how its FLOPs are counted."""
+        return {}
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -16,6 +16,7 @@ import numpy as np
 from llmprep_jax.nn.base_model import BaseModel
 from llmprep_jax.nn.language_model import LanguageModel, Output, SumLosses, Terms
 from llmprep_jax.nn.media import count_tokens, place_features
+from llmprep_jax.nn.work import Work
 from llmprep_jax.sharding import on_own_mesh
 from llmprep_jax.types import Array, Bool, Float, Int
 
@@ -95,6 +96,14 @@ class ComposedModel(BaseModel):
     def image_sizes(self) -> Mapping[str, int]:
         """Sides of images in pixels, by the names that the call has for them."""
         return {"images": self.cfg.vision.image_size}
+
+    @property
+    def image_work(self) -> dict[str, Work]:
+        """Of a ViT without its pooling, and of what makes its features words."""
+        vision, projected = self.cfg.vision, Work(self.tokens_per_image, behind=("vision",))
+        attention = vision.num_layers * vision.num_tokens**2 * vision.dim
+        work = {"vision": Work(vision.num_tokens, attention), "vision.pool": Work(0)}
+        return work | dict.fromkeys(self.projectors, projected)
 
     def image_features(self, **media: Array) -> Float[Array, "B J D"]:
         """What the language model reads of each row's images, one after another."""

@@ -22,7 +22,8 @@ from flax import nnx
 from llmprep_jax import processes
 from llmprep_jax.remote import AnyPath, as_path, is_remote
 from llmprep_jax.train.checkpoint import Checkpoints, abstract_of, all_steps
-from llmprep_jax.train.metrics import Flops, Numbers, read_up_to
+from llmprep_jax.train.flops import Flops
+from llmprep_jax.train.metrics import Numbers, read_up_to
 from llmprep_jax.train.monitor import METRICS_FILE, Monitor
 from llmprep_jax.train.state import TrainState
 from llmprep_jax.train.stopping import stop_signals
@@ -86,7 +87,7 @@ def fit(
     Args:
       evaluate: numbers by name for a model.
       meta: JSON saved with each checkpoint, from which the model can be rebuilt.
-      flops: of one token, for MFU.
+      flops: of a token and an image, for MFU.
       locked: whether the caller holds the folder's lock (`lock_folder`).
 
     Raises:

@@ -1,15 +1,6 @@
-"""Where a run's numbers go: progress bar, JSONL, TensorBoard; speed, MFU and memory.
-
-FLOPs are analytic and count what the model needs, not what rematerialisation repeats: for each
-token 2 for each weight forward, 2 backward to activations and 2 backward to a weight that is
-trained, so 6N for full training and 4N + 6n for n adapter weights on N frozen ones; and causal
-attention once, 4 * heads * head_dim * context a layer forward and twice that backward, for a mean
-context of T / 2. Publications that count the masked half of attention too report a higher MFU for
-the same speed.
-"""
+"""Where a run's numbers go: progress bar, JSONL, TensorBoard; and memory."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -26,88 +17,8 @@ import rich.console
 import rich.progress
 
 from llmprep_jax.remote import AnyPath, is_remote, reached, upload_file, write_text
-from llmprep_jax.train.state import path_name
-
-# dense bf16 FLOP/s of one device, as its maker states it
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
 
 Numbers = Mapping[str, int | float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Flops:
-    """FLOPs of training on one token.
-
-    Attributes:
-      frozen, trained: weights that enter matrix products: an embedding table counts where it is
-        also the output head and not where rows are only looked up.
-      attention: num_layers * num_heads * head_dim.
-      context: mean number of tokens that a token attends to; T / 2 for causal rows of T.
-    """
-
-    frozen: int | float
-    trained: int | float
-    attention: int = 0
-    context: float = 0.0
-
-    @property
-    def per_token(self) -> float:
-        """4 * frozen + 6 * trained + 3 * (4 * attention * context)."""
-        return 4 * self.frozen + 6 * self.trained + 12 * self.attention * self.context
-
-
-def count_flops(cfg: Any, params: Any, frozen: Any, seq_len: int) -> Flops | None:
-    """The FLOPs of a model from its Config and its weights, trained and frozen; None of towers.
-
-    Layers with a sliding window count as full ones. Of a composed model what its language model
-    computes counts alone: towers compute for images, of which tokens are no measure.
-
-    Args:
-      cfg: its `decoder` has num_layers, num_heads, head_dim and tie_embeddings; and active_share,
-        of the experts that compute for a token, where leaves are below "experts".
-      params, frozen: trees of arrays or shapes; the tables are the leaves below "embed".
-      seq_len: T.
-    """
-
-    if cfg.decoder is None:
-        return None
-
-    def sizes(tree):
-        flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {tuple(path_name(path).split(".")): leaf.size for path, leaf in flat}
-
-    trained, is_composed, cfg = sizes(params), cfg.decoder is not cfg, cfg.decoder
-
-    def in_products(tree):
-        # a module that is trained whole computes in place of its base, which lies beside it
-        return sum(
-            size * (cfg.active_share if "experts" in name else 1)
-            for name, size in sizes(tree).items()
-            if (cfg.tie_embeddings or "embed" not in name)
-            and (name[0] == "language" or not is_composed)
-            and not (name[-2:-1] == ("base",) and (*name[:-2], "trained", name[-1]) in trained)
-        )
-
-    attention = cfg.num_layers * cfg.num_heads * cfg.head_dim
-    return Flops(in_products(frozen), in_products(params), attention, seq_len / 2)
-
-
-def peak_flops(stated: float | None = None) -> float | None:
-    """FLOP/s of all devices together: as stated for one, or by its name; None where unknown."""
-    kind = jax.devices()[0].device_kind
-    names = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    # "TPU v5 lite" begins with "TPU v5", another chip
-    of_device = PEAK_FLOPS[max(names, key=len)] if stated is None and names else stated
-    return None if of_device is None else of_device * jax.device_count()
 
 
 def memory() -> dict[str, float]:

@@ -19,14 +19,13 @@ import rich.console
 
 from llmprep_jax import processes
 from llmprep_jax.remote import AnyPath
+from llmprep_jax.train.flops import Flops, peak_flops
 from llmprep_jax.train.metrics import (
-    Flops,
     JsonLines,
     Numbers,
     Progress,
     TensorBoard,
     memory,
-    peak_flops,
     read_up_to,
 )
 from llmprep_jax.train.step import Metrics
@@ -44,7 +43,7 @@ class Monitor:
     Args:
       out: the run's folder.
       total, done: steps of the whole run, and those done before it resumed.
-      flops: of one token, for MFU; None: none is shown.
+      flops: of a token and an image, for MFU; None: none is shown.
       peak: FLOP/s of one device, where it is not known by its name.
       name: what a document id stands for, for messages.
       skip_nonfinite: steps of the whole run that may be skipped.
@@ -109,8 +108,11 @@ class Monitor:
             {"step": step, **{name: number.item() for name, number in metrics.items()}}
             for (step, _, _), metrics in zip(steps, values, strict=True)
         ]
-        tokens = sum(record["input_tokens"] for record in records)
-        records[-1] |= self._measure(tokens, len(steps))
+        counts = [
+            sum(record.get(name, 0.0) for record in records)
+            for name in ("input_tokens", "images", "drawn")
+        ]
+        records[-1] |= self._measure(*counts, num_steps=len(steps))
         for record, (_, _, doc_ids) in zip(records, steps, strict=True):
             finite = record.pop("finite")
             if not finite:
@@ -151,14 +153,16 @@ class Monitor:
         self.progress.phase("training")
         self._since += time.monotonic() - begin
 
-    def _measure(self, tokens: float, num_steps: int) -> dict[str, float]:
+    def _measure(
+        self, tokens: float, images: float, drawn: float, *, num_steps: int
+    ) -> dict[str, float]:
         """Speed since the last flush, and memory."""
         now = time.monotonic()
         elapsed, self._since = max(now - self._since, 1e-9), now
         self._speed = elapsed / num_steps
         numbers = {"tokens_per_s": tokens / elapsed, "step_s": self._speed, **memory()}
         if self._flops and self._peak:
-            numbers["mfu"] = self._flops.per_token * numbers["tokens_per_s"] / self._peak
+            numbers["mfu"] = self._flops.of(tokens, images, drawn) / elapsed / self._peak
         return numbers
 
     def _write(self, record: Mapping[str, Any]) -> None:

@@ -39,8 +39,8 @@ def make_train_step(
 
     The batch's arrays are [A, B / A, T] (`batches.place_batch`): A microbatches, one after another.
     Metrics are scalars on the device: loss (mean over tokens), objective where more than that is
-    minimised, tokens (with a target), input_tokens, images where a batch has any, grad_norm (before
-    clipping), param_norm, lr, finite; of experts `load_metrics` and dropped.
+    minimised, tokens (with a target), input_tokens, images and, of these, drawn where a batch has
+    any, grad_norm (before clipping), param_norm, lr, finite; of experts `load_metrics` and dropped.
 
     Args:
       graphdef: of the model, from `split_model`.
@@ -169,10 +169,12 @@ def _choose(use_new, new, old):
 
 
 def _count_inputs(batch):
-    """Tokens and images that are no padding, as float32."""
+    """Tokens and images that are no padding, and images that are drawn, as float32."""
     counts = {"input_tokens": jnp.float32(batch["tokens"].size)}
     if "segment_ids" in batch:
         counts["input_tokens"] = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
     if "image_mask" in batch:
         counts["images"] = jnp.sum(batch["image_mask"], dtype=jnp.float32)
+    if "drawn" in batch:
+        counts["drawn"] = jnp.sum(batch["drawn"], dtype=jnp.float32)
     return counts

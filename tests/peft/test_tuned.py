@@ -12,7 +12,7 @@ import llmprep_jax as lp
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import IA3, LoRA
 from llmprep_jax.peft.tuned import tuned
-from llmprep_jax.train.metrics import count_flops
+from llmprep_jax.train.flops import count_flops
 from llmprep_jax.train.state import split_model
 from tests.models.tiny import forward, make_model, make_tokens
 

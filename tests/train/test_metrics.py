@@ -1,4 +1,4 @@
-"""Counting FLOPs, lines that survive a kill, event files that TensorBoard reads, and the bar."""
+"""Lines that survive a kill, event files that TensorBoard reads, and the bar."""
 
 import io
 import json
@@ -10,47 +10,16 @@ import pytest
 import rich.console
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from llmprep_jax.train.flops import Flops
 from llmprep_jax.train.metrics import (
-    Flops,
     JsonLines,
     Progress,
     TensorBoard,
-    count_flops,
     memory,
-    peak_flops,
     read_jsonl,
 )
 from llmprep_jax.train.monitor import Monitor, NonFiniteError
 from tests.full_disk import disk_for_files_of
-
-
-class Config:
-    """Of a model that is its own decoder."""
-
-    num_layers, num_heads, head_dim = 2, 3, 4
-
-    def __init__(self, tie_embeddings):
-        self.tie_embeddings, self.decoder = tie_embeddings, self
-
-
-TREE = {"embed": {"w": np.ones((100, 8))}, "layers": {"w": np.ones((2, 8, 8))}}
-ADAPTER = {"lora_a": np.ones((8, 2))}
-
-
-def test_full_training_costs_six_a_weight_and_causal_attention_once():
-    # 6 * (800 + 128) + 12 * 2 * 3 * 4 * 5
-    assert count_flops(Config(True), TREE, {}, seq_len=10).per_token == 5568 + 1440
-    # rows of a table that is only looked up take no product
-    assert count_flops(Config(False), TREE, {}, seq_len=10).per_token == 6 * 128 + 1440
-
-
-def test_adapters_cost_four_a_frozen_weight():
-    assert count_flops(Config(True), ADAPTER, TREE, seq_len=0).per_token == 4 * 928 + 6 * 16
-
-
-def test_a_stated_peak_counts_all_devices():
-    assert peak_flops(1e12) == 8e12
-    assert peak_flops() is None  # nobody states a CPU's
 
 
 def test_memory_is_this_processes():
@@ -171,12 +140,3 @@ def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path, kind):
         file.write({"step": 1, "loss": 2.0, "eval_loss": 3.0})
     assert str(error.value).startswith(f"cannot write {tmp_path / 'metrics'}")
     file.close()
-
-
-def test_towers_of_composed_models_are_in_no_token():
-    class Composed:
-        decoder = Config(True)
-
-    tree = {"language": TREE, "vision": {"w": np.ones((50, 50))}}
-    assert count_flops(Composed(), tree, {}, seq_len=10).per_token == 5568 + 1440
-    assert count_flops(Composed(), {}, tree, seq_len=10).per_token == 4 * 928 + 1440

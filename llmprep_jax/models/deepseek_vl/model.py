@@ -24,6 +24,7 @@ from llmprep_jax.nn.conv import Conv
 from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.media import merge_images, of_rows, split_rows
 from llmprep_jax.nn.param import idle, param
+from llmprep_jax.nn.work import Work
 from llmprep_jax.types import Array, Float
 from llmprep_jax.weights.rows import Table
 
@@ -87,6 +88,18 @@ class HighTower(nnx.Module):
         x_NVWC = last + (self.alpha[...].astype(jnp.float32) * first).astype(last.dtype)
         return of_rows(x_NVWC, (self.side**2, x_NVWC.shape[-1]))
 
+    @property
+    def work(self) -> dict[str, Work]:
+        """By paths from the model's root."""
+        below = functools.partial(Work, behind=("high",))
+        places, shrunk = self.tower.cfg.side**2, self.side**2
+        return {
+            **{f"high.tower.{path}": one for path, one in self.tower.work.items()},
+            "high.neck": below(places),
+            "high.halve": below(2 * 4 * shrunk),  # of the last block's output and the first's
+            "high.quarter": below(2 * shrunk),
+        }
+
     def _shrink(self, x_NYXC: Array) -> Array:
         """To twice two halvings of what is wanted, then halved twice."""
         matrix_VY = jnp.asarray(bilinear(x_NYXC.shape[1], 4 * self.side))
@@ -147,6 +160,15 @@ class Model(ComposedModel):
     def image_sizes(self) -> dict[str, int]:
         sizes = {"images": self.cfg.vision.image_size}
         return sizes if self.high is None else {**sizes, "images_high": self.cfg.high.image_size}
+
+    @property
+    def image_work(self) -> dict[str, Work]:
+        """Of both towers, where there are two."""
+        work = super().image_work
+        if self.high is None:
+            return work
+        aligner = Work(self.tokens_per_image, behind=("vision", "high"))
+        return {**work, **self.high.work, "aligner": aligner}
 
     def image_features(
         self,

@@ -20,6 +20,7 @@ from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.media import count_tokens as number_tokens
 from llmprep_jax.nn.media import merge_images, of_rows, place_features, split_rows
 from llmprep_jax.nn.param import Compute, add_bias, idle, param
+from llmprep_jax.nn.work import Work
 from llmprep_jax.sharding import has_mesh, on_own_mesh, spec
 from llmprep_jax.types import Array, Float, Int
 from llmprep_jax.weights.rows import Table
@@ -95,6 +96,17 @@ class Model(ComposedModel):
     def weights(self) -> Table:
         """The table of tensor names."""
         return weights.table(self.language.weights)
+
+    @property
+    def image_work(self) -> dict[str, Work]:
+        """Of a tile."""
+        projected = Work(self.cfg.side**2, behind=("vision",))
+        return {
+            **super().image_work,
+            "projector": projected,
+            "newline": Work(0),
+            "separator": Work(0),
+        }
 
     def image_features(
         self, images: Float[Array, "B M H W C"], grids: Int[Array, "B N 2"]

@@ -20,7 +20,7 @@ from flax import nnx
 
 from llmprep_jax.models import llama, siglip
 from llmprep_jax.models.janus.config import Config
-from llmprep_jax.models.janus.vq import VQ
+from llmprep_jax.models.janus.vq import VQ, encoder_work
 from llmprep_jax.models.janus.weights import table
 from llmprep_jax.nn.base_model import Source
 from llmprep_jax.nn.composed import ComposedModel
@@ -28,6 +28,7 @@ from llmprep_jax.nn.language_model import PLACES, SumLosses, Terms
 from llmprep_jax.nn.linear import Einsum, Embed, check_ids
 from llmprep_jax.nn.media import count_tokens, merge_images, split_rows
 from llmprep_jax.nn.param import Frozen, idle
+from llmprep_jax.nn.work import Work
 from llmprep_jax.sharding import has_mesh, on_own_mesh
 from llmprep_jax.types import Array, Bool, Float, Int
 from llmprep_jax.weights.rows import Table
@@ -100,6 +101,21 @@ class Model(ComposedModel):
     def weights(self) -> Table:
         """The table of tensor names."""
         return table(self.cfg)
+
+    @property
+    def image_work(self) -> dict[str, Work]:
+        """And of pictures that are drawn the codes, and what reads and foretells them."""
+        cfg = self.cfg
+        vq = {
+            f"vq.{path}": one for path, one in encoder_work(cfg.vq, cfg.vision.image_size).items()
+        }
+        codes = Work(self.tokens_per_image, is_drawn=True)
+        return {
+            **super().image_work,
+            **vq,
+            "drawing.aligner": codes._replace(behind=("drawing.codes",)),
+            **dict.fromkeys(("drawing.up", "drawing.down"), codes._replace(behind=("",))),
+        }
 
     def image_features(
         self,

@@ -24,6 +24,7 @@ from llmprep_jax.nn.linear import look_up
 from llmprep_jax.nn.media import of_rows
 from llmprep_jax.nn.norm import GroupNorm
 from llmprep_jax.nn.param import param
+from llmprep_jax.nn.work import Work
 from llmprep_jax.types import Array, Float, Int
 
 
@@ -198,6 +199,18 @@ class Decoder(nnx.Module):
         for level in self.levels:
             x = level(x)
         return self.last(jax.nn.silu(self.norm(x)))
+
+
+def encoder_work(cfg: VQConfig, size: int) -> dict[str, Work]:
+    """Of `VQ.encode` on a picture of so many pixels a side, by paths below a VQ."""
+    last, made = len(cfg.multipliers) - 1, functools.partial(Work, is_drawn=True)
+    codes = (size >> last) ** 2
+    attention = (cfg.num_blocks + 1) * codes**2 * cfg.base_dim * cfg.multipliers[-1]
+    levels = {f"encoder.levels.{i}": made((size >> i) ** 2) for i in range(last + 1)}
+    scales = {f"encoder.levels.{i}.scale": made((size >> i + 1) ** 2) for i in range(last)}
+    lowest = {"encoder.middle": made(codes, attention)}
+    lowest |= dict.fromkeys(("encoder.last", "narrow", "codebook"), made(codes))
+    return {"encoder.first": made(size**2), **levels, **scales, **lowest}
 
 
 class VQ(nnx.Module):

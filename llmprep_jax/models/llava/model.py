@@ -20,6 +20,7 @@ from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.media import merge_images, split_rows
 from llmprep_jax.nn.mlp import ACTIVATIONS
 from llmprep_jax.nn.param import idle
+from llmprep_jax.nn.work import Work
 from llmprep_jax.types import Array, Float
 from llmprep_jax.weights.rows import Table
 
@@ -65,6 +66,13 @@ class Model(ComposedModel):
     def weights(self) -> Table:
         """The table of tensor names."""
         return table(self.cfg)
+
+    @property
+    def image_work(self) -> dict[str, Work]:
+        """Of the blocks that features are taken behind."""
+        work = super().image_work
+        attention = work["vision"].attention * self.cfg.num_blocks / self.cfg.vision.num_layers
+        return {**work, "vision": work["vision"]._replace(attention=attention)}
 
     def image_features(self, images: Float[Array, "B M H W 3"]) -> Float[Array, "B J D"]:
         """Of normalised images, in the order of their tokens."""

@@ -27,6 +27,7 @@ from llmprep_jax.nn.param import add_bias, param
 from llmprep_jax.nn.remat import BLOCK_IN, MLP_IN, keep
 from llmprep_jax.nn.stack import scan, stack, take
 from llmprep_jax.nn.vit import PatchEmbed
+from llmprep_jax.nn.work import Work
 from llmprep_jax.types import Array, Float
 
 
@@ -155,6 +156,21 @@ class VisionTower(nnx.Module):
         self.window_layers = blocks(False, cfg.num_layers - num_global)
         self.global_layers = blocks(True, num_global)
         self.neck = Neck(cfg, rngs=rngs)
+
+    @property
+    def work(self) -> dict[str, Work]:
+        """By paths below this; relative positions are left out, a few hundredths."""
+        cfg, places = self.cfg, self.cfg.side**2
+        num_global, in_window = len(cfg.global_layers), cfg.window**2
+        padded = (-(-cfg.side // cfg.window)) ** 2 * in_window
+        windows = (cfg.num_layers - num_global) * padded * in_window * cfg.dim
+        return {
+            "patches": Work(places),
+            "window_layers": Work(places),
+            "window_layers.attn": Work(padded, windows),
+            "global_layers": Work(places, num_global * places**2 * cfg.dim),
+            "neck": Work(places),
+        }
 
     def features(
         self, images_NHWC: Float[Array, "N H W 3"]
