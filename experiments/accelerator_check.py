@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from experiments import bench_attention
-from experiments.bench import dispatch, environment, goals, llama, parity
+from experiments.bench import dispatch, environment, generation, goals, llama, parity
 from experiments.bench.checks import Check, ask, run_checks
 from experiments.bench.results import Results, Row, line
 from llmprep_jax import cli
@@ -74,7 +74,7 @@ def parts(section: str, size: str) -> Iterator[Part]:
             yield llama.step_checks, dict(contender=contender, size=size)
     elif section == "generation":
         for contender in llama.CONTENDERS[size][:2]:
-            yield llama.decode_checks, dict(contender=contender, size=size)
+            yield generation.decode_checks, dict(contender=contender, size=size)
     else:
         sizes = dict(shapes=CORE, works=("forward", "backward", "decode"), size=size, target=None)
         if size == "tiny":

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from experiments.bench import attention, environment
 from experiments.bench.ahead import chip
+from experiments.bench.attention_contenders import compile_for, contenders, prepared
 from experiments.bench.checks import Absent, Check, ask, one_line, run_checks
 from experiments.bench.results import Results, Row, line
 from experiments.bench.shapes import SHAPES, Shape, Work
@@ -85,7 +86,7 @@ def timed(
     import jax
 
     platform, ready, notes = jax.default_backend(), {}, {}
-    made = attention.prepared(attention.contenders(platform, shape, work, dtype))
+    made = prepared(contenders(platform, shape, work, dtype))
     for contender, result in made.items():
         if isinstance(result, Absent):
             yield {"section": "absent", "contender": contender, "note": str(result)}
@@ -114,7 +115,7 @@ def compiled(name: str, shape: Shape, work: Work, dtype: str, target: str) -> It
     device = chip(target)
     for backend in attention.backends("tpu" if device.platform == "tpu" else "gpu", shape):
         try:
-            program = attention.compile_for(device, backend, shape, work, dtype)
+            program = compile_for(device, backend, shape, work, dtype)
         except Exception as error:  # of the compiler: the others go on
             yield alike | {"contender": backend, "note": one_line(error).removeprefix("Unfit: ")}
             continue

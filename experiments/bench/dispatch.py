@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.bench.agreement import LIMITS, compare
 from experiments.bench.checks import Check
-from experiments.bench.parity import LIMITS, compare
 from experiments.bench.results import Row
 from experiments.bench.timing import Contender, in_turn
 

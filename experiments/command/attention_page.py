@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.attention import ONLY
-from experiments.command.reference import ROOT
+from experiments.command.source import ROOT
 from experiments.study.report import table
 from llmprep_jax.kernels import flash_attention
 from llmprep_jax.kernels.flash_attention.api import IMPLS

@@ -7,13 +7,11 @@ classes shows the fields of each that those before it do not have.
 
 import ast
 import dataclasses
-import functools
-import pathlib
 import re
 import textwrap
 from collections.abc import Iterator
 
-ROOT = pathlib.Path(__file__).parents[2]
+from experiments.command.source import Class, assigned, resolve, source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +22,6 @@ class Setting:
     kind: str
     default: str
     words: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Class:
-    """A dataclass in the source, and the module it is in."""
-
-    module: str
-    node: ast.ClassDef
 
 
 def describe(settings: str) -> str:
@@ -47,7 +37,7 @@ def describe(settings: str) -> str:
 def settings_of(settings: str) -> list[Setting]:
     """All settings of "module:Class", those of sections by their dotted names."""
     module, name = settings.split(":")
-    resolved = _resolve(module, name)
+    resolved = resolve(module, name)
     assert isinstance(resolved, Class), f"{settings} is no class"
     return list(_list(resolved, "", {}))
 
@@ -57,7 +47,7 @@ def _list(cls: Class, prefix: str, shown: dict[str, str]) -> Iterator[Setting]:
     for name, (owner, node) in _fields(cls).items():
         words = _words(cls).get(name) or _comment(owner.module, node)
         sections = _sections(owner.module, node.annotation)
-        default = _default(owner.module, _assigned(node))
+        default = _default(owner.module, assigned(node))
         path = prefix + name
         if sections and sections[0].node.name in shown:
             words += f"; its settings are those of {shown[sections[0].node.name]}"
@@ -90,7 +80,7 @@ def _fields(cls: Class) -> dict[str, tuple[Class, ast.AnnAssign]]:
     """The fields of a class and of those it derives from, and which of them has each."""
     fields: dict[str, tuple[Class, ast.AnnAssign]] = {}
     for base in cls.node.bases:
-        parent = _resolve(cls.module, ast.unparse(base))
+        parent = resolve(cls.module, ast.unparse(base))
         fields |= _fields(parent) if isinstance(parent, Class) else {}
     for node in cls.node.body:
         is_field = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
@@ -106,7 +96,7 @@ def _sections(module: str, annotation: ast.expr) -> list[Class]:
         return [section for side in sides for section in _sections(module, side)]
     if not isinstance(annotation, ast.Name):
         return []
-    resolved = _resolve(module, annotation.id)
+    resolved = resolve(module, annotation.id)
     if isinstance(resolved, tuple):  # the name of a union
         return _sections(*resolved)
     is_section = resolved is not None and any(
@@ -120,20 +110,14 @@ def _default(module: str, value: ast.expr | None) -> str:
     if value is None:
         return ""
     if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
-        keywords = {keyword.arg: _assigned(keyword) for keyword in value.keywords}
+        keywords = {keyword.arg: assigned(keyword) for keyword in value.keywords}
         return _default(module, keywords.get("default"))
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "pathlib.Path":
         return str(ast.literal_eval(value.args[0]))
     if isinstance(value, ast.Name):
-        resolved = _resolve(module, value.id)
+        resolved = resolve(module, value.id)
         return _default(*resolved) if isinstance(resolved, tuple) else value.id
     return ast.unparse(value)
-
-
-def _assigned(node: ast.AST) -> ast.expr | None:
-    """What a name, a field or a keyword is given; None for a field without a default."""
-    *others, last = ast.iter_child_nodes(node)
-    return None if isinstance(node, ast.AnnAssign) and len(others) < 2 else last
 
 
 def _kind(module: str, annotation: ast.expr) -> str:
@@ -141,7 +125,7 @@ def _kind(module: str, annotation: ast.expr) -> str:
     if isinstance(annotation, ast.BinOp):
         return f"{_kind(module, annotation.left)} | {_kind(module, annotation.right)}"
     if isinstance(annotation, ast.Name):
-        resolved = _resolve(module, annotation.id)
+        resolved = resolve(module, annotation.id)
         return _kind(*resolved) if isinstance(resolved, tuple) else annotation.id
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
         item, *rest = annotation.slice.elts
@@ -156,7 +140,7 @@ def _words(cls: Class) -> dict[str, str]:
     """What the docstrings of a class and of those it derives from say of its fields."""
     words: dict[str, str] = {}
     for base in cls.node.bases:
-        parent = _resolve(cls.module, ast.unparse(base))
+        parent = resolve(cls.module, ast.unparse(base))
         words |= _words(parent) if isinstance(parent, Class) else {}
     _, _, text = (ast.get_docstring(cls.node) or "").partition("Attributes:\n")
     text, names = " ".join(text.split()), "|".join(map(re.escape, _fields(cls)))
@@ -170,35 +154,5 @@ def _words(cls: Class) -> dict[str, str]:
 
 def _comment(module: str, node: ast.AnnAssign) -> str:
     """What stands behind a field on its line."""
-    line = _source(module).splitlines()[node.end_lineno - 1]
+    line = source(module).splitlines()[node.end_lineno - 1]
     return line.encode()[node.end_col_offset :].decode().strip().removeprefix("# ")
-
-
-@functools.cache
-def _source(module: str) -> str:
-    path = ROOT.joinpath(*module.split("."))
-    for file in (path.with_suffix(".py"), path / "__init__.py"):
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-    return ""
-
-
-@functools.cache
-def _tree(module: str) -> ast.Module:
-    return ast.parse(_source(module))
-
-
-def _resolve(module: str, name: str) -> "Class | tuple[str, ast.expr] | None":
-    """A class by the name it has in a module, through imports; or the value a name is given."""
-    head, _, rest = name.partition(".")
-    for node in _tree(module).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return Class(module, node)
-        if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [name]:
-            return module, _assigned(node)
-        if isinstance(node, ast.ImportFrom) and not node.level:
-            for alias in node.names:
-                if (alias.asname or alias.name) == head:
-                    inner = (f"{node.module}.{alias.name}", rest)
-                    return _resolve(*inner) if rest else _resolve(node.module or "", alias.name)
-    return None

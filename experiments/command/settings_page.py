@@ -6,7 +6,8 @@ python -m experiments.command.settings_page > docs/settings.md
 import re
 from collections.abc import Iterator
 
-from experiments.command.reference import ROOT, Setting, settings_of
+from experiments.command.reference import Setting, settings_of
+from experiments.command.source import ROOT
 
 INTRODUCTION = """# Settings
 

@@ -11,6 +11,7 @@ import rich.table
 
 import llmprep_jax as lp
 from experiments.command.measured import write
+from experiments.command.outcome import result_of, show
 from experiments.command.task_settings import (
     OF_TOWERS,
     PERPLEXITY,
@@ -74,8 +75,8 @@ def run(
         raise UsageError(f"task={cfg.task.name} is for one process; give it a mesh of its devices")
     data = cfg.data.paths[0]
     outcome = _measure(cfg.task, cfg.model, data, processor, lambda: _merged(load()), console)
-    _show(outcome, console)
-    path = write(cfg, _result_of(outcome))
+    show(outcome, console)
+    path = write(cfg, result_of(outcome))
     page = path.with_suffix(".html")
     write_page(
         page,
@@ -173,37 +174,3 @@ def _score(name: str, task: Task, questions: Sequence[Question], texts: Sequence
         for question, text, one in zip(questions, texts, report.per_example, strict=True)
     ]
     return Outcome(numbers, report, examples)
-
-
-def _result_of(outcome: Outcome) -> dict[str, Any]:
-    """What is written to the JSON file: numbers, splits, and each case."""
-    return {
-        **outcome.numbers,
-        "by_split": {name: split.__dict__ for name, split in outcome.report.by_split.items()},
-        "examples": [
-            {
-                "name": example.name,
-                "question": example.question,
-                "answers": list(example.answers),
-                "prediction": example.prediction,
-                "score": example.score,
-            }
-            for example in outcome.examples
-        ],
-    }
-
-
-def _show(outcome: Outcome, console: rich.console.Console) -> None:
-    """Prints the splits and the numbers as a table."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("split", overflow="fold")
-    for name in ("cases", "score"):
-        table.add_column(name, justify="right")
-    for name, split in outcome.report.by_split.items():
-        table.add_row(rich.markup.escape(name), f"{split.count:,}", f"{split.score:.4f}")
-    table.add_section()
-    table.add_row("all", f"{len(outcome.examples):,}", f"{outcome.report.overall:.4f}")
-    console.print(table)
-    for name, value in outcome.numbers.items():
-        if isinstance(value, float):
-            console.print(f"{name:16} {value:.4f}", highlight=False)

@@ -24,13 +24,13 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 import experiments.accelerator_check
-from experiments.bench import llama
+from experiments.bench import generation, llama
 from experiments.bench.timing import in_turn
 import numpy as np
 
 cfg = llama.config("tiny", 1)
 call = llama._step("ours", cfg, "lora", llama.batch_of(1, 16, 512))
-print(float(call.call()) > 0, llama._generator("ours", cfg)(np.ones((1, 4), int), 2).shape)
+print(float(call.call()) > 0, generation._generator("ours", cfg)(np.ones((1, 4), int), 2).shape)
 """
 
 

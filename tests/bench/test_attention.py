@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import attention
+from experiments.bench import attention, attention_contenders
 from experiments.bench.checks import Absent, Unfit
 from experiments.bench.shapes import SHAPES, Shape
 from llmprep_jax.kernels import flash_attention
@@ -40,9 +40,9 @@ def test_bytes_are_those_of_each_array_once():
 
 def test_a_contender_that_cannot_do_a_shape_says_why():
     with pytest.raises(Unfit, match="8 GiB or more"):
-        attention.ours("reference", SHAPES["llama-3-8b"], "forward", "bfloat16")
+        attention_contenders.ours("reference", SHAPES["llama-3-8b"], "forward", "bfloat16")
     with pytest.raises(Absent, match="not here: .*nothing_of_this_name"):
-        attention.ours("nothing_of_this_name", SMALL, "forward", "bfloat16")
+        attention_contenders.ours("nothing_of_this_name", SMALL, "forward", "bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.bench import llama
+from experiments.bench import generation, llama
 
 # of a layer: q, k, v, o, and three matrices of the MLP; and the head
 LAYER = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
@@ -21,7 +21,7 @@ def test_a_step_is_counted_by_weights_in_products_and_half_of_the_scores():
 def test_a_decode_step_reads_weights_once_and_the_keys_of_every_row():
     cfg = llama.config("full", 4)
     weights = 4 * (LAYER + NORMS) + HEAD + 4096
-    assert llama.step_bytes(cfg, 16, 1000) == 2 * (weights + 16 * 1000 * 2 * 4 * 8 * 128)
+    assert generation.step_bytes(cfg, 16, 1000) == 2 * (weights + 16 * 1000 * 2 * 4 * 8 * 128)
 
 
 @pytest.mark.parametrize(

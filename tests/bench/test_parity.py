@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.bench import parity
+from experiments.bench import agreement, attention_parity, parity
 from llmprep_jax.kernels.grouped_matmul import blocks, ragged
 
 ARRAY = np.array([1.0, -4.0])
@@ -13,17 +13,17 @@ def test_an_error_is_the_greatest_difference_over_the_greatest_value():
     found = dict(o=np.array([1.0, -3.96]), lse=ARRAY, dq=ARRAY, dk=np.array([1.2, -4.0]))
     wanted = dict.fromkeys(found, ARRAY)
     errors = {"error of o": 0.01, "error of lse": 0.0, "worst gradient's": 0.05}
-    assert parity.compare(found, wanted) == pytest.approx(errors)
+    assert agreement.compare(found, wanted) == pytest.approx(errors)
 
 
 def test_what_is_no_number_is_the_worst_error():
-    assert parity.compare({"y": np.array([1.0, np.nan])}, {"y": ARRAY}) == {"error of y": np.inf}
+    assert agreement.compare({"y": np.array([1.0, np.nan])}, {"y": ARRAY}) == {"error of y": np.inf}
 
 
 def test_queries_that_see_nothing_have_a_log_sum_exp_alike():
     found, wanted = {"lse": np.array([1.0, -2.4e38])}, {"lse": np.array([1.0, -1.5e38])}
-    assert parity.compare(found, wanted) == {"error of lse": 0.0}
-    assert parity.compare({"lse": np.array([1.0, 0.5])}, wanted)["error of lse"] == 0.5
+    assert agreement.compare(found, wanted) == {"error of lse": 0.0}
+    assert agreement.compare({"lse": np.array([1.0, 0.5])}, wanted)["error of lse"] == 0.5
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_a_row_of_its_own(monkeypatch):
@@ -41,15 +41,15 @@ def test_a_kernel_that_is_wrong_or_fails_is_a_row_of_its_own(monkeypatch):
 
 
 def test_cases_are_what_their_names_say():
-    shape, rest = parity.CASES["decode"]
-    places = {name: np.asarray(x) for name, x in parity._options(shape, rest).items()}
+    shape, rest = attention_parity.CASES["decode"]
+    places = {name: np.asarray(x) for name, x in attention_parity._options(shape, rest).items()}
     # rows of several lengths, the last token of each a query
     assert places["q_positions"].tolist() == [[699], [602], [505]]
     assert places["k_positions"].shape == (3, 700)
-    shape, rest = parity.CASES["not causal, 72"]
-    segments = np.asarray(parity._options(shape, rest)["k_segments"])
+    shape, rest = attention_parity.CASES["not causal, 72"]
+    segments = np.asarray(attention_parity._options(shape, rest)["k_segments"])
     assert (segments[0] == 0).all()
     assert set(segments[1]) == {0, 1, 2, 3}
-    shape, rest = parity.CASES["spans"]
-    spans = np.asarray(parity._options(shape, rest)["q_spans"])
+    shape, rest = attention_parity.CASES["spans"]
+    spans = np.asarray(attention_parity._options(shape, rest)["q_spans"])
     assert set(spans[0]) == {0, 1, 2}
