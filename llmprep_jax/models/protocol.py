@@ -36,6 +36,9 @@ class Weighted(Protocol):
     def weights_among(self, names: Sequence[str]) -> Mapping[str, Any]:
         """The table for files that hold tensors of these names, where there is another form."""
 
+    def named_as(self, names: Sequence[str]) -> "Weighted":
+        """The model with that table."""
+
     @property
     def stacks(self) -> tuple[str, ...]:
         """Paths of its stacks of layers, e.g. "layers" or "language.moe_layers"."""

@@ -45,6 +45,11 @@ class BaseModel(nnx.Module):
         """The table for files that hold tensors of these names, in whichever form that is."""
         return self.weights
 
+    def named_as(self, names: Sequence[str]) -> "BaseModel":
+        """The model with the table of files that hold such names; Hugging Face's where none is of
+        another form. The weights are shared."""
+        return self
+
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
         """What parts of the model are called where a run freezes them, and the paths of each."""

@@ -100,6 +100,11 @@ class AdapterFile(SafetensorsFile):
         return super().read(self._stored[name])
 
 
+def names_in(path: str | Path) -> list[str]:
+    """The names of a file's tensors, without what wrappers and PEFT put into them."""
+    return [_plain(name).removeprefix(PREFIX) for name in SafetensorsFile(path).names]
+
+
 class _Names:
     """What tensors of an adapter are called here, whether it is of a language model or of a model
     that sees and has one.

@@ -34,12 +34,20 @@ class BaseSpelling:
         if name is None and isinstance(model, BaseModel):
             name = model.source.path
         folder = None if name is None else hub.cached(name)
-        self._table, self._folder, self._whole = table_of(model), None, None
+        self._folder, self._stored, self._whole = None, [], None
         if folder is not None and (folder / "config.json").is_file():
             self._folder = folder
+            if list(Path(folder).glob("*.safetensors")):
+                self._stored = hub.open_checkpoint(folder).names
+        self._table = table_of(self.named(model))
+        if self._folder is not None:
             kind = read_json(folder / "config.json").get("model_type")
             wholes = {whole.model_type: whole for whole in self._table.within}
             self._whole = wholes.get(kind)
+
+    def named(self, model: nnx.Module) -> nnx.Module:
+        """The model with the names of the base's form."""
+        return model.named_as(self._stored) if isinstance(model, BaseModel) else model
 
     def module(self, name: str) -> str:
         """A module's name, or a tensor's without PEFT's prefix."""
@@ -83,14 +91,12 @@ class BaseSpelling:
 
     def _names(self) -> set[str]:
         """Modules of the base's file, in this model's spelling."""
-        if self._folder is None or not list(Path(self._folder).glob("*.safetensors")):
-            return set()
         modules = set()
-        for stored in hub.open_checkpoint(self._folder).names:
+        for stored in self._stored:
             name = self._table.module_name(self._table.rename(stored)).rpartition(".")[0]
             inner = in_language(f"{name}.").removesuffix(".")
             modules |= {name, inner, f"{_BODY}{inner}"}
-        return modules | {"lm_head"}
+        return modules | {"lm_head"} if modules else set()
 
 
 def _is_in(name: str, modules: set[str]) -> bool:

@@ -23,6 +23,7 @@ from llmprep_jax.nn.linear import Einsum
 from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import adapter, biases, injection, tied, tokens, tuned
 from llmprep_jax.peft.adapter_file import PREFIX as _PREFIX
+from llmprep_jax.peft.adapter_file import names_in
 from llmprep_jax.peft.base_spelling import BaseSpelling
 from llmprep_jax.peft.expert_format import expert_layers, expert_module, tensors_of
 from llmprep_jax.peft.experts import experts, letters
@@ -121,8 +122,8 @@ def save(
     """
     if not adapter.is_adapted(model):
         raise ValueError("the model has no adapters; save_model writes whole models")
-    base, wide = adapter.strip(model), join(adapter.widen(model))
-    spelling = BaseSpelling(model, base_model)
+    spelling, base = BaseSpelling(model, base_model), adapter.strip(model)
+    wide = join(adapter.widen(spelling.named(model)))
     return save_folder(
         folder,
         spelling.config(make_config(wide, _base_name(model, base_model))),
@@ -207,7 +208,7 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
         raise ValueError("the model has adapters already; load onto lp.peft.strip(model)")
     folder = fetch(folder)
     config = read_config(folder / CONFIG, _read_json(folder))
-    file = _open(model, folder)
+    model, file = _open(model, folder)
     methods, params, kept = {}, {}, {}
     ids = config.method.trainable_token_indices
     whole = tuned.rows_of(model, _trains(model, config, file), file, _PREFIX)
@@ -223,7 +224,7 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     tied.check(model, file, _PREFIX)
     adapted = tuned.read(adapter.wrap(model, methods, params, shared, kept), whole, file)
     adapted = biases.read(adapted, of_biases, file, _PREFIX)
-    return tokens.read(adapted, ids, file, _PREFIX)
+    return tokens.read(adapted, ids, file, _PREFIX).named_as(())
 
 
 def _trains(
@@ -255,9 +256,11 @@ def _read_json(folder: Path) -> dict:
     return read_json(folder / CONFIG)
 
 
-def _open(model: nnx.Module, folder: Path) -> PartsFile:
+def _open(model: nnx.Module, folder: Path) -> tuple[nnx.Module, PartsFile]:
+    """The model with the names of the adapter's base, and the adapter's file."""
     if (folder / WEIGHTS_FILE).is_file():
-        return PartsFile(folder / WEIGHTS_FILE, model.weights, idle_modules(model))
+        model = model.named_as(names_in(folder / WEIGHTS_FILE))
+        return model, PartsFile(folder / WEIGHTS_FILE, model.weights, idle_modules(model))
     if (folder / "adapter_model.bin").is_file():
         raise ValueError(
             f"{folder} holds a pickled adapter_model.bin, which can run code when opened; where you"

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import chex
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,8 +16,10 @@ from llmprep_jax.models import deepseek_vl, registry, sam, siglip
 from llmprep_jax.models.deepseek_vl import released
 from llmprep_jax.models.deepseek_vl.processor import SYSTEM
 from llmprep_jax.weights import table
+from llmprep_jax.weights.safetensors import SafetensorsFile
 from tests.models.test_deepseek_vl2_processor import write_tokenizer
 from tests.models.test_seeing import CONFIGS
+from tests.peft.test_methods import scattered
 from tests.random_modules import random_module
 
 HIGH = "vision_model.vision_tower_high.vision_tower."
@@ -160,6 +163,41 @@ def test_folders_of_deepseeks_own_form_give_the_same_model_and_are_saved_in_hugg
     assert config["model_type"] == model.cfg.model_type
     again = lp.load_model(saved)
     assert set(dict(table.export(again, again.weights))) == set(want)
+
+
+def test_adapters_are_named_as_deepseeks_own_modules_where_the_base_is_their_folder(
+    folder, tmp_path
+):
+    model, path = folder
+    base = lp.load_model(path)
+    is_hybrid = model.cfg.high is not None
+    aligner = "vision_proj" if is_hybrid else "linear1"
+    targets = ("q_proj", "k_proj", "v_proj", "fc1", aligner)
+    adapted = scattered(lp.peft.inject(base, lp.peft.LoRA(rank=2, targets=targets)))
+    lp.peft.save(adapted, tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "adapter_config.json").read_text())
+    assert "q_proj" in config["target_modules"]  # which no module of their towers is called
+    names = SafetensorsFile(tmp_path / "own" / "adapter_model.safetensors").names
+    modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in names}
+    stored = SafetensorsFile(path / "model.safetensors").names
+    assert modules <= {name.removesuffix(".weight") for name in stored}
+    low = "vision_model.vision_tower_low" if is_hybrid else "vision_model"
+    assert modules >= {
+        "language_model.model.layers.0.self_attn.q_proj",
+        f"{low}.vision_tower.blocks.0.attn.qkv",
+        "aligner.low_up_proj" if is_hybrid else "aligner.layers.0",
+    }
+    # and in Hugging Face's names for Hugging Face's folder: both are read onto both
+    whole = lp.save_model(base, tmp_path / "whole")
+    lp.peft.save(adapted, tmp_path / "theirs", base_model=str(whole))
+    names = SafetensorsFile(tmp_path / "theirs" / "adapter_model.safetensors").names
+    assert {name.split(".")[2] for name in names} == {"model"}
+    expected = dict(table.export(lp.peft.merge(adapted), adapted.weights))
+    for one in (base, lp.load_model(whole)):
+        for name in ("own", "theirs"):
+            merged = lp.peft.merge(lp.peft.load(one, tmp_path / name))
+            found = dict(table.export(merged, merged.weights))
+            chex.assert_trees_all_close(found, expected, atol=2e-5)
 
 
 def change(name: str, value, path):

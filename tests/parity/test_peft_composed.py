@@ -3,30 +3,35 @@ presets, of the live models that see."""
 
 import copy
 import json
+from collections.abc import Callable
 
 import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 
 import llmprep_jax as lp
 from llmprep_jax.peft import LoRA
 from llmprep_jax.weights import table
 from tests.grids import cases
-from tests.models import composed
+from tests.models import composed, test_deepseek_vl_released
 from tests.parity import test_seeing, test_towers
 from tests.peft.test_methods import scattered
 
 pytestmark = pytest.mark.parity
+own_form = test_deepseek_vl_released.folder
 
 
-def stub(tensors: dict[str, np.ndarray]) -> nn.Module:
+def stub(
+    tensors: dict[str, np.ndarray], in_memory: Callable[[str], str] = composed.WEIGHTS.module_name
+) -> nn.Module:
     """Torch modules that hold the tensors, under the names that the toy has in memory."""
     root = nn.Module()
     root.prepare_inputs_for_generation = None  # PEFT keeps that of a causal language model
     for name, array in sorted(tensors.items()):
-        *path, leaf = composed.WEIGHTS.module_name(name).split(".")
+        *path, leaf = in_memory(name).split(".")
         if leaf != "weight" or array.ndim != 2:
             continue
         node = root
@@ -84,6 +89,35 @@ def test_loras_go_both_ways(tmp_path, targets, bias):
     lp.peft.save(model, tmp_path / "ours", base_model="org/base")
     theirs = peft.PeftModel.from_pretrained(stub(exported(base)), tmp_path / "ours")
     assert_merged_alike(exported(lp.peft.merge(model)), theirs.merge_and_unload(), targets[0])
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["q_proj", "qkv", "fc1"],
+        r".*aligner\.(layers\.\d|\w+_up_proj)|.*blocks\.\d+\.(attn\.qkv|mlp\.\w*\d)",
+    ],
+    ids=str,
+)
+def test_adapters_go_onto_deepseeks_own_modules_and_back(own_form, tmp_path, targets):
+    """Their code is in no package: PEFT goes by names and classes of modules alone."""
+    _, path = own_form
+    tensors, base = load_file(path / "model.safetensors"), lp.load_model(path)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+    theirs = peft.get_peft_model(stub(tensors, str), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lp.peft.load(base, tmp_path / "theirs")
+    lp.peft.save(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(stub(tensors, str), tmp_path / "ours")
+    merged = lp.peft.merge(ours).named_as(list(tensors))
+    found = dict(table.export(merged, merged.weights))
+    expected, again = [dict(x.merge_and_unload().named_parameters()) for x in (theirs, back)]
+    moved = [name for name, x in expected.items() if not np.array_equal(tensors[name], x.detach())]
+    assert len(moved) > 4
+    assert {name.split(".")[0] for name in moved} >= {"vision_model"}
+    for name in moved:
+        np.testing.assert_allclose(found[name], expected[name].detach(), atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(again[name].detach(), expected[name].detach(), atol=1e-5)
 
 
 SEEING = cases(

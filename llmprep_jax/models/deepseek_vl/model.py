@@ -124,6 +124,7 @@ class Model(ComposedModel):
     """Tokens and images [N, 384, 384, 3], in 7B also [N, 1024, 1024, 3], to logits."""
 
     towers, projectors = ("vision", "high"), ("aligner",)
+    is_released = False  # whether its tensors go by the names of DeepSeek's own code
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg, self.source = cfg, Source()
@@ -148,13 +149,22 @@ class Model(ComposedModel):
     @property
     def weights(self) -> Table:
         """The table of tensor names."""
-        return table(self.cfg)
+        own = table(self.cfg)
+        is_hybrid = self.cfg.high is not None
+        return released.table_of_released(own, is_hybrid) if self.is_released else own
 
     def weights_among(self, names: Sequence[str]) -> Table:
         """The table for files of these tensors; DeepSeek's own have other names."""
-        if not released.is_released(names):
-            return self.weights
-        return released.table_of_released(self.weights, self.cfg.high is not None)
+        return self.named_as(names).weights
+
+    def named_as(self, names: Sequence[str]) -> "Model":
+        """The model with the names of DeepSeek's own modules, where these are such."""
+        is_released = released.is_released(names)
+        if is_released == self.is_released:
+            return self
+        changed = nnx.merge(*nnx.split(self))
+        changed.is_released = is_released
+        return changed
 
     @property
     def image_sizes(self) -> dict[str, int]:

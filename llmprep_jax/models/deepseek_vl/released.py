@@ -8,6 +8,7 @@ and convolutions that follow SAM's encoder are inside it.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -101,51 +102,62 @@ def _tower(known: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> 
     return {**known[name], "image_size": given.get("image_size", 1024 if known is HIGH else 384)}
 
 
-_TOWER = r"^vision_model\.vision_tower_high\.vision_tower\."
-_SAM = "model.high_res_vision_model.vision_encoder."
-_NECK = {"0": "conv1", "1": "layer_norm1", "2": "conv2", "3": "layer_norm2"}
-_RENAMES = (
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^aligner\.layers\.0\.", "model.aligner.linear1."),
-    (r"^aligner\.layers\.2\.", "model.aligner.linear2."),
-    (r"^aligner\.layers\.1\.", "model.aligner.proj."),
-    (r"^aligner\.high_up_proj\.", "model.aligner.high_res_vision_proj."),
-    (r"^aligner\.low_up_proj\.", "model.aligner.vision_proj."),
-    *((rf"{_TOWER}neck\.{i}\.", f"{_SAM}neck.{name}.") for i, name in _NECK.items()),
+_HIGH = "vision_model.vision_tower_high.vision_tower."
+_SAM = r"^model\.high_res_vision_model\.vision_encoder\."
+_NECK = {"conv1": 0, "layer_norm1": 1, "conv2": 2, "layer_norm2": 3}
+# Hugging Face's names to theirs, the first that fits
+_NAMES = (
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.aligner\.linear1\.", "aligner.layers.0."),
+    (r"^model\.aligner\.linear2\.", "aligner.layers.2."),
+    (r"^model\.aligner\.proj\.", "aligner.layers.1."),
+    (r"^model\.aligner\.high_res_vision_proj\.", "aligner.high_up_proj."),
+    (r"^model\.aligner\.vision_proj\.", "aligner.low_up_proj."),
+    *((rf"{_SAM}neck\.{name}\.", f"{_HIGH}neck.{i}.") for name, i in _NECK.items()),
     *(
-        (rf"{_TOWER}neck_hd\.{i}\.", f"model.high_res_vision_neck.{name}.")
-        for i, name in _NECK.items()
+        (rf"^model\.high_res_vision_neck\.{name}\.", f"{_HIGH}neck_hd.{i}.")
+        for name, i in _NECK.items()
     ),
-    (rf"{_TOWER}downsamples\.0\.", "model.high_res_vision_proj.conv1."),
-    (rf"{_TOWER}downsamples\.1\.", "model.high_res_vision_proj.conv2."),
-    (rf"{_TOWER}hd_alpha_downsamples$", "model.high_res_vision_alpha"),
-    (rf"{_TOWER}patch_embed\.proj\.", f"{_SAM}patch_embed.projection."),
-    (rf"{_TOWER}blocks\.(\d+)\.norm(\d)\.", rf"{_SAM}layers.\1.layer_norm\2."),
-    (rf"{_TOWER}blocks\.", f"{_SAM}layers."),
-    (rf"{_TOWER}pos_embed$", f"{_SAM}pos_embed"),
+    (r"^model\.high_res_vision_proj\.conv1\.", f"{_HIGH}downsamples.0."),
+    (r"^model\.high_res_vision_proj\.conv2\.", f"{_HIGH}downsamples.1."),
+    (r"^model\.high_res_vision_alpha$", f"{_HIGH}hd_alpha_downsamples"),
+    (rf"{_SAM}patch_embed\.projection\.", f"{_HIGH}patch_embed.proj."),
+    (rf"{_SAM}layers\.(\{{[^}}]*\}})\.layer_norm(\d)\.", rf"{_HIGH}blocks.\1.norm\2."),
+    (rf"{_SAM}layers\.", f"{_HIGH}blocks."),
+    (_SAM, _HIGH),
 )
 _LOW = {False: "vision_model.vision_tower.", True: "vision_model.vision_tower_low.vision_tower."}
+_BEGINNINGS = ("language_model.", "aligner.", "vision_model.")
 
 
 def is_released(names: Iterable[str]) -> bool:
-    """Whether these are names of tensors in one of their folders."""
-    return any(name.startswith("language_model.") for name in names)
+    """Whether these are names of tensors in one of their folders, or of modules in their code."""
+    return any(name.startswith(_BEGINNINGS) for name in names)
 
 
 def table_of_released(table: Table, is_hybrid: bool) -> Table:
-    """A model's table for the tensors of their folders.
+    """A model's table for the tensors of their folders, which are their code's modules too.
 
     7B's two norms of towers' features are in the files and in no model, theirs included.
     """
-    rows = {path: row for path, row in table.items() if not path.startswith("vision.")}
+    rows = {
+        path: row._replace(name=_released_name(row.name))
+        for path, row in table.items()
+        if not path.startswith("vision.")
+    }
     tower = siglip.TIMM_VISION_WEIGHTS.below("vision", _LOW[is_hybrid])
     return dataclasses.replace(
         table,
         rows={**rows, **tower},
-        renames=_RENAMES,
         ignored=(*table.ignored, r"^vision_model\.(high|low)_layer_norm\."),
     )
+
+
+def _released_name(name: str) -> str:
+    """A row's name as theirs."""
+    pattern, theirs = next(pair for pair in _NAMES if re.match(pair[0], name))
+    return re.sub(pattern, theirs, name)
 
 
 def image_fields_as_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
