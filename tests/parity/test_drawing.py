@@ -110,6 +110,18 @@ def test_codes_of_pictures_agree(pair):
     assert len(np.unique(found)) > 5
 
 
+def test_what_is_quantised_of_faint_pictures_agrees(pair):
+    theirs, ours = pair
+    size = ours.cfg.vision.image_size
+    # so faint that the eps of the norms shows
+    images = 0.01 * np.random.default_rng(3).uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
+    vq = theirs.model.vqmodel
+    with torch.no_grad():
+        x = vq.quant_conv(vq.encoder(torch.tensor(images.transpose(0, 3, 1, 2))))
+        expected = torch.nn.functional.normalize(x, dim=1).flatten(2).transpose(1, 2)
+    np.testing.assert_allclose(ours.vq.latents(images), expected, atol=5e-3)
+
+
 BOS, PAD = 1, 2
 
 

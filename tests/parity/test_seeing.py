@@ -157,7 +157,7 @@ CASES = {
         _TEXT, {**_TOWER, "patch_size": 4, "mlp_ratio": 40 / 24}, {}, tie_word_embeddings=False
     ),
     "janus-tied": lambda: janus(
-        {**_TEXT, "num_key_value_heads": 4},
+        {**_TEXT, "num_key_value_heads": 4, "rms_norm_eps": 1e-2},
         {**_TOWER, "patch_size": 2, "image_size": 12, "layer_norm_eps": 1e-3},
         {"channel_multiplier": [1, 2]},
     ),
