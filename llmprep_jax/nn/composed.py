@@ -102,7 +102,8 @@ class ComposedModel(BaseModel):
         """Of a ViT without its pooling, and of what makes its features words."""
         vision, projected = self.cfg.vision, Work(self.tokens_per_image, behind=("vision",))
         attention = vision.num_layers * vision.num_tokens**2 * vision.dim
-        work = {"vision": Work(vision.num_tokens, attention), "vision.pool": Work(0)}
+        work = {"vision": Work(vision.num_tokens, attention)}
+        work |= dict.fromkeys(("vision.pool", "vision.positions"), Work(0))
         return work | dict.fromkeys(self.projectors, projected)
 
     def image_features(self, **media: Array) -> Float[Array, "B J D"]:

@@ -112,7 +112,12 @@ def test_adapters_go_onto_deepseeks_own_modules_and_back(own_form, tmp_path, tar
     merged = lp.peft.merge(ours).named_as(list(tensors))
     found = dict(table.export(merged, merged.weights))
     expected, again = [dict(x.merge_and_unload().named_parameters()) for x in (theirs, back)]
-    moved = [name for name, x in expected.items() if not np.array_equal(tensors[name], x.detach())]
+    moved = [
+        name
+        for name, x in expected.items()
+        # the pooling computes nothing, and PEFT adapts it too
+        if "attn_pool" not in name and not np.array_equal(tensors[name], x.detach())
+    ]
     assert len(moved) > 4
     assert {name.split(".")[0] for name in moved} >= {"vision_model"}
     for name in moved:

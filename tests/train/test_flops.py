@@ -19,6 +19,8 @@ from llmprep_jax.train.flops import Flops, count_flops, peak_flops
 from llmprep_jax.train.losses import training_loss
 from llmprep_jax.train.state import Split, split_model
 from tests.grids import cases
+from tests.models import test_deepseek_vl2, test_seeing
+from tests.programs import flops_of_products
 
 
 class Config:
@@ -142,3 +144,24 @@ def test_steps_of_janus_cost_what_xla_counts_to_a_twelfth(what):
         expected += flops.seen
         assert flops.drawn > 0.3 * expected
     assert abs(found / expected - 1) < 1 / 12
+
+
+SEEING = {"gemma3": 1.06, "llava": 1.21, "deepseek-vl": 1.06, "deepseek-vl2": 1.03}
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_an_image_that_is_seen_costs_the_products_of_towers_and_projectors(name):
+    """Forwards; norms and biases, which count as weights do, are hundredths of these widths, more
+    of LLaVA's five tokens, of which one is no patch."""
+    cfg = test_seeing.CONFIGS.get(name) or test_deepseek_vl2.load().cfg
+    model = registry.abstract(cfg)
+    media = {
+        kind: jax.ShapeDtypeStruct((1, 1, size, size, 3), np.float32)
+        for kind, size in model.image_sizes.items()
+    }
+    if name == "deepseek-vl2":
+        media["grids"] = jax.ShapeDtypeStruct((1, 1, 2), np.int32)
+    split = split_model(model, lambda path, _: path[0] == "language")
+    flops = count_flops(cfg, split.params, split.frozen, 1, model.image_work)
+    jaxpr = jax.make_jaxpr(lambda model, media: model.image_features(**media))(model, media).jaxpr
+    assert 1 <= flops.seen / flops_of_products(jaxpr) < SEEING[name]
