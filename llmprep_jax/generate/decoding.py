@@ -89,7 +89,9 @@ class Decoding:
         state, self._state = self._state, None
         if state is None:
             state = self._start(engine)
-        self._state = engine.advance(state, until, *settings)
+        # the first token was drawn with the prompt
+        is_there = until == 1 and self._draft is None
+        self._state = state if is_there else engine.advance(state, until, *settings)
         end = min(self._num_drawn, until)
         block_BT = np.array(self._state.tokens_BT)[:, self._num_shown : end]
         self._num_shown = end
@@ -97,7 +99,7 @@ class Decoding:
 
     def _start(self, engine: Engine) -> Any:
         self._weights = engine.weights
-        numbers = (self.max_new_tokens, self._seed, self._pad_id)
+        numbers = (self.max_new_tokens, self._seed, self._pad_id, self.stop_ids)
         extent = (self._draft, self.num_samples, self._prompt_cache, self._media)
         return engine.start(*self._prompts, self.sampling, *numbers, *extent)
 
@@ -137,7 +139,8 @@ class Decoding:
         if self._report is not None and isinstance(self._state, speculative.State):
             self._report(speculative.acceptance(self._state))
         if self._prompt_cache is not None:
-            drawn = np.array(self._state.tokens_BT)[0, : self._num_drawn]
+            read = self._num_drawn - 1  # the last was drawn, and not read
+            drawn = np.array(self._state.tokens_BT)[0, :read]
             ids = self._prompts[0][0]
             if self._media:
                 ids = cache_keys(self._model, ids, self._media)

@@ -1,10 +1,11 @@
 """Generation on the device: one prefill of the prompts, then a loop of single tokens.
 
-The loop is a `jax.lax.while_loop` over the cache, the last logits and a buffer of new tokens; it
-ends when every row has met a stop id. `decoding` runs it some tokens at a time, so that text can be
-looked at in between, and speculative decoding (`speculative`) has a loop of its own. Few programs
-are compiled: the width of prompts and the slots of a cache are powers of two, and sampling numbers,
-seeds and ids are arguments.
+The first token is drawn with the prompt. The loop is a `jax.lax.while_loop` over the cache and a
+buffer of new tokens: it reads the last token and draws the next, and ends when every row has met a
+stop id, so that no token is read after which none is drawn. `decoding` runs it some tokens at a
+time, so that text can be looked at in between, and speculative decoding (`speculative`) has a loop
+of its own. Few programs are compiled: there are two widths of prompts an octave, the slots of a
+cache are powers of two, and sampling numbers, seeds and ids are arguments.
 """
 
 import dataclasses
@@ -21,13 +22,13 @@ from flax import nnx
 from llmprep_jax.generate import layout, speculative
 from llmprep_jax.generate.media import Media, cache_keys, lay_out, spans_of
 from llmprep_jax.generate.prompt import (
-    MIN_PROMPT,
     block_size,
     bucket,
     by_row,
     check_length,
     everywhere,
     pad,
+    prompt_width,
     read_batch,
     read_prompt,
 )
@@ -48,7 +49,7 @@ class State:
     """What one decode step hands to the next.
 
     Attributes:
-      cache: keys and values. logits_BV: of the token to draw. step: tokens drawn so far.
+      cache: keys and values, of all tokens but the last. step: tokens drawn so far, one at least.
       done_B: rows that have met a stop id.
       seen_BV: tokens of the prompt and the text, with a repetition penalty; else None.
       tokens_BT, logprobs_BT: what was drawn, with room for as many as the cache has slots.
@@ -56,7 +57,6 @@ class State:
     """
 
     cache: Any
-    logits_BV: Array
     step: Array
     done_B: Array
     seen_BV: Array | None
@@ -148,6 +148,7 @@ class Engine:
         max_new_tokens: int,
         seed: int,
         pad_id: int,
+        stop_ids: Sequence[int] = (),
         draft: str | None = None,
         num_samples: int = 1,
         prompt_cache: PromptCache | None = None,
@@ -166,10 +167,11 @@ class Engine:
         speculative.check_draft(self.decoder, draft)
         tokens_BT, mask_BT = read_batch(tokens, mask, self.cfg.vocab_size)
         check_length(tokens_BT, max_new_tokens, self.cfg.max_seq_len)
-        width = bucket(tokens_BT.shape[1], MIN_PROMPT)
+        width = prompt_width(tokens_BT.shape[1])
         padded = [pad(x_BT, width) for x_BT in (tokens_BT, mask_BT)]
         with on_mesh_of(self.model):
             draws = (jax.random.key(seed), np.int32(pad_id), sampling)
+            stops = _padded(stop_ids)
             if draft is not None:
                 rows = [np.repeat(x_BT, num_samples, axis=0) for x_BT in (tokens_BT, mask_BT)]
                 media = {
@@ -181,7 +183,7 @@ class Engine:
             cache, logits_BV, num_slots = self._read(*prompt, max_new_tokens, kept)
             seen = padded if sampling.switches.penalises else None
             stepper = self.stepper(len(tokens_BT) * num_samples)
-            return _begin(stepper, cache, logits_BV, seen, *draws, num_slots, num_samples)
+            return _begin(stepper, cache, logits_BV, seen, *draws, stops, num_slots, num_samples)
 
     def _take(
         self, prompt_cache: PromptCache, tokens_BT: np.ndarray, media: Media | None
@@ -208,14 +210,14 @@ class Engine:
         """
         cache, num_known = kept or (None, 0)
         length = tokens_BT.shape[1] - num_known
-        width, inputs = bucket(length, MIN_PROMPT), None
+        width, inputs = prompt_width(length), None
         if media:
             new = (tokens_BT, mask_BT, media, width, num_known)
             *new, inputs, block = lay_out(self.model, *new)
             width = new[0].shape[1]
         else:
             new = [pad(x_BT[:, num_known:], width) for x_BT in (tokens_BT, mask_BT)]
-            block = block_size(length, width)
+            block = block_size(width)
         needed = max(width, length + max_new_tokens)
         reader = self.model_for(len(tokens_BT) * width)
         if cache is not None:
@@ -241,13 +243,13 @@ class Engine:
         media: Media,
     ) -> speculative.State:
         length, inputs = tokens_BT.shape[1], None
-        width = bucket(length, MIN_PROMPT)
+        width = prompt_width(length)
         if media:
             prompt = (tokens_BT, mask_BT, media, width)
             tokens_BT, mask_BT, inputs, block = lay_out(self.model, *prompt)
         else:
             tokens_BT, mask_BT = [pad(x_BT, width) for x_BT in (tokens_BT, mask_BT)]
-            block = block_size(length, width)
+            block = block_size(width)
         needed = speculative.num_slots(self.decoder, length, max_new_tokens)
         num_slots = bucket(max(needed, tokens_BT.shape[1]), MIN_SLOTS)
         reader, limit = self.model_for(tokens_BT.size), np.int32(max_new_tokens)
@@ -269,13 +271,10 @@ class Engine:
         """
         is_plain = isinstance(state, State)
         stepper = self.stepper(len(state.done_B), 0 if is_plain else state.drafts_BM.size)
-        # few shapes, and never an empty one: each compiles anew
-        stops = np.full(bucket(len(stop_ids), MIN_STOPS), -1, np.int32)
-        stops[: len(stop_ids)] = stop_ids
         ended_B = np.zeros(len(state.done_B), bool) if ended_B is None else ended_B
         with on_mesh_of(self.model):
             decode = _compiled(_decode if is_plain else speculative.decode, self.is_on_cpu)
-            return decode(stepper, state, np.int32(until), stops, ended_B, sampling)
+            return decode(stepper, state, np.int32(until), _padded(stop_ids), ended_B, sampling)
 
     def stepper(self, num_rows: int, num_drafts: int = 0) -> nnx.Module:
         """The layout that is fastest for a step.
@@ -310,8 +309,10 @@ def _refit(model, cache, num_slots) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("num_slots", "num_samples"))
-def _begin(model, cache, logits_BV, seen, key, pad_id, sampling, num_slots, num_samples) -> State:
-    """The state before the first draw, each prompt `num_samples` times.
+def _begin(
+    model, cache, logits_BV, seen, key, pad_id, sampling, stop_ids, num_slots, num_samples
+) -> State:
+    """The state after the first draw, each prompt `num_samples` times.
 
     Args:
       seen: tokens and mask of the prompts, if they count for a penalty.
@@ -323,9 +324,8 @@ def _begin(model, cache, logits_BV, seen, key, pad_id, sampling, num_slots, num_
         # padding is sent beyond the vocabulary, where a scatter drops it
         ids_BT = jnp.repeat(jnp.where(seen[1], seen[0], V), num_samples, axis=0)
         seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], ids_BT].set(True, mode="drop")
-    return State(
+    state = State(
         fit(cache, model.init_cache(B, num_slots)),
-        logits_BV,
         jnp.int32(0),
         jnp.zeros(B, bool),
         seen_BV,
@@ -333,6 +333,7 @@ def _begin(model, cache, logits_BV, seen, key, pad_id, sampling, num_slots, num_
         jnp.zeros((B, num_slots)),
         jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(B)),
     )
+    return _draw(state, logits_BV, stop_ids, sampling)
 
 
 @functools.cache
@@ -355,20 +356,25 @@ def _decode(model, state, until, stop_ids, ended_B, sampling) -> State:
 
 
 def _step(model: nnx.Module, stop_ids: Array, sampling: Sampling, state: State) -> State:
-    """Draws one token a row, keeps it unless the row is done, and computes the logits after it."""
+    """Reads the last token of each row, and draws the next."""
+    token_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BT, state.step - 1, 1, axis=1)
+    x_B1D = model.embed_inputs(by_row(token_B1))
+    x_B1D, cache = model.features(x_B1D, cache=state.cache)
+    logits_BV = everywhere(model.unembed(x_B1D)[:, 0])
+    return _draw(dataclasses.replace(state, cache=cache), logits_BV, stop_ids, sampling)
+
+
+def _draw(state: State, logits_BV: Array, stop_ids: Array, sampling: Sampling) -> State:
+    """Draws one token a row, and keeps it unless the row is done."""
     rows_B = jnp.arange(state.done_B.shape[0])
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.step)
-    logits_BV = shape_logits(state.logits_BV, state.seen_BV, sampling)
-    token_B = draw(logits_BV, sampling, keys_B)
-    logprob_B = jax.nn.log_softmax(state.logits_BV)[rows_B, token_B]
+    token_B = draw(shape_logits(logits_BV, state.seen_BV, sampling), sampling, keys_B)
+    logprob_B = jax.nn.log_softmax(logits_BV)[rows_B, token_B]
     keep = lambda new, old: jnp.where(state.done_B, old, new)  # noqa: E731
     token_B = keep(token_B, state.tokens_BT[:, state.step])
     seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows_B, token_B].set(True)
-    x_B1D = model.embed_inputs(by_row(token_B[:, None]))
-    x_B1D, cache = model.features(x_B1D, cache=state.cache)
     return State(
-        cache,
-        everywhere(model.unembed(x_B1D)[:, 0]),
+        state.cache,
         state.step + 1,
         state.done_B | jnp.isin(token_B, stop_ids),
         seen_BV,
@@ -376,6 +382,13 @@ def _step(model: nnx.Module, stop_ids: Array, sampling: Sampling, state: State) 
         state.logprobs_BT.at[:, state.step].set(keep(logprob_B, 0.0)),
         state.keys_B,
     )
+
+
+def _padded(stop_ids: Sequence[int]) -> np.ndarray:
+    """Stop ids in one of few shapes, and never an empty one: each compiles anew."""
+    stops = np.full(bucket(len(stop_ids), MIN_STOPS), -1, np.int32)
+    stops[: len(stop_ids)] = stop_ids
+    return stops
 
 
 _engines: list[Engine] = []  # the last one only: an engine holds a copy of the layers

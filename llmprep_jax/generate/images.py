@@ -22,13 +22,12 @@ from llmprep_jax.generate import layout
 from llmprep_jax.generate.decoding import at_least_one, read_seed
 from llmprep_jax.generate.engine import Engine, engine_of, fit
 from llmprep_jax.generate.prompt import (
-    MIN_PROMPT,
     block_size,
-    bucket,
     by_row,
     check_length,
     everywhere,
     pad,
+    prompt_width,
     read_batch,
     read_prompt,
 )
@@ -188,12 +187,12 @@ def _start(
 ) -> tuple[State, nnx.Module]:
     """The state before the first code, and the layout of the decoder that steps."""
     length = tokens_RT.shape[1]
-    width = bucket(length, MIN_PROMPT)
+    width = prompt_width(length)
     prompt = [pad(x, width) for x in (tokens_RT, mask_RT)]
     num_rows = len(tokens_RT) * num_samples
     num_pictures = num_rows if settings.guidance is None else num_rows // 2
     reader, stepper = engine.model_for(tokens_RT.size), engine.stepper(num_rows)
-    cache, x_R1D = _prefill(reader, *prompt, block=block_size(length, width))
+    cache, x_R1D = _prefill(reader, *prompt, block=block_size(width))
     sizes = dict(num_slots=engine.num_slots(max(width, length + count)), num_codes=count)
     sizes |= dict(num_samples=num_samples, num_pictures=num_pictures)
     return _begin(stepper, cache, x_R1D, key, **sizes), stepper

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmprep_jax.generate.prompt import Inputs, bucket, by_row, columns_of_blocks, pad
+from llmprep_jax.generate.prompt import (
+    Inputs,
+    bucket,
+    by_row,
+    columns_of_blocks,
+    pad,
+    prompt_width,
+)
 from llmprep_jax.nn.media import place_features
 
 Media = Mapping[str, np.ndarray]
@@ -73,7 +80,7 @@ def lay_out(
         x_BT = np.take_along_axis(x_BT[:, num_known:], np.maximum(columns_BT, 0), axis=1)
         return np.where(columns_BT >= 0, x_BT, 0)
 
-    whole_BT = pad(tokens_BT, bucket(tokens_BT.shape[1], width))
+    whole_BT = pad(tokens_BT, max(prompt_width(tokens_BT.shape[1]), width))
     at_BT = np.where(columns_BT >= 0, columns_BT + num_known, -1).astype(np.int32)
     x_BTD = _embed(model, whole_BT, at_BT, dict(media))
     spans_BT = None if spans_BT is None else take(spans_BT)

@@ -51,7 +51,6 @@ def expected(name):
 @pytest.mark.parametrize("block", [None, 4, 8])
 def test_rows_of_unlike_images_generate_as_each_alone_from_full_passes(name, block, monkeypatch):
     if block is not None:
-        monkeypatch.setattr(prompts, "MIN_BLOCK", block)
         monkeypatch.setattr(prompts, "MAX_BLOCK", block)
     found = lp.generate_tokens(
         seeing(name), ROWS, max_new_tokens=NEW, media={"images": IMAGES}, pad_id=IMAGE - 1
@@ -201,7 +200,6 @@ def test_runs_that_a_block_would_cut_begin_the_next_one():
 
 
 def test_a_block_is_as_long_as_the_longest_run(monkeypatch):
-    monkeypatch.setattr(prompts, "MIN_BLOCK", 4)
     monkeypatch.setattr(prompts, "MAX_BLOCK", 4)
     spans = np.array([[0, 0, 1, 1, 1, 0, 2, 2, 2, 2, 0, 0]])
     columns, block = columns_of_blocks(np.ones((1, 12), bool), spans, 12, 16)

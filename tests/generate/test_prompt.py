@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from llmprep_jax.generate.prompt import block_size, bucket, read_prompt
+from llmprep_jax.generate.prompt import block_size, prompt_width, read_prompt
 from tests.models.tiny import make_model, make_tokens
 
 
@@ -44,9 +44,8 @@ def test_blocks_change_neither_hidden_states_nor_what_is_decoded_after_them(name
     np.testing.assert_allclose(after_blocks, after, atol=1e-5)
 
 
-def test_a_prompt_is_read_at_once_or_by_quarters_that_are_not_all_padding():
-    found = {length: block_size(length, bucket(length, 32)) for length in (1, 32, 100, 128)}
-    assert found == {1: 32, 32: 32, 100: 128, 128: 128}
-    found = {length: block_size(length, bucket(length, 32)) for length in (129, 192, 193, 300, 385)}
-    assert found == {129: 64, 192: 64, 193: 256, 300: 128, 385: 512}
-    assert [block_size(length, bucket(length, 32)) for length in (5000, 20000)] == [2048, 4096]
+def test_prompts_have_two_widths_an_octave_and_long_ones_are_read_in_blocks():
+    widths = {1: 32, 32: 32, 33: 48, 48: 48, 49: 64, 96: 96, 97: 128, 129: 192, 193: 256, 385: 512}
+    assert {length: prompt_width(length) for length in widths} == widths
+    blocks = {32: 32, 192: 192, 4096: 4096, 6144: 3072, 8192: 4096, 24576: 4096}
+    assert {width: block_size(width) for width in blocks} == blocks

@@ -15,6 +15,7 @@ import scipy.stats
 
 import llmprep_jax as lp
 from llmprep_jax.generate import engine
+from llmprep_jax.generate import prompt as prompts
 from llmprep_jax.generate.decoding import generate_tokens, stream_tokens
 from llmprep_jax.generate.engine import Engine
 from llmprep_jax.generate.sampler import Sampling, shape_logits
@@ -76,7 +77,7 @@ def test_one_row_with_a_penalty_is_answered_as_without_drafts():
 def start(num_mtp=2):
     """Three ragged rows in which as many drafts were verified as give 8 tokens each."""
     sampling, engine = Sampling(**SAMPLED), Engine(model_with(num_mtp))
-    state = engine.start(PROMPTS[:3], MASK[:3], sampling, NEW, 0, 0, "mtp")
+    state = engine.start(PROMPTS[:3], MASK[:3], sampling, NEW, 0, 0, (), "mtp")
     return engine.advance(state, 8, [NOWHERE], sampling), sampling
 
 
@@ -134,7 +135,7 @@ def small(num_mtp):
 @pytest.fixture
 def few_slots(monkeypatch):
     """Room for prompts of 4 tokens and 8 more, in which the small model's programs are shared."""
-    monkeypatch.setattr(engine, "MIN_PROMPT", 4)
+    monkeypatch.setattr(prompts, "MIN_PROMPT", 4)
     monkeypatch.setattr(engine, "MIN_SLOTS", 32)
 
 
@@ -259,7 +260,7 @@ def test_a_draft_that_there_is_not_is_refused_on_one_line(model, draft, problem)
 
 def test_the_caches_of_a_lone_row_are_the_power_of_two_above_its_text(monkeypatch):
     monkeypatch.setattr(engine, "MIN_SLOTS", 1)
-    lone, prompt = Engine(model_with(1)), (PROMPTS[:1], None, Sampling(), 60, 0, 0, "mtp")
+    lone, prompt = Engine(model_with(1)), (PROMPTS[:1], None, Sampling(), 60, 0, 0, (), "mtp")
     found = []
     jax.eval_shape(lambda: found.extend(c.num_slots for c in lone.start(*prompt).cache))
     assert found == [128, 128]  # of 32 + 59 + 2

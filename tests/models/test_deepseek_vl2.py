@@ -220,7 +220,6 @@ def test_a_prompt_that_is_read_in_blocks_is_answered_as_the_whole(block, monkeyp
     whole = lp.generate_tokens(model, given["tokens"], given["mask"], **settings)
     first = [np.argmax(logits[-1]) for logits in logits_of_rows()]
     np.testing.assert_array_equal(np.asarray(whole)[:, 0], first)
-    monkeypatch.setattr(prompts, "MIN_BLOCK", block)
     monkeypatch.setattr(prompts, "MAX_BLOCK", block)
     found = lp.generate_tokens(model, given["tokens"], given["mask"], **settings)
     np.testing.assert_array_equal(found, whole)
@@ -354,7 +353,12 @@ def loss_and_gradients(model, given):
 @pytest.mark.parametrize(
     "axes",
     cases(
-        [{"fsdp": 4}, {"tensor": 2}, {"expert": 4}, {"fsdp": 2, "tensor": 2, "expert": 2}],
+        [
+            {"fsdp": 8},
+            {"data": 4, "tensor": 2},
+            {"data": 2, "expert": 4},
+            {"fsdp": 2, "tensor": 2, "expert": 2},
+        ],
         slow=[{"fsdp": 2, "tensor": 2, "expert": 2}],
     ),
     ids=str,
