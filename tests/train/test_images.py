@@ -169,3 +169,27 @@ def test_bytes_without_a_mean_and_models_of_text_refuse_images():
     language = seeing.seeing(NAME).language
     with pytest.raises(ValueError, match="reads text only; leave images out"):
         next_token_loss(language, text | {"images": batch["images"]}, pixels=PIXELS)
+
+
+def test_a_batch_without_images_runs_no_tower():
+    """Texts alone, of which a loop of one's own need not make room for pictures."""
+    model = jax.eval_shape(lambda: seeing.seeing(NAME))
+    leaves = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(model)]
+
+    def used(batch: dict) -> set[str]:
+        """Parts whose weights are in the program."""
+
+        def loss(model, batch):
+            return next_token_loss(model, batch, pixels=PIXELS).total
+
+        jaxpr = jax.make_jaxpr(loss)(model, batch).jaxpr
+        read = {id(x) for eqn in jaxpr.eqns for x in eqn.invars}
+        weights = zip(leaves, jaxpr.invars[: len(leaves)], strict=True)
+        return {
+            path.strip(".[]'").split(".")[0].split("'")[0] for path, x in weights if id(x) in read
+        }
+
+    whole = make_batch()
+    text = {name: x for name, x in whole.items() if name not in ("images", "image_mask")}
+    assert used(text) == {"language"}
+    assert used(whole) > {"language"}
