@@ -118,7 +118,6 @@ def test_a_code_depends_on_those_before_it_alone():
     np.testing.assert_array_equal(moved > 0, np.arange(EACH) < 6)
 
 
-@pytest.mark.slow
 def test_every_weight_has_a_share_in_what_a_saved_model_is_compared_by():
     ours = model()
     graph, state = nnx.split(ours)
