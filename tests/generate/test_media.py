@@ -178,7 +178,7 @@ def test_a_logit_depends_on_what_its_token_sees_and_on_nothing_else(name):
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}], ids=str)
-@pytest.mark.parametrize("name", ["llama-tied-9-3-heads", "gemma3"])
+@pytest.mark.parametrize("name", cases(["llama-tied-9-3-heads", "gemma3"], fast=["gemma3"]))
 def test_a_mesh_gives_the_logits_of_one_device(name, axes):
     tokens = np.array([prompt(2, 0, 2, 0, 2), prompt(4, 0, 6)] * 2)
     images = np.stack([pictures(2, seed) for seed in range(4)])

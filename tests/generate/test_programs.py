@@ -23,6 +23,13 @@ from tests.random_modules import random_module
 LONG = dataclasses.replace(CONFIGS["llama-tied-9-3-heads"], num_layers=1, max_seq_len=1024)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_to_look_through():
+    """The collector sees what tests make from here on; six times all there is takes seconds."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def traces(monkeypatch):
     """How often a prefill and a decode step were traced, which is once a program."""

@@ -272,7 +272,8 @@ def test_which_token_images_are_is_read_off_the_tokenizer_where_config_does_not_
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
     model = lp.load_model(tmp_path)
     assert model.image_id == expected
-    assert lp.load_model(lp.save_model(model, tmp_path / "saved")).image_id == expected
+    if said is None:  # what is said is saved as it is, in the test below
+        assert lp.load_model(lp.save_model(model, tmp_path / "saved")).image_id == expected
 
 
 @pytest.mark.parametrize("name", cases(NAMES, fast=["mla_noaux"]))

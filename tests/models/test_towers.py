@@ -12,6 +12,7 @@ from llmprep_jax.models import clip, registry, siglip
 from llmprep_jax.nn.stack import unstack
 from llmprep_jax.train.contrastive import sum_pairs
 from llmprep_jax.weights import table
+from tests.grids import cases
 from tests.models.test_golden import load
 from tests.models.towers import CONFIGS, END, make_images, make_texts, make_towers
 
@@ -127,7 +128,7 @@ def test_stacks_and_lists_of_layers_stop_at_the_same():
     np.testing.assert_allclose(listed.vision.features(images, -1), some, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases(NAMES, fast=["clip"]))
 def test_features_stop_where_they_are_told(name):
     tower, images = model_of(name).vision, make_images(2)
     all_but_one = tower.features(images, -1)

@@ -28,6 +28,7 @@ from llmprep_jax.train.trainer import FitConfig, Trainer
 from tests.train.toy import Rows, make_batch, params_of, toy
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+grid = functools.partial(pytest.param, marks=pytest.mark.grid)
 SIGNS = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 MESH = {"fsdp": 4, "tensor": 2}
 CFG = OptimConfig(lr=1e-2, warmup_steps=2, optimizer="adamw8bit")
@@ -292,7 +293,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 @pytest.mark.parametrize(
     ("shape", "spec"),
     [
-        ((8, 2048), ("tensor", "fsdp")),  # whole blocks on every device
+        grid((8, 2048), ("tensor", "fsdp")),  # whole blocks on every device
         ((8, 576), ("tensor", "fsdp")),  # blocks of 192, shares of 144
         slow((8, 256), (None, ("fsdp", "tensor"))),  # one block over all devices
         slow((128, 16), ("fsdp", "tensor")),  # blocks along the first dimension
@@ -327,7 +328,7 @@ def test_a_mesh_trains_like_one_device():
     np.testing.assert_allclose(losses, alone, rtol=1e-4)
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [grid(False), True])
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path, offload):
     cfg = OptimConfig(lr=1e-2, warmup_steps=2, optimizer="adamw8bit", offload=offload)
     batches = [make_batch(i) for i in range(6)]
@@ -361,7 +362,7 @@ def test_a_run_may_go_on_with_its_moments_elsewhere(tmp_path):
     assert_equal(run("parts", 3, False), whole)
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", [grid(False), True])
 def test_a_checkpoint_restores_onto_another_mesh(tmp_path, offload):
     cfg = OptimConfig(lr=1e-2, warmup_steps=2, optimizer="adamw8bit", offload=offload)
     _, state = go_on(*start(cfg), [make_batch()])

@@ -1,6 +1,7 @@
 """Attention against a float64 loop, `chunked` against the reference; meshes; memory."""
 
 import dataclasses
+import itertools
 import re
 import warnings
 
@@ -13,6 +14,7 @@ import pytest
 from llmprep_jax.kernels.flash_attention import api, attention, chunked
 from llmprep_jax.kernels.platforms import tell_once
 from llmprep_jax.sharding import make_mesh, spec, use_mesh
+from tests.grids import cases
 from tests.kernels.flash_attention.problems import Problem, alibi, assert_close, run
 
 P = Problem
@@ -126,7 +128,7 @@ def test_lse_takes_sinks_in_and_has_a_gradient():
         s = jnp.einsum("btnh,bsh->btns", q, k[:, :, 0]) * 8**-0.5
         return jnp.logaddexp(jax.nn.logsumexp(s, axis=-1), sinks).sum()
 
-    found, wanted = [jax.value_and_grad(f, argnums=(0, 1))(q, sinks) for f in (lse, plain)]
+    found, wanted = [jax.jit(jax.value_and_grad(f, (0, 1)))(q, sinks) for f in (lse, plain)]
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -210,8 +212,17 @@ def test_few_blocks_are_written_out_each_with_the_keys_up_to_its_end():
 MESHES = {"heads": dict(fsdp=2, tensor=4), "rows": dict(fsdp=2, data=4), "all": dict(tensor=8)}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("heads", [(8, 4), (8, 2), (24, 3), (8, 1)], ids=str)
+# each mesh, and key heads that it divides, has fewer of, or cannot divide
+ON_MESHES = cases(
+    itertools.product(MESHES, [(8, 4), (8, 2), (24, 3), (8, 1)]),
+    fast=[
+        *[("heads", (8, 2)), ("heads", (24, 3)), ("rows", (8, 4))],
+        *[("all", (8, 4)), ("all", (8, 1))],
+    ],
+)
+
+
+@pytest.mark.parametrize(("mesh", "heads"), ON_MESHES, ids=str)
 def test_a_mesh_changes_nothing(mesh, heads):
     N, K = heads
     arrays = qkv(N, K, 12, 12, 8, 4)

@@ -1,6 +1,7 @@
 """Caches in pages and of 8 bits: what each backend computes from them, and what it holds."""
 
 import functools
+import itertools
 import re
 
 import chex
@@ -42,6 +43,12 @@ def run(options, impl):
     return dict(zip(("o", "lse"), call(**arrays), strict=True))
 
 
+@functools.cache
+def wanted_of(cache: Cached):
+    """The reference of its rows, which each backend is compared with."""
+    return run(cache.problem()[1], "reference")
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Of which rows have several; some tiles have pages, some pages have tiles."""
@@ -60,8 +67,7 @@ BLOCKS = {
 @pytest.mark.parametrize("cache", cases(CACHES, fast=FAST), ids=str)
 def test_a_cache_is_the_rows_that_it_holds(cache, impl, recwarn):
     tell_once.cache_clear()
-    stored, rows = cache.problem()
-    found, wanted = run(stored, impl), run(rows, "reference")
+    found, wanted = run(cache.problem()[0], impl), wanted_of(cache)
     assert not [x for x in recwarn if "another takes its place" in str(x.message)]
     assert_close(found, wanted, 2e-2 if cache.bits == 16 else 1e-5)
 
@@ -159,13 +165,23 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("mesh", [None, dict(data=2, tensor=2, fsdp=2)], ids=str)
-@pytest.mark.parametrize("cache", LAYERS, ids=str)
+MESH = dict(data=2, tensor=2, fsdp=2)
+
+
+# fewer heads than devices are cut out on a mesh, and read where they lie without one
+@pytest.mark.parametrize(
+    ("cache", "mesh"),
+    cases(
+        itertools.product(LAYERS, [None, MESH]),
+        fast=[(LAYERS[0], MESH), (LAYERS[1], None)],
+        slow=[(LAYERS[1], MESH)],
+    ),
+    ids=str,
+)
 def test_a_layer_among_others_is_read_where_it_lies(monkeypatch, cache, mesh):
     monkeypatch.setattr(layers, "platform", lambda: "tpu")
     monkeypatch.setattr(layers, "SLOTS", 32)
-    stored, rows = cache.problem()
-    wanted = run(rows, "reference")
+    stored, wanted = cache.problem()[0], wanted_of(cache)
     for name in {"k", "v", "k_scales", "v_scales"} & set(stored):
         if stored[name] is not None:  # what the others hold is wrong
             stored[name] = jnp.stack([stored[name] * 0 + 3, stored[name], stored[name] * 0])
