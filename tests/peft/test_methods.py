@@ -178,7 +178,7 @@ def test_a_folder_holds_the_adapter_and_opens_again(method, tmp_path):
     assert_near(lp.peft.load(base(), folder), trained(method), 1e-7)
 
 
-@on_kinds("lokr", "whole")
+@on_kinds("whole", fast=("vera",))
 def test_layers_in_a_list_say_the_same_and_save_the_same(name, tmp_path):
     model = trained(METHODS[name])
     graph, state = nnx.split(model)
@@ -216,7 +216,7 @@ def test_an_adapted_model_generates_what_its_merged_one_does(name, num_rows):
     np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
 
 
-@on_kinds("dora", "ia3", "tables", fast=("vera",))
+@on_kinds("dora", fast=("vera",))
 def test_gradients_are_the_same_rematerialised(name):
     plain, again = [
         random_module(lambda remat=remat: lp.peft.inject(small(remat), METHODS[name]))

@@ -238,7 +238,7 @@ def test_a_packed_model_generates_and_decodes_with_an_absorbed_packed_matrix(loa
     ("kind", "packed", "stacks"),
     [
         ("int8", r"moe_layers\..*(kv_b|experts\..*)", "moe_layers"),
-        pytest.param("nf4", r".*_layers\..*", ".*_layers", marks=pytest.mark.slow),
+        pytest.param("nf4", r".*_layers\..*", ".*_layers", marks=pytest.mark.grid),
     ],
     ids=["some", "all"],  # all layers compile for half a minute
 )
