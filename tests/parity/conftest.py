@@ -2,12 +2,15 @@
 
 import functools
 import os
+import pathlib
 
 import jax
 import pytest
 import torch
+import transformers
 
 import llmprep_jax as lp
+from configs.data.shipped import find_smollm2
 from tests.parity import torch_models
 from tests.quick_compile import make_room, quick_compile
 
@@ -39,6 +42,15 @@ def compiled_as_users_do():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The path of SmolLM2's weights, and transformers' reading of them, which takes long."""
+    path = pathlib.Path(find_smollm2())
+    return path, transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Sampling and real text against transformers: SmolLM2's weights say the same, word for word."""
 
-import pathlib
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import transformers
 from transformers.generation import logits_process
 
 import llmprep_jax as lp
-from configs.data.shipped import find_smollm2
 from llmprep_jax.generate.sampler import Sampling, shape_logits
 
 pytestmark = pytest.mark.parity
@@ -66,12 +63,12 @@ def test_the_distribution_drawn_from_is_transformers(settings):
 
 
 @pytest.mark.usefixtures("compiled_as_users_do")
-def test_smollm2_answers_ten_questions_as_in_transformers():
-    path = pathlib.Path(find_smollm2())
+def test_smollm2_answers_ten_questions_as_in_transformers(smollm2):
     # weights, tokenizer and chat template are transformers' own reading of the file
-    file = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**file, padding_side="left")
+    path, theirs = smollm2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, padding_side="left"
+    )
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
@@ -80,7 +77,6 @@ def test_smollm2_answers_ten_questions_as_in_transformers():
         ids = theirs.generate(**inputs, max_new_tokens=64, do_sample=False)
     new = ids[:, inputs["input_ids"].shape[1] :]
     expected = tokenizer.batch_decode(new, skip_special_tokens=True)
-    del theirs
     found = lp.generate(lp.load_model(path), lp.load_processor(path), chats, max_new_tokens=64)
     assert found == expected
     assert "Paris" in found[0]

@@ -152,9 +152,9 @@ def test_presets_go_both_ways_with_a_projector_trained_whole(seeing, preset, tmp
     model = scattered(lp.peft.inject(ours, method))
     lp.peft.save(model, tmp_path / "ours")
     wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
-    found = np.asarray(model(tokens, **images, mask=mask).logits)[mask]
+    found = test_seeing.forward(model, tokens, mask, images)[mask]
     np.testing.assert_allclose(found, logits_of(wrapped, tokens, mask, images), atol=1e-4)
-    plain = np.asarray(ours(tokens, **images, mask=mask).logits)[mask]
+    plain = test_seeing.forward(ours, tokens, mask, images)[mask]
     assert np.abs(found - plain).max() > 1e-2
 
     is_language = [".language_model." in name for name, _ in adapted_by(wrapped, "lora_A")]
@@ -176,11 +176,11 @@ def test_presets_go_both_ways_with_a_projector_trained_whole(seeing, preset, tmp
                     parameter.add_(0.1 * torch.randn_like(parameter))
     wrapped.save_pretrained(tmp_path / "theirs")
     again = lp.peft.load(ours, tmp_path / "theirs")
-    found = np.asarray(again(tokens, **images, mask=mask).logits)[mask]
+    found = test_seeing.forward(again, tokens, mask, images)[mask]
     np.testing.assert_allclose(found, logits_of(wrapped, tokens, mask, images), atol=1e-4)
     merged = lp.peft.merge(again)
     np.testing.assert_allclose(
-        np.asarray(merged(tokens, **images, mask=mask).logits)[mask], found, atol=1e-4
+        test_seeing.forward(merged, tokens, mask, images)[mask], found, atol=1e-4
     )
 
 
