@@ -11,6 +11,7 @@ import concurrent.futures
 import os
 import pathlib
 import sys
+import tempfile
 import time
 
 import rich
@@ -25,15 +26,17 @@ def main(arguments: list[str]) -> None:
     out = pathlib.Path(out or "runs/notebooks")
     names = [a for a in arguments if not a.startswith("out=")]
     out.mkdir(parents=True, exist_ok=True)
-    # outputs are of any machine: no warnings with its paths, no file that is shown by its own
-    os.environ |= {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "2"}
     files = [FOLDER / f"{n}.py" for n in names or all_names()]
-    # a kernel a core: most of a notebook's time is compiling, which uses one
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = [pool.submit(run, file, out / f"{file.stem}.ipynb") for file in files]
-        done = concurrent.futures.as_completed(runs)
-        for one in rich.progress.track(done, "notebooks", len(runs)):
-            rich.print(one.result())
+    with tempfile.TemporaryDirectory() as programs:
+        # outputs are of any machine: no warnings with its paths, no file that is shown by its own
+        os.environ |= {"PYTHONWARNINGS": "ignore", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = programs  # two generate with the same model
+        # a kernel a core: most of a notebook's time is compiling, which uses one
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            runs = [pool.submit(run, file, out / f"{file.stem}.ipynb") for file in files]
+            done = concurrent.futures.as_completed(runs)
+            for one in rich.progress.track(done, "notebooks", len(runs)):
+                rich.print(one.result())
     rich.print(f"with their outputs: {out}")
 
 
