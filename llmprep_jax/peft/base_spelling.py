@@ -5,7 +5,7 @@ what it finds no module for; so what is saved for such a base is spelled as tran
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ from llmprep_jax.weights.folder import read_json
 _BODY = "model."
 _LISTS = ("target_modules", "target_parameters", "modules_to_save", "feedforward_modules")
 _OBJECTS = ("rank_pattern", "alpha_pattern")
+
+
+def named_as(model: nnx.Module, names: Sequence[str]) -> nnx.Module:
+    """The model with the names of the form that such are of; other modules have one form."""
+    return model.named_as(names) if isinstance(model, BaseModel) else model
 
 
 class BaseSpelling:
@@ -47,7 +52,7 @@ class BaseSpelling:
 
     def named(self, model: nnx.Module) -> nnx.Module:
         """The model with the names of the base's form."""
-        return model.named_as(self._stored) if isinstance(model, BaseModel) else model
+        return named_as(model, self._stored)
 
     def module(self, name: str) -> str:
         """A module's name, or a tensor's without PEFT's prefix."""

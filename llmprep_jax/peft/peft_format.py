@@ -24,7 +24,7 @@ from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.peft import adapter, biases, injection, tied, tokens, tuned
 from llmprep_jax.peft.adapter_file import PREFIX as _PREFIX
 from llmprep_jax.peft.adapter_file import names_in
-from llmprep_jax.peft.base_spelling import BaseSpelling
+from llmprep_jax.peft.base_spelling import BaseSpelling, named_as
 from llmprep_jax.peft.expert_format import expert_layers, expert_module, tensors_of
 from llmprep_jax.peft.experts import experts, letters
 from llmprep_jax.peft.fused_format import PartsFile, join, join_tensors, marks, split_names
@@ -224,7 +224,7 @@ def load(model: nnx.Module, folder: str | Path) -> nnx.Module:
     tied.check(model, file, _PREFIX)
     adapted = tuned.read(adapter.wrap(model, methods, params, shared, kept), whole, file)
     adapted = biases.read(adapted, of_biases, file, _PREFIX)
-    return tokens.read(adapted, ids, file, _PREFIX).named_as(())
+    return named_as(tokens.read(adapted, ids, file, _PREFIX), ())
 
 
 def _trains(
@@ -259,7 +259,7 @@ def _read_json(folder: Path) -> dict:
 def _open(model: nnx.Module, folder: Path) -> tuple[nnx.Module, PartsFile]:
     """The model with the names of the adapter's base, and the adapter's file."""
     if (folder / WEIGHTS_FILE).is_file():
-        model = model.named_as(names_in(folder / WEIGHTS_FILE))
+        model = named_as(model, names_in(folder / WEIGHTS_FILE))
         return model, PartsFile(folder / WEIGHTS_FILE, model.weights, idle_modules(model))
     if (folder / "adapter_model.bin").is_file():
         raise ValueError(
