@@ -28,6 +28,8 @@ def little_to_look_through():
     """The collector sees what tests make from here on; six times all there is takes seconds."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
