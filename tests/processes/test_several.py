@@ -124,7 +124,7 @@ def test_processes_agree_or_are_refused(found):
     assert all(process["apart"].startswith(apart) for process in found)
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.grid)])
 def test_a_run_of_two_processes_goes_on_with_another_number_of_them(folder, count):
     """Saved at step 2; steps 3 and 4 are known from the two processes' own going on."""
     devices = max(4, 2 * count)
