@@ -106,7 +106,7 @@ def test_what_is_not_learnt_to_draw_is_an_error():
         drawing_study.check(drawing_study.Settings(least=0.7), results)
 
 
-@pytest.mark.slow
+@pytest.mark.grid  # a minute
 def test_the_study_draws_and_says_what_came_of_it(tmp_path):
     sizes = ["vq_steps=4", "one_steps=2", "steps=2", "least=0", "most_loss=100", "codes=8"]
     with pytest.raises(RuntimeError, match="of 16 codes are drawn back"):

@@ -27,6 +27,7 @@ def test_the_study_of_adapters_writes_a_row_for_each_method(tmp_path):
     assert outputs["figure"].stat().st_size > 10_000
 
 
+@pytest.mark.grid  # half a minute
 def test_the_study_of_balance_moves_biases_alone_where_it_says_so(tmp_path):
     outputs = moe_balance.main(["steps=3", "seeds=1", f"out={tmp_path}"])
     results = json.loads(outputs["numbers"].read_text())["results"]
@@ -38,6 +39,7 @@ def test_the_study_of_balance_moves_biases_alone_where_it_says_so(tmp_path):
     assert len(outputs["table"].read_text().splitlines()) == 5
 
 
+@pytest.mark.grid  # half a minute
 def test_the_study_of_further_tokens_drafts_the_same_text(tmp_path):
     outputs = mtp.main(["steps=2", "seeds=1", f"out={tmp_path}"])
     results = json.loads(outputs["numbers"].read_text())["results"]

@@ -34,7 +34,7 @@ print(float(call.call()) > 0, generation._generator("ours", cfg)(np.ones((1, 4),
 """
 
 
-@pytest.mark.slow  # a fresh process, which compiles a step and a generation
+@pytest.mark.grid  # a fresh process, which compiles a step and a generation for a minute
 def test_a_machine_without_loaders_of_data_trains_and_generates():
     command = [sys.executable, "-c", BARE]
     quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
