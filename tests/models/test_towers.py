@@ -1,5 +1,6 @@
 """CLIP and SigLIP: golden numbers of transformers, and laws that any tower keeps."""
 
+import contextlib
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from llmprep_jax.models import clip, registry, siglip
 from llmprep_jax.nn.stack import unstack
+from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train.contrastive import sum_pairs
 from llmprep_jax.weights import table
 from tests.grids import cases
@@ -117,6 +119,18 @@ def test_a_frozen_model_encodes_as_it_did_when_it_was_made(name):
         np.testing.assert_allclose(one, same, atol=1e-6)
     with pytest.raises(ValueError, match="outside the vocabulary of 40"):
         frozen.encode_text(np.array([[5, 40]], np.int32))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "axes"), [("bfloat16", None), ("float32", {"fsdp": 4, "tensor": 2})], ids=str
+)
+def test_a_frozen_model_encodes_alike_in_bf16_and_on_a_mesh(dtype, axes):
+    with contextlib.nullcontext() if axes is None else use_mesh(make_mesh(axes)):
+        model = make_towers("clip", dtype=dtype)
+    tokens, images = make_texts(8), make_images(8)
+    found, atol = model.frozen(), 1e-6 if dtype == "float32" else 0.02
+    np.testing.assert_allclose(found.encode_text(tokens), model.encode_text(tokens), atol=atol)
+    np.testing.assert_allclose(found.encode_image(images), model.encode_image(images), atol=atol)
 
 
 def test_stacks_and_lists_of_layers_stop_at_the_same():
