@@ -97,8 +97,8 @@ def choose(model: nnx.Module, names: Targets) -> list[str]:
     that does: a projector's name takes all that it is made of.
 
     Raises:
-      ValueError: a name matches no module, some layers of a stack alone, a packed one, or the head
-        of a model that ties it.
+      ValueError: a name matches no module, some layers of a stack alone, a packed one, a table of
+        positions, or the head of a model that ties it.
     """
     if not names:
         return []
@@ -110,6 +110,11 @@ def choose(model: nnx.Module, names: Targets) -> list[str]:
     refuse_head(model, names)
     paths = select(names, known, label="module to save", kind="module with weights")
     for path in paths:
+        if "table" in modules[path]:
+            raise ValueError(
+                f"{path} is a table of positions, and no module to save: targets beside it adapt;"
+                " where it is to change, train the model itself, with freeze= on all else"
+            )
         if "w" not in modules[path] and "scale" not in modules[path]:
             raise ValueError(f"{path} is packed, and cannot be trained whole; target it instead")
     return paths

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import llmprep_jax as lp
 from llmprep_jax.models import clip, registry, siglip
+from llmprep_jax.nn.param import AdapterParam
 from llmprep_jax.nn.stack import unstack
+from llmprep_jax.peft import LoRA
 from llmprep_jax.sharding import make_mesh, use_mesh
 from llmprep_jax.train.contrastive import sum_pairs
 from llmprep_jax.weights import table
@@ -131,6 +134,21 @@ def test_a_frozen_model_encodes_alike_in_bf16_and_on_a_mesh(dtype, axes):
     found, atol = model.frozen(), 1e-6 if dtype == "float32" else 0.02
     np.testing.assert_allclose(found.encode_text(tokens), model.encode_text(tokens), atol=atol)
     np.testing.assert_allclose(found.encode_image(images), model.encode_image(images), atol=atol)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frozen_model_keeps_its_adapters(name):
+    model, tokens, images = model_of(name), make_texts(2), make_images(2)
+    adapted = lp.peft.inject(model, LoRA(rank=2, targets=("q_proj", "fc1")))
+    graph, trained, rest = nnx.split(adapted, AdapterParam, ...)
+    moved = jax.tree.map(lambda x: x + 0.3, trained)
+    adapted = nnx.merge(graph, moved, rest)
+    found = adapted.frozen()
+    for kind, inputs in (("text", tokens), ("image", images)):
+        encode = f"encode_{kind}"
+        expected = getattr(adapted, encode)(inputs)
+        assert np.abs(expected - getattr(model, encode)(inputs)).max() > 1e-3
+        np.testing.assert_allclose(getattr(found, encode)(inputs), expected, atol=1e-6)
 
 
 def test_stacks_and_lists_of_layers_stop_at_the_same():

@@ -15,6 +15,7 @@ from llmprep_jax.peft.tuned import tuned
 from llmprep_jax.train.flops import count_flops
 from llmprep_jax.train.state import split_model
 from tests.models.tiny import forward, make_model, make_tokens
+from tests.models.towers import make_towers
 
 TIED, UNTIED = "llama-tied-9-3-heads", "qwen2-window"
 HEAD = "base_model.model.lm_head.weight"
@@ -122,6 +123,12 @@ def test_packed_layers_are_not_trained_whole():
     method = LoRA(rank=2, targets=("up_proj",), modules_to_save=("v_proj",))
     with pytest.raises(ValueError, match=r"layers.attn.v is packed.*; target it instead"):
         lp.peft.inject(model, method)
+
+
+def test_a_table_of_positions_is_not_trained_whole_and_the_reason_is_said():
+    method = LoRA(rank=2, targets=("q_proj",), modules_to_save=("position_embedding",))
+    with pytest.raises(ValueError, match=r"text.positions is a table of positions.* freeze= on"):
+        lp.peft.inject(make_towers("clip"), method)
 
 
 def test_what_the_copy_replaces_costs_no_flops():
