@@ -111,10 +111,6 @@ class Engine:
         )
 
     @functools.cached_property
-    def _listed(self) -> nnx.Module:
-        return layout.listed(self.decoder)
-
-    @functools.cached_property
     def _row_wise(self) -> nnx.Module:
         return layout.row_wise(self.decoder)
 
@@ -130,15 +126,12 @@ class Engine:
     def model_for(self, num_tokens: int) -> nnx.Module:
         """The layout that is fastest for so many tokens at once.
 
-        SmolLM2 in milliseconds, scanned, listed, row-wise: one token 28, 23, 19 in float32 and 50,
-        42, 11 in bf16; eight 48, 67, 69 and 94, 41, 83.
+        SmolLM2 in milliseconds, as it is and row-wise: eight tokens 60 and 72 in float32, 59 and 41
+        in bf16; 512 tokens 713 and 714, 571 and 457 (two cores of Zen 4).
         """
-        if not self._has_layouts:
-            return self.decoder
-        if num_tokens == 1:
-            return self._row_wise
-        as_it_is = self.cfg.compute.operand_dtype == jnp.float32 and not self._is_packed
-        return self.decoder if as_it_is else self._listed
+        is_float32 = self.cfg.compute.operand_dtype == jnp.float32
+        as_it_is = num_tokens > 1 and is_float32 and not self._is_packed
+        return self._row_wise if self._has_layouts and not as_it_is else self.decoder
 
     def start(
         self,
@@ -279,20 +272,17 @@ class Engine:
     def stepper(self, num_rows: int, num_drafts: int = 0) -> nnx.Module:
         """The layout that is fastest for a step.
 
-        One row with a draft, 81 M of DeepSeek-V3's kind in milliseconds, scanned, listed, row-wise:
-        30, 30, 18 in float32 and 39, 28, 32 in bf16; without a draft row-wise 10 and 8.
+        One row with a draft is row-wise too: 81 M of DeepSeek-V3's kind take 18 ms in float32, as
+        they are 30.
         """
-        is_float32 = self.cfg.compute.operand_dtype == jnp.float32
-        if num_rows == 1 and self._has_layouts and is_float32:
-            return self._row_wise
-        return self.model_for(num_rows + num_drafts)
+        return self.model_for(1 if num_rows == 1 else num_rows + num_drafts)
 
 
 @functools.partial(jax.jit, static_argnames="block", donate_argnames="cache")
 def _prefill(model, tokens_BT, mask_BT, cache, inputs, block) -> tuple[Any, Array]:
     """(the cache, the logits after the last token); without a cache, one as long as the prompt."""
+    kind = dict(block=block, last_only=True, inputs=inputs, is_new=cache is None)
     cache = model.init_cache(*tokens_BT.shape) if cache is None else cache
-    kind = dict(block=block, last_only=True, inputs=inputs)
     x_B1D, cache = read_prompt(model, tokens_BT, mask_BT, cache, **kind)
     return cache, everywhere(model.unembed(by_row(x_B1D))[:, 0])
 
@@ -338,7 +328,7 @@ def _begin(
 
 @functools.cache
 def _compiled(decode: Callable[..., Any], on_cpu: bool) -> Callable[..., Any]:
-    options = layout.CPU_OPTIONS if on_cpu else None
+    options = layout.cpu_options() if on_cpu else None
     return jax.jit(decode, donate_argnames="state", compiler_options=options)
 
 

@@ -202,7 +202,8 @@ def _start(
 def _prefill(model, tokens_RT, mask_RT, block) -> tuple[Any, Array]:
     """(the cache, the hidden state of each row's last token)."""
     cache = model.init_cache(*tokens_RT.shape)
-    x_R1D, cache = read_prompt(model, tokens_RT, mask_RT, cache, block=block, last_only=True)
+    kind = dict(block=block, last_only=True, is_new=True)
+    x_R1D, cache = read_prompt(model, tokens_RT, mask_RT, cache, **kind)
     return cache, x_R1D
 
 
@@ -222,7 +223,7 @@ def _begin(model, cache, x_R1D, key, num_slots, num_codes, num_samples, num_pict
 
 @functools.cache
 def _compiled(on_cpu: bool) -> Callable[..., State]:
-    options = layout.CPU_OPTIONS if on_cpu else None
+    options = layout.cpu_options() if on_cpu else None
     return jax.jit(_draw, donate_argnames="state", compiler_options=options)
 
 

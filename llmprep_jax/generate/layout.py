@@ -1,18 +1,17 @@
 """A model laid out for decoding on one CPU, where a step does little else than read weights.
 
-A scan slices each layer's weights out of the stack before it multiplies them, so layers become a
-list; and for a single row each linear layer becomes the one form of a matrix-vector product that
-XLA's CPU compiler gives to all cores at memory speed. Packed weights (`quant`) are unpacked once
-where memory has room for that: a CPU takes longer to unpack a weight than to read it dense. The
-form for a single row has the weight's outputs first, in bf16 too; with its inputs first, bf16 runs
-at a tenth.
+Each linear layer becomes the one form of a matrix-vector product that XLA's CPU compiler gives to
+all cores at memory speed, its weight's outputs first (in bf16 inputs first run at a tenth). Such
+products read a stack of layers where it lies, see `nn.stack.InPlace`, so that a program holds one
+layer; stacks with other tables in them, as of experts, become lists of layers. Packed weights
+(`quant`) are unpacked once where memory has room for that: a CPU takes longer to unpack a weight
+than to read it dense.
 """
 
 import functools
 import math
 import pathlib
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,35 +19,33 @@ import jax.numpy as jnp
 import psutil
 from flax import nnx
 
-from llmprep_jax.nn.linear import Einsum
-from llmprep_jax.nn.param import Param
-from llmprep_jax.nn.stack import unstack
+from llmprep_jax.nn.linear import Einsum, multiply
+from llmprep_jax.nn.param import AdapterParam, Param, Shared
+from llmprep_jax.nn.stack import InPlace, unstack
 from llmprep_jax.types import Array, Float
 
-# of programs that decode: LLVM takes 256 bits where a CPU has 512, with which one row of SmolLM2
-# takes 0.80 of the CPU-seconds a token in float32, and 0.86 in bf16 (a Xeon)
-CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+MOST_DIMS = 3  # of what is sliced out of a stack: one more are experts
 MAX_INPUTS = 2048  # of one product; from 4096 on XLA copies the weight at every step: 2 GB/s
 
 
-def listed(model: nnx.Module) -> nnx.Module:
-    """The same model with its layers in a list, their weights dense and in the operands' dtype."""
+@functools.cache
+def cpu_options() -> dict[str, int]:
+    """Compiler options of programs that decode on this machine's CPU.
 
-    def cast(_: tuple, node: Any) -> Any:
-        is_linear = type(node) is Einsum or _is_packed(node)
-        return _dense(node) if is_linear else node
-
-    return _with(model, **_unstacked(model, cast))
+    LLVM takes vectors of 256 bits where a CPU has 512. On Intel's, one row of SmolLM2 takes 0.80 of
+    the CPU-seconds a token with 512 in float32, and 0.86 in bf16; on AMD's Zen 4, which works on
+    halves, 1.09 times as long in float32, and as long in bf16.
+    """
+    cpus = pathlib.Path("/proc/cpuinfo")
+    is_intel = cpus.exists() and "GenuineIntel" in cpus.read_text()
+    return {"xla_cpu_prefer_vector_width": 512} if is_intel else {}
 
 
 def row_wise(model: nnx.Module) -> nnx.Module:
-    """The same model for one token of one row: a list of layers that read weights row by row."""
-
-    def lay(_: tuple, node: Any) -> Any:
-        node = _dense(node) if _is_packed(node) else node
-        return Rows(node) if type(node) is Einsum else node
-
-    stacks = _unstacked(model, lay)
+    """The same model with dense weights in the operands' dtype, which are read row by row."""
+    stacks = {name: _laid(layers) for name, layers in _stacks(model).items()}
+    extras = {name: getattr(model, name) for name in model.extras}  # lists already
+    stacks |= {name: nnx.List(map(_lay, extra)) for name, extra in extras.items() if extra}
     if model.unembedding() is None:
         return _with(model, **stacks)  # adapted, and no one matrix
     if model.head is not None:
@@ -74,9 +71,8 @@ def packed_layers(model: nnx.Module) -> list[Einsum]:
 
 def can_unpack(model: nnx.Module) -> bool:
     """Whether dense copies of packed layers fit in half of the memory that is free; says so."""
-    # one copy for prompts and batches, and one for single rows
     layers, free = packed_layers(model), free_memory()
-    size = 2 * sum(math.prod(layer.shape) * layer.dtype.itemsize for layer in layers)
+    size = sum(math.prod(layer.shape) * layer.dtype.itemsize for layer in layers)
     fits, copies = size < free / 2, f"dense copies of them, {size / 1e9:.1f} GB"
     reason = f", do not fit in half of the {free / 1e9:.1f} GB that are free; free some memory"
     warnings.warn(
@@ -119,13 +115,42 @@ def _stacks(model: nnx.Module) -> dict[str, nnx.Module]:
     return {name: getattr(model, name) for name in model.stacks}
 
 
-def _unstacked(model: nnx.Module, change: Callable[[tuple, Any], Any]) -> dict[str, nnx.List]:
-    """Each stack, and the modules that draft, as a list of nodes that `change` made."""
-    change_one = jax.jit(functools.partial(nnx.recursive_map, change))  # one program for all layers
-    lists = {name: unstack(layers, change_one) for name, layers in _stacks(model).items()}
-    extras = {name: getattr(model, name) for name in model.extras}  # lists already
-    others = {name: nnx.List(map(change_one, extra)) for name, extra in extras.items() if extra}
-    return lists | others
+def _laid(layers: nnx.Module) -> InPlace | nnx.List:
+    """A stack whose weights are read row by row: in place, if it has no others, else as a list."""
+    return unstack(layers, _lay) if _has_others(layers) else InPlace(_lay_all(layers))
+
+
+def _has_others(layers: nnx.Module) -> bool:
+    """Whether a stack has large tables beside those of linear layers, or what its layers share."""
+    others: list[nnx.Variable] = []
+
+    def visit(_: tuple, node: Any) -> Any:
+        if isinstance(node, nnx.Module) and not (type(node) is Einsum or _is_packed(node)):
+            own = [x for x in vars(node).values() if isinstance(x, nnx.Variable)]
+            others.extend(x for x in own if isinstance(x, Shared) or _is_table(x))
+        return node
+
+    nnx.recursive_map(visit, layers)
+    return bool(others)
+
+
+def _is_table(x: nnx.Variable) -> bool:
+    return x.ndim > MOST_DIMS and not isinstance(x, AdapterParam)
+
+
+def _lay_node(_: tuple, node: Any) -> Any:
+    node = _dense(node) if _is_packed(node) else node
+    return Rows(node) if type(node) is Einsum else node
+
+
+@jax.jit  # one program for all layers
+def _lay(layer: nnx.Module) -> nnx.Module:
+    return nnx.recursive_map(_lay_node, layer)
+
+
+@jax.jit
+def _lay_all(layers: nnx.Module) -> nnx.Module:
+    return jax.vmap(_lay)(layers)  # fused: SmolLM2's from nf4 have temporaries of 8 MB
 
 
 def _with(model: nnx.Module, **parts: nnx.Module) -> nnx.Module:
@@ -190,6 +215,12 @@ def _parts(w: Float[Array, "O I"], dtype: jnp.dtype) -> nnx.List:
 def _multiply(x: Float[Array, "B I"], parts: nnx.List, dtype: jnp.dtype) -> Float[Array, "B O"]:
     """x w^T in float32."""
     y, start = 0.0, 0
+    if len(x) > 1:
+        for part in parts:
+            end = start + part.shape[1]
+            y += multiply(x[:, start:end].astype(dtype), part[...], w_axis=1)
+            start = end
+        return y
     for part in parts:
         end = start + part.shape[1]
         # a transpose of its own, else XLA's CPU compiler makes a float32 copy of bf16 weights; and

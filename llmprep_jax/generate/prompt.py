@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Bool, Float, Int
 
@@ -174,10 +175,12 @@ def read_prompt(
     block: int,
     last_only: bool = False,
     inputs: Inputs | None = None,
+    is_new: bool = False,
 ) -> tuple[Float[Array, "B _ D"], Any]:
     """(final hidden states, the cache with the prompt in it).
 
     Args:
+      is_new: whether the cache is known to be empty; one block then attends to itself alone.
       tokens_BT, mask_BT: padded on the right to a multiple of `block`.
       block: tokens of a row that are read at once.
       last_only: the hidden states of each row's last token alone, [B, 1, D].
@@ -189,10 +192,10 @@ def read_prompt(
     tokens_BT, mask_BT = [by_row(x_BT) for x_BT in (tokens_BT, mask_BT)]
     inputs = None if inputs is None else jax.tree.map(by_row, inputs)
 
-    def part(x: Array, index: Array) -> Array:
+    def part(x: Array, index: int | Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=1)
 
-    def read(index: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+    def read(index: int | Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         hidden, cache = carry
         if inputs is None:
             x_BTD, spans_BT = model.embed_inputs(part(tokens_BT, index)), None
@@ -208,6 +211,10 @@ def read_prompt(
         return jax.lax.dynamic_update_slice_in_dim(hidden, x_BTD, index * block, axis=1), cache
 
     hidden = jnp.zeros((B, 1 if last_only else T, model.cfg.dim), model.cfg.compute.dtype)
+    if block == T:
+        if is_new:
+            cache = jax.tree.map(KVCache.fresh, cache, is_leaf=lambda x: isinstance(x, KVCache))
+        return read(0, (hidden, cache))
     return jax.lax.fori_loop(0, -(-jnp.max(end_B) // block), read, (hidden, cache))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from llmprep_jax.generate.prompt import by_row, everywhere, read_prompt
-from llmprep_jax.generate.sampler import Sampling, draw, shape_logits
+from llmprep_jax.generate.sampler import Sampling, draw, likeliest, shape_logits
 from llmprep_jax.nn.attention import Tokens
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.types import Array
@@ -132,7 +132,8 @@ def prefill(
     """Reads the prompts in, draws the first token and drafts the next ones."""
     B, M, V = len(tokens_BT), len(model.drafts), model.cfg.vocab_size
     cache = model.init_cache(B, slots), model.drafts.init_cache(B, slots)
-    hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0], block=block, inputs=inputs)
+    kind = dict(block=block, inputs=inputs, is_new=True)
+    hidden_BTD, main = read_prompt(model, tokens_BT, mask_BT, cache[0], **kind)
     rows_B, last_B = jnp.arange(B), jnp.sum(mask_BT, axis=1) - 1
     logits_BV = _logits(model, hidden_BTD[rows_B, last_B][:, None])[:, 0]
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)
@@ -309,7 +310,7 @@ def _probabilities(logits_BV: Array, seen_BV: Array | None, sampling: Sampling) 
     """The distribution that is drawn from; one-hot at temperature 0."""
     shaped_BV = shape_logits(logits_BV, seen_BV, sampling)
     if sampling.switches.is_greedy:
-        return jax.nn.one_hot(jnp.argmax(shaped_BV, axis=-1), shaped_BV.shape[-1])
+        return jax.nn.one_hot(likeliest(shaped_BV), shaped_BV.shape[-1])
     return jax.nn.softmax(shaped_BV)
 
 

@@ -83,9 +83,9 @@ def place_tokens(
     # whole rows, whatever "seq" says: every query is held against every key
     places = (positions_BT, segments_BT, spans_BT)
     positions_BT, segments_BT, spans_BT = [_whole_rows(x) for x in places]
+    order = (in_order or is_counted, is_counted)
     if cache is None:
-        in_order = in_order or is_counted
-        return Tokens(positions_BT, segments_BT, spans_BT, in_order, is_counted), None
+        return Tokens(positions_BT, segments_BT, spans_BT, *order), None
     is_traced = isinstance(cache.length_B, jax.core.Tracer)
     num_used = 0 if is_traced else int(jnp.max(cache.length_B))
     if num_used + shape[1] > cache.num_slots:
@@ -94,7 +94,7 @@ def place_tokens(
             f" {num_used} of them taken; give init_cache a greater max_len"
         )
     segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
-    place = Tokens(positions_BT, segments_BT, spans_BT)
+    place = Tokens(positions_BT, segments_BT, spans_BT, *(order if cache.is_fresh else ()))
     return place, cache.begin(positions_BT, segments_BT, spans_BT)
 
 
@@ -266,4 +266,6 @@ class Attention(nnx.Module):
                 options["keys"] = keys
             return self.o(self.within(q_BTNH, k_BTKH, v_BTKH, tokens, **options)), None
         cache, seen = cache.update(layer, k_BTKH, v_BTKH)
+        if cache.is_fresh:
+            return self.o(attend(q_BTNH, k_BTKH, v_BTKH, tokens, **options)), cache
         return self.o(attend_cached(q_BTNH, seen, tokens, **options)), cache

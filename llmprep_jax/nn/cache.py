@@ -108,7 +108,7 @@ class KVCache:
       pages_BJ: which page of the pool is each row's j-th, -1 for none; None: no pages.
       block: the tokens being written, between `begin` and `end`.
       widths: of each stream, behind which are zeros. dtype: of what is kept. is_ring: whether
-        slots are reused.
+        slots are reused. is_fresh: whether it is known to be empty until `end`, see `fresh`.
     """
 
     streams: tuple[Array, ...]
@@ -121,6 +121,7 @@ class KVCache:
     widths: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
     dtype: str = dataclasses.field(default="float32", metadata=dict(static=True))
     is_ring: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    is_fresh: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @classmethod
     def create(
@@ -184,6 +185,13 @@ class KVCache:
     def num_slots(self) -> int:
         """S."""
         return self.positions_BS.shape[1]
+
+    def fresh(self) -> "KVCache":
+        """This empty cache, known to be so: the first block of tokens attends to itself alone, in
+        order, and reads nothing that it has written."""
+        assert self.pages_BJ is None
+        assert self.block is None
+        return dataclasses.replace(self, is_fresh=True)
 
     def begin(
         self,
@@ -276,7 +284,7 @@ class KVCache:
 
     def end(self) -> "KVCache":
         """The cache once all layers have written the announced tokens."""
-        return dataclasses.replace(self, block=None)
+        return dataclasses.replace(self, block=None, is_fresh=False)
 
     def back_to(self, length_B: Int[Array, "B"]) -> "KVCache":
         """Empties the slots of each row from a length on; not for rings."""

@@ -61,7 +61,7 @@ def _product(eqn, x, w, dtype, out_dtype, axes=None, sharding=None, sum_dtype=No
         x_shape, ins = x.shape, math.prod(x.shape[x.ndim - num_in :])
         outs = w.shape[num_in:] if w_axis == 0 else w.shape[: w.ndim - num_in]
         w_matrix = w.reshape(ins, -1) if w_axis == 0 else w.reshape(-1, ins)
-        y = _multiply(x.reshape(-1, ins), w_matrix, w_axis)
+        y = multiply(x.reshape(-1, ins), w_matrix, w_axis)
         return y.reshape(*x_shape[:out_axis], *outs).astype(out_dtype)
     if axes is not None:
         inputs, out = eqn.split("->")
@@ -72,7 +72,7 @@ def _product(eqn, x, w, dtype, out_dtype, axes=None, sharding=None, sum_dtype=No
     return y.astype(out_dtype)
 
 
-def _multiply(x: Array, w: Array, w_axis: int) -> Array:
+def multiply(x: Array, w: Array, w_axis: int) -> Array:
     """Product of two matrices over x's columns and the `w_axis` of w, in float32.
 
     XLA's CPU compiler multiplies bf16 with w's columns on float32 copies of both (180 GFLOP/s; 90

@@ -108,6 +108,8 @@ class MLA(nnx.Module):
         if cache is None:
             return self.attend(q_BTNH, q_BTNR, z_BTZ, tokens, absorbed=False), None
         cache, seen = cache.update(layer, z_BTZ[:, :, None])
+        if cache.is_fresh:
+            return self.attend(q_BTNH, q_BTNR, z_BTZ, tokens, absorbed=False), cache
         num_used = jnp.max(cache.length_B)
         return self.attend_cached(q_BTNH, q_BTNR, seen, tokens, num_used), cache
 

@@ -1,9 +1,11 @@
 """Depth as data: layers are built once with a leading layer axis and run by `jax.lax.scan`.
 
 Tracing and compiling then cost the same at 2 and at 61 layers. On a CPU a scan copies each layer's
-slice of the weights before it multiplies (a decode step at half speed), so a model for generation
-can be unrolled: `unstack` gives a list of layers, and `scan` runs it as a Python loop. Variables of
-class `Shared` are the same in every layer and are sliced by neither.
+slice of the weights before it multiplies (a decode step at half speed). Two other forms of a stack
+do not, for inference: layers `InPlace`, of which products with one row read their weights out of
+the stack, and a list of layers (`unstack`), which `scan` runs as a Python loop and which takes as
+many times longer to compile as there are layers. Variables of class `Shared` are the same in every
+layer and are sliced by none of these.
 
 Layers that differ in a static (Gemma 3's five local and one global) stay one flat stack. The loop's
 body is then a super-block, one period of the kinds, and each of its layers picks its weights out of
@@ -58,18 +60,37 @@ def part(layers: nnx.Module) -> tuple[list[Any], Callable[[list[Any]], nnx.Modul
     return stacked, build
 
 
+class InPlace(nnx.Module):
+    """Layers `start` to `stop` of a stack that `scan` reads where it lies.
+
+    XLA's CPU compiler puts the choice of a layer into the product that reads its weight, where that
+    is one of a vector of up to 4,096 float32 numbers with a matrix of outputs by inputs: nothing is
+    copied, and one layer is compiled.
+    """
+
+    def __init__(self, layers: nnx.Module, start: int = 0, stop: int | None = None):
+        self.layers, self.start = layers, start
+        self.stop = depth(layers) if stop is None else stop
+
+
 def take(layers: nnx.Module | nnx.List, start: int, stop: int) -> nnx.Module | nnx.List:
     """Some of the layers, `start` to `stop`; all of them as they are."""
     if isinstance(layers, nnx.List):
         return nnx.List(list(layers)[start:stop])
+    if isinstance(layers, InPlace):
+        return InPlace(layers.layers, layers.start + start, layers.start + stop)
     if (start, stop) == (0, depth(layers)):
         return layers
     stacked, build = part(layers)
     return build(jax.tree.map(lambda x: x[start:stop], stacked))
 
 
-def depth(layers: nnx.Module) -> int:
-    """The number of layers in a stack."""
+def depth(layers: nnx.Module | nnx.List) -> int:
+    """The number of layers, however they lie."""
+    if isinstance(layers, nnx.List):
+        return len(layers)
+    if isinstance(layers, InPlace):
+        return layers.stop - layers.start
     return jax.tree.leaves(part(layers)[0])[0].shape[0]
 
 
@@ -89,12 +110,14 @@ def scan(
 
     Args:
       step: the body; it is rematerialised as `compute.remat` says.
-      layers: what `stack` made, or a list of modules.
+      layers: what `stack` made, that `InPlace`, or a list of modules.
       carry: what goes through the layers.
       values: arrays with a leading layer axis.
       kinds: what is static of each layer and may differ, such as its window; None: steps get none.
     """
     values = tuple(jnp.asarray(value) for value in values)
+    if isinstance(layers, InPlace):
+        return _scan_in_place(step, layers, carry, values, kinds)
     if isinstance(layers, nnx.List):
         kinds = len(layers) * ((),) if kinds is None else [(kind,) for kind in kinds]
         # layers alike are traced once; and their kernels are compiled once, as long as the compiler
@@ -180,21 +203,54 @@ def _scan_kinds(
 
         return remat(run, compute, in_loop, _all_but_weights)((stacked, *values), carry)
 
+    return _by_number(run_layer, carry, kinds, compute.unroll)
+
+
+def _scan_in_place(
+    step: Callable[..., Any],
+    layers: InPlace,
+    carry: Any,
+    values: tuple[Array, ...],
+    kinds: Sequence[Hashable] | None,
+) -> Any:
+    """`scan` of layers that are read where they lie, as they are: nothing is kept for gradients."""
+    stacked, build = part(layers.layers)
+    kinds = depth(layers) * ((),) if kinds is None else tuple((kind,) for kind in kinds)
+
+    def run_layer(carry: Any, number: int | Int[Array, ""], kind: tuple, in_loop: bool) -> Any:
+        if in_loop:  # tied to the loop, or bf16 weights are made float32 ahead of it, all of them
+            whole, number = jax.lax.optimization_barrier((stacked, number))
+        else:
+            whole = stacked
+        layer = build(jax.tree.map(lambda x: _pick(x, layers.start + number), whole))
+        return step(layer, carry, *[_pick(value, number) for value in values], *kind)
+
+    return _by_number(run_layer, carry, kinds, unroll=1)
+
+
+def _by_number(
+    run_layer: Callable[..., Any], carry: Any, kinds: tuple[Hashable, ...], unroll: int
+) -> Any:
+    """carry = run_layer(carry, l, kinds[l], in_loop) for each layer l, in loops over super-blocks.
+
+    Args:
+      unroll: layers of a step of a loop, in whole super-blocks; 0: all.
+    """
     for start, period, repeats in plan_runs(kinds):
         offsets = range(start, start + period)
         if repeats == 1:
             for number in offsets:
                 carry = run_layer(carry, number, kinds[number], in_loop=False)
             continue
-        unroll = min(-(-compute.unroll // period) or repeats, repeats)
+        unrolled = min(-(-unroll // period) or repeats, repeats)
 
-        def super_block(carry, first, offsets=offsets, in_loop=unroll < repeats):
+        def super_block(carry, first, offsets=offsets, in_loop=unrolled < repeats):
             for number in offsets:
                 carry = run_layer(carry, first + number, kinds[number], in_loop)
             return carry, None
 
         firsts = jnp.arange(0, period * repeats, period)
-        carry, _ = jax.lax.scan(super_block, carry, firsts, unroll=unroll)
+        carry, _ = jax.lax.scan(super_block, carry, firsts, unroll=unrolled)
     return carry
 
 

@@ -105,16 +105,12 @@ def run_blocks(
       stop: blocks that are run, from the end if negative; None: all.
     """
     if stop is not None:
-        layers = take(layers, 0, slice(stop).indices(_count(layers))[1])
+        layers = take(layers, 0, slice(stop).indices(depth(layers))[1])
     columns_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1], dtype=jnp.int32), x_BTD.shape[:2])
     tokens, keys = Tokens(columns_BT, in_order=True, is_counted=True), None
     if mask_BT is not None:
         keys = Tokens(columns_BT, mask_BT.astype(jnp.int32), in_order=True, is_counted=True)
     return scan(lambda block, x_BTD: block(x_BTD, tokens, keys), layers, x_BTD, compute=compute)
-
-
-def _count(layers: nnx.Module | nnx.List) -> int:
-    return len(layers) if isinstance(layers, nnx.List) else depth(layers)
 
 
 class PatchEmbed(Projection):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from llmprep_jax.generate.sampler import Sampling, draw, shape_logits
+from llmprep_jax.generate.sampler import Sampling, draw, likeliest, shape_logits
 
 shape, pick = jax.jit(shape_logits), jax.jit(draw)  # one program for each kind of settings
 # probabilities 0.5, 0.3, 0.15, 0.05
@@ -48,6 +48,22 @@ def test_each_truncation_keeps_the_tokens_it_should(settings, expected):
 def test_what_is_kept_keeps_its_proportions():
     shaped = shape(LOGITS, None, Sampling(temperature=1.0, top_k=3))
     np.testing.assert_allclose(jax.nn.softmax(shaped)[0], [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0])
+
+
+def test_the_likeliest_token_is_the_first_of_the_largest():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-3, 4, (50, 3, 37)).astype(np.float32)
+    np.testing.assert_array_equal(likeliest(logits), np.argmax(logits, axis=-1))
+    strange = np.array([[-np.inf, -np.inf], [1, np.inf], [np.nan, np.nan]], np.float32)
+    assert likeliest(strange)[:2].tolist() == [0, 1]
+    assert int(likeliest(strange)[2]) in (0, 1)
+
+
+def test_draws_are_those_of_jax():
+    keys = jax.random.split(jax.random.key(3), 5)
+    logits = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
+    expected = jax.vmap(jax.random.categorical)(keys, logits)
+    np.testing.assert_array_equal(pick(logits, Sampling(temperature=1.0), keys), expected)
 
 
 def test_temperature_divides_the_logits():

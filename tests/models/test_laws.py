@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.nn.param import Param
 from llmprep_jax.nn.stack import unstack
 from tests.grids import cases
@@ -197,6 +198,41 @@ def decode(model, tokens, blocks, mask=None, is_listed=False, **kind):
 def test_decoding_from_the_cache_equals_the_full_forward(name, blocks):
     found = decode(model_of(name), make_tokens(), blocks)
     np.testing.assert_allclose(found, logits_of(name), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    cases(
+        [*CONFIGS, *ODD_CONFIGS],
+        fast=[*CONFIGS, "deepseek-v2-every-other"],
+        slow=["gemma3-all-local"],
+    ),
+)
+def test_the_first_block_of_a_fresh_cache_is_that_of_any_empty_one(name):
+    model, tokens = model_of(name), make_tokens()
+    mask = np.ones((ROWS, LENGTH), bool)
+    mask[0, :3], mask[1, 4:7] = False, False
+    empty = jax.jit(lambda model: model.init_cache(ROWS, SLOTS))(model)
+    fresh = jax.tree.map(KVCache.fresh, empty, is_leaf=lambda x: isinstance(x, KVCache))
+    outs = []
+    for cache in (empty, fresh):
+        first = step(False, model, tokens[:, :9], mask[:, :9], cache)
+        rest = step(False, model, tokens[:, 9:], mask[:, 9:], first.cache)
+        outs.append(np.concatenate([first.logits, rest.logits], axis=1)[mask])
+        assert jax.tree.structure(rest.cache) == jax.tree.structure(empty)
+    np.testing.assert_allclose(*outs, atol=1e-5)
+
+
+def test_the_first_block_of_a_fresh_cache_of_8_bits_sees_itself_unrounded():
+    model, tokens = model_of("qwen2-window"), make_tokens()
+    mask = np.ones((ROWS, LENGTH), bool)
+    empty = model.init_cache(ROWS, SLOTS, dtype="int8")
+    expected = logits_of("qwen2-window")
+    np.testing.assert_allclose(
+        step(False, model, tokens, mask, empty.fresh()).logits, expected, atol=1e-5
+    )
+    rounded = step(False, model, tokens, mask, empty).logits
+    assert np.abs(rounded - expected).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", LISTED)

@@ -11,10 +11,12 @@ from flax import nnx
 
 from llmprep_jax.nn.mlp import GatedMlp
 from llmprep_jax.nn.param import Compute, Shared
-from llmprep_jax.nn.stack import Run, plan_runs, scan, stack, take, unstack
+from llmprep_jax.nn.stack import InPlace, Run, depth, plan_runs, scan, stack, take, unstack
 from tests.grids import cases
 from tests.random_modules import random_module
 
+FORMS = {"stacked": lambda layers: layers, "listed": unstack, "in place": InPlace}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 make_layer = functools.partial(GatedMlp, 8, 16, compute=Compute())
 SCALES = np.array([1.0, 0.5, 2.0, -1.0], np.float32)
 
@@ -54,15 +56,15 @@ def test_a_stack_is_one_layer_with_a_leading_axis_and_other_weights_in_each_plac
 
 @pytest.mark.parametrize("unroll", [1, 2, 0])
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
-def test_every_way_to_run_layers_is_a_loop_over_them(unroll, remat, listed):
+@forms
+def test_every_way_to_run_layers_is_a_loop_over_them(unroll, remat, form):
     layers, x = make_layers(), draw()
     expected = x
     for index, scale in enumerate(SCALES):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
         expected = expected + scale * layer(expected)
-    layers = unstack(layers) if listed else layers
-    np.testing.assert_allclose(run(layers, x, unroll=unroll, remat=remat), expected, atol=1e-5)
+    found = run(form(layers), x, unroll=unroll, remat=remat)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("unroll", "layers_a_step"), [(1, 1), (2, 2), (0, 4)])
@@ -108,8 +110,8 @@ class Scaled(nnx.Module):
         return self.factor[...] * self.up(x)
 
 
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
-def test_what_layers_share_is_sliced_by_none_of_them(listed):
+@forms
+def test_what_layers_share_is_sliced_by_none_of_them(form):
     layers, x = random_module(lambda: stack(Scaled, 4, rngs=nnx.Rngs(0))), draw()
     factor = jnp.linspace(0.5, 1.5, 8)
     layers.factor = Shared(factor)
@@ -117,16 +119,22 @@ def test_what_layers_share_is_sliced_by_none_of_them(listed):
     for index, scale in enumerate(SCALES):
         up = jax.tree.map(lambda leaf, index=index: leaf[index], layers.up)
         expected = expected + scale * factor * up(expected)
-    found = run(unstack(layers) if listed else layers, x)
+    found = run(form(layers), x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_some_layers_of_a_stack_or_list_are_those_layers():
+@forms
+def test_some_layers_are_those_layers_whatever_form_they_have(form):
     layers, x = make_layers(), draw()
-    expected = list(unstack(layers))[1:3]
-    for some in (take(layers, 1, 3), take(unstack(layers), 1, 3)):
-        found = scan(lambda layer, x: layer(x), some, x, compute=Compute())
-        np.testing.assert_allclose(found, expected[1](expected[0](x)), atol=1e-6)
+    expected = list(unstack(layers))[2]
+    some = take(take(form(layers), 1, 4), 1, 2)
+    found = scan(lambda layer, x, scale: scale * layer(x), some, x, [3.0], compute=Compute())
+    np.testing.assert_allclose(found, 3 * expected(x), atol=1e-6)
+    assert (depth(form(layers)), depth(some)) == (4, 1)
+
+
+def test_all_layers_of_a_stack_are_the_stack():
+    layers = make_layers()
     assert take(layers, 0, 4) is layers
 
 
@@ -173,11 +181,10 @@ def loop_over_kinds(layers, x, kinds=KINDS):
 
 @pytest.mark.parametrize("unroll", [1, 3, 0])
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
-@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
-def test_layers_of_several_kinds_are_a_loop_over_them(unroll, remat, listed):
+@forms
+def test_layers_of_several_kinds_are_a_loop_over_them(unroll, remat, form):
     layers, x = make_layers(5), draw()
-    run = unstack(layers) if listed else layers
-    found = run_kinds(run, x, unroll=unroll, remat=remat)
+    found = run_kinds(form(layers), x, unroll=unroll, remat=remat)
     np.testing.assert_allclose(found, loop_over_kinds(layers, x), atol=1e-5)
 
 

@@ -56,8 +56,7 @@ def forward(
     blocks = None if rule.stored else _written_out(q_BNTH, k_BKSH, places, rule)
     if blocks is None:
         return _forward_loop(q_BNTH, k_BKSH, v_BKSU, places, rule, stored)
-    if q_BNTH.shape[2] > FEW:
-        v_BKSU = clear(v_BKSU, places[1])
+    v_BKSU = clear(v_BKSU, places[1])  # a slice of a cache is copied on its way to a product anyway
     outs = []
     for rows, columns in blocks:
         q, k, v = q_BNTH[:, :, rows], k_BKSH[:, :, columns], v_BKSU[:, :, columns]
@@ -164,13 +163,6 @@ def _forward_whole(q_BNTH, k_BKSH, v_BKSU, places, rule, tile):
     e_BKGTS = jnp.exp(s_BKGTS - max_BKGT1)
     sum_BKGT1 = jnp.sum(e_BKGTS, axis=-1, keepdims=True)
     o_BKGTU = _weigh(e_BKGTS, v_BKSU)
-    if T <= FEW and places[1].segments is not None:
-        # a pass over all values is as long as their product with few queries: only if one is NaN
-        o_BKGTU = jax.lax.cond(
-            jnp.any(jnp.isnan(o_BKGTU)),
-            lambda: _weigh(e_BKGTS, clear(v_BKSU, places[1])),
-            lambda: o_BKGTU,
-        )
     if seen_BTS is not None and _may_be_blind(places[0], rule):
         sees_BKGT1 = max_BKGT1 > NEG_INF
         o_BKGTU = jnp.where(sees_BKGT1, o_BKGTU, 0.0)
