@@ -215,18 +215,15 @@ def _parts(w: Float[Array, "O I"], dtype: jnp.dtype) -> nnx.List:
 def _multiply(x: Float[Array, "B I"], parts: nnx.List, dtype: jnp.dtype) -> Float[Array, "B O"]:
     """x w^T in float32."""
     y, start = 0.0, 0
-    if len(x) > 1:
-        for part in parts:
-            end = start + part.shape[1]
-            y += multiply(x[:, start:end].astype(dtype), part[...], w_axis=1)
-            start = end
-        return y
     for part in parts:
         end = start + part.shape[1]
-        # a transpose of its own, else XLA's CPU compiler makes a float32 copy of bf16 weights; and
-        # a difference, since it fuses a sum with its product into a form that copies the weight
-        operands = -x[:, start:end].astype(dtype), part[...].T
-        dims = (((1,), (0,)), ((), ()))
-        y -= jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)
+        x_part = x[:, start:end].astype(dtype)
+        if len(x) > 1:
+            y += multiply(x_part, part[...], w_axis=1)
+        else:
+            # a transpose of its own, else XLA's CPU compiler makes a float32 copy of bf16 weights;
+            # and a difference, since it fuses a sum with its product into a form that copies them
+            dims, sums = (((1,), (0,)), ((), ())), dict(preferred_element_type=jnp.float32)
+            y -= jax.lax.dot_general(-x_part, part[...].T, dims, **sums)
         start = end
     return y

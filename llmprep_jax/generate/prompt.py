@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llmprep_jax.generate.prompt_cache import is_cache
 from llmprep_jax.nn.cache import KVCache
 from llmprep_jax.sharding import has_mesh, spec
 from llmprep_jax.types import Array, Bool, Float, Int
@@ -180,11 +181,11 @@ def read_prompt(
     """(final hidden states, the cache with the prompt in it).
 
     Args:
-      is_new: whether the cache is known to be empty; one block then attends to itself alone.
       tokens_BT, mask_BT: padded on the right to a multiple of `block`.
       block: tokens of a row that are read at once.
       last_only: the hidden states of each row's last token alone, [B, 1, D].
       inputs: in place of the tokens, which then only tell their number.
+      is_new: whether the cache is known to be empty; one block then attends to itself alone.
     """
     B, T = tokens_BT.shape
     assert T % block == 0, (T, block)
@@ -213,7 +214,7 @@ def read_prompt(
     hidden = jnp.zeros((B, 1 if last_only else T, model.cfg.dim), model.cfg.compute.dtype)
     if block == T:
         if is_new:
-            cache = jax.tree.map(KVCache.fresh, cache, is_leaf=lambda x: isinstance(x, KVCache))
+            cache = jax.tree.map(KVCache.fresh, cache, is_leaf=is_cache)
         return read(0, (hidden, cache))
     return jax.lax.fori_loop(0, -(-jnp.max(end_B) // block), read, (hidden, cache))
 

@@ -39,6 +39,17 @@ def test_row_wise_models_have_the_logits_of_the_model_for_prompts_and_single_tok
         np.testing.assert_allclose(forward(laid, some), forward(model, some), atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_wide_weights_are_multiplied_by_parts(monkeypatch, dtype, atol, rows):
+    monkeypatch.setattr(layout, "MAX_INPUTS", 20)
+    compute = Compute(dtype=dtype, param_dtype=dtype)
+    model = random_model(dataclasses.replace(CONFIGS["qwen2-window"], compute=compute))
+    tokens = make_tokens()[:rows, : 14 if rows > 1 else 1]
+    found, expected = forward(layout.row_wise(model), tokens), forward(model, tokens)
+    np.testing.assert_allclose(found, expected, atol=atol)
+
+
 def test_stacks_of_linear_layers_stay_stacks_and_those_with_experts_become_lists():
     laid = layout.row_wise(make_model("deepseek-v3"))
     assert isinstance(laid.dense_layers, InPlace)
